@@ -1,0 +1,280 @@
+"""Content-addressed store: what was computed once is found again, and nothing half-made looks finished.
+
+It knows no stage: a `Recipe` says what determines the content and how to make it. Artifacts are built in a temporary
+folder under a file lock, sealed with a manifest, and renamed into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from prefetch.errors import ArtifactError
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+RUNS = "runs"  # index of runs, wherever they wrote
+BUILDING = ".building"  # suffix of a temporary folder; only the holder of its lock may touch it
+Build = Callable[[Path, Mapping[str, Path]], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one artifact, and exactly what its content depends on."""
+
+    kind: str
+    version: int  # of the code that makes it; raise it when the content changes
+    config: Mapping[str, Any]  # plain values only
+    build: Build  # (empty folder, upstream kind -> its folder)
+    upstream: Mapping[str, Recipe | Outside] = field(default_factory=dict)
+    libraries: tuple[str, ...] = ()  # distributions whose version can change the content
+    files: Mapping[str, Path] = field(
+        default_factory=dict
+    )  # outside files: their content counts, not their place
+
+    def identity(self) -> dict[str, Any]:
+        """What the key is a hash of."""
+        return {
+            "kind": self.kind,
+            "recipe": self.version,
+            "config": dict(self.config),
+            "upstream": {name: recipe.key for name, recipe in self.upstream.items()},
+            "libraries": {name: library_version(name) for name in self.libraries},
+            "files": {name: sha256_of(path) for name, path in self.files.items()},
+        }
+
+    @property
+    def key(self) -> str:
+        return _digest(self.identity())
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A folder that the user made elsewhere and named: used as it is, known by its content."""
+
+    kind: str
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        return _digest(self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        paths = sorted(
+            path for path in self.folder.rglob("*") if path.is_file() and path.name != MANIFEST
+        )
+        files = {str(path.relative_to(self.folder)): sha256_of(path) for path in paths}
+        return {"kind": self.kind, "outside": True, "upstream": {}, "files": files}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed folder of the store."""
+
+    kind: str
+    key: str
+    folder: Path
+    manifest: Mapping[str, Any]
+    was_made: bool = False  # by this call; False = found
+
+
+class Store:
+    """`need("trace", cfg)` finds or makes; `used` remembers what a run stood on, for its lineage."""
+
+    def __init__(
+        self, root: Path | str, *, makers: Mapping[str, str] | None = None, verify: bool = True
+    ) -> None:
+        self.root = Path(root)
+        self.verify = verify
+        self.used: dict[str, Mapping[str, Any]] = {}
+        self._makers = makers or {}  # kind -> dotted name of a function from the config to a recipe
+
+    def need(self, kind: str, cfg: Any) -> Artifact:
+        """What the configuration asks for, made through the stage that makes it if nobody did before."""
+        module, _, name = self._makers[kind].rpartition(".")
+        return self.make(getattr(importlib.import_module(module), name)(cfg))
+
+    def make(self, recipe: Recipe | Outside) -> Artifact:
+        """The artifact of this recipe: found, or made now with everything it stands on."""
+        identity = recipe.identity()
+        key = _digest(identity)
+        if isinstance(recipe, Outside):
+            artifact = Artifact(recipe.kind, key, recipe.folder, {"identity": identity})
+        else:
+            folder = self.root / recipe.kind / key
+            artifact = self._found(folder) or self._build(recipe, identity, folder)
+        self.used[f"{recipe.kind}/{key}"] = identity
+        return artifact
+
+    def _build(self, recipe: Recipe, identity: Mapping[str, Any], folder: Path) -> Artifact:
+        upstream = {name: self.make(part).folder for name, part in recipe.upstream.items()}
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock_path(folder)):
+                found = self._found(folder)
+                if found is not None:
+                    return found
+                log.info("making %s %s", recipe.kind, folder.name)
+                temporary = folder.with_name(folder.name + BUILDING)
+                _remove(
+                    temporary
+                )  # left by a run that was killed: the lock says that nobody builds it
+                temporary.mkdir()
+                try:
+                    started = time.perf_counter()
+                    recipe.build(temporary, upstream)
+                    _seal(temporary, identity, time.perf_counter() - started)
+                    temporary.replace(folder)
+                except BaseException:
+                    _remove(temporary)
+                    raise
+        except OSError as error:
+            raise ArtifactError(
+                f"{folder}: cannot be written ({error}); free the disk or pass store=DIR"
+            ) from error
+        return Artifact(recipe.kind, folder.name, folder, read_manifest(folder), was_made=True)
+
+    def _found(self, folder: Path) -> Artifact | None:
+        if not folder.is_dir():
+            return None
+        manifest = read_manifest(folder)
+        if self.verify:
+            check_files(folder, manifest)
+        return Artifact(folder.parent.name, folder.name, folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if not isinstance(manifest, dict) or not {"identity", "files", "seconds", "made"} <= set(
+            manifest
+        ):
+            raise ValueError("expected the fields identity, files, seconds, made")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: the artifact is damaged ({error}); remove the folder {folder}"
+        ) from error
+    return manifest
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Every file is there and holds the bytes that were sealed."""
+    for name, sealed in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(
+                f"{path}: missing from the artifact; remove the folder {folder} and run again"
+            )
+        if path.stat().st_size != sealed["bytes"] or sha256_of(path) != sealed["sha256"]:
+            raise ArtifactError(
+                f"{path}: its sha256 differs from the manifest, so the artifact is corrupted; "
+                f"remove the folder {folder} and run again"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def library_version(name: str) -> str:
+    if name == "python":
+        return ".".join(str(part) for part in sys.version_info[:3])
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _seal(folder: Path, identity: Mapping[str, Any], seconds: float) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not paths:
+        raise ArtifactError(f"{folder}: the recipe {identity['kind']} wrote no file")
+    manifest = {
+        "identity": identity,
+        "git_commit": _git_commit(),
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 3),
+        "files": {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in paths
+        },
+    }
+    for path in paths:
+        _sync(path)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _sync(folder / MANIFEST)
+
+
+def _sync(path: Path) -> None:
+    """On disk before the rename: a power cut must not leave a sealed folder with empty files."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _git_commit() -> str | None:
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def lock_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def write_index(store: Store, *, stage: str, folder: Path, failed: bool) -> None:
+    """Enters a run into the store's index: its folder, its stage, and what it stood on."""
+    if not store.used and failed:
+        return
+    entry = {
+        "stage": stage,
+        "folder": str(folder.resolve()),
+        "failed": failed,
+        "used": sorted(store.used),
+    }
+    index = store.root / RUNS
+    try:
+        index.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(entry["folder"].encode()).hexdigest()[:16]  # type: ignore[attr-defined]
+        temporary = index / f".{name}.{os.getpid()}"
+        temporary.write_text(json.dumps(entry, indent=1) + "\n")
+        temporary.replace(index / f"{name}.json")
+    except OSError as error:
+        log.warning("%s: the run could not be entered (%s)", index, error)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,148 @@
+"""Typed schema of the root and the stages, and the one place that turns YAML into objects.
+
+The trunk is typed; what stands in a group (source, hardware, tracker, ...) is a plain leaf that names its class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from prefetch.errors import ConfigError, PrefetchError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass
+class CollectConfig:
+    max_dropped: float = 0.5  # share of a trace's rows that may be dropped before it is an error
+
+
+@dataclass
+class ArtifactsConfig:
+    remove: str | None = None  # "unused", or kind/key (a prefix will do); None = only list
+    verify: bool = True  # compare every file with its sha256 before it is used
+
+
+@dataclass
+class Config:
+    """What a run is told; every block is always present, so that an override is valid whatever the stage."""
+
+    stage: Any
+    source: Any
+    hardware: Any
+    tracker: Any
+    makers: dict[str, str]  # artifact kind -> the function that says how to make it
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
+    trace: str | None = None  # folder of a trace to use as it is; None = collect it from `source`
+    store: str = "artifacts"  # folder of what runs share
+    seed: int = 0
+
+
+ConfigStore.instance().store(name="config_schema", node=Config)
+
+
+def stage_names() -> dict[str, str]:
+    """Every stage and its one line, read from the stage files."""
+    return {path.stem: _first_comment(path) for path in sorted((CONFIGS / "stage").glob("*.yaml"))}
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def stage_table() -> str:
+    width = max(map(len, stage_names()))
+    return "\n".join(f"  stage={name:{width}}  {line}" for name, line in stage_names().items())
+
+
+OmegaConf.register_new_resolver("stage_table", stage_table, replace=True)
+
+
+def _first_comment(path: Path) -> str:
+    lines = (
+        line.removeprefix("#").strip()
+        for line in path.read_text().splitlines()
+        if line.startswith("#")
+    )
+    return next(line for line in lines if not line.startswith("@package"))
+
+
+def locate(dotted: str) -> Any:
+    """The function or class of this name."""
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"_target_={dotted}: cannot be imported ({error})") from error
+
+
+def instantiate(leaf: DictConfig, where: str) -> Any:
+    """The object that a leaf describes: its `_target_` called with the leaf's other keys."""
+    settings = OmegaConf.to_container(leaf, resolve=True)
+    if not isinstance(settings, dict) or "_target_" not in settings:
+        raise ConfigError(f"{where}: expected a mapping with _target_, got {settings!r}")
+    target = locate(str(settings.pop("_target_")))
+    values = {str(name): value for name, value in settings.items()}
+    if dataclasses.is_dataclass(target):
+        check_types(target, values, where)
+    try:
+        return target(**values)
+    except PrefetchError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def check_types(target: Any, values: dict[str, Any], where: str) -> None:
+    """A leaf's keys are its class's fields, with values of their types; whole numbers pass for fractions."""
+    hints = typing.get_type_hints(target)
+    fields = {item.name: item for item in dataclasses.fields(target) if item.init}
+    for name in fields.keys() - values.keys():
+        if fields[name].default is fields[name].default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}.{name}: must be given")
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(
+                f"{where}.{name}: does not exist; {where} has {', '.join(sorted(fields))}"
+            )
+        if value == "???":
+            raise ConfigError(f"{where}.{name}: must be given")
+        if not _fits(value, hints[name]):
+            kind = getattr(hints[name], "__name__", None) or str(hints[name])
+            kind = str(hints[name]) if typing.get_args(hints[name]) else kind
+            raise ConfigError(
+                f"{where}.{name}: expected {kind}, got {value!r} ({type(value).__name__})"
+            )
+        if hints[name] is float and isinstance(value, int):
+            values[name] = float(value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(_fits(item, parts[0]) for item in value)
+    if origin is not None:
+        return isinstance(value, origin) or (
+            isinstance(value, dict) and not isinstance(origin, type(list))
+        )
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,1 @@
+"""Where a trace comes from: one file per source, and the stage `collect`."""

@@ -1,0 +1,143 @@
+"""What every source that reads files shares: finding them, naming their domain, and the number of experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefetch.errors import ConfigError, FormatError
+from prefetch.models.cards import load_card
+from prefetch.sources.source import Source
+from prefetch.trace.card import ModelCard, plain_card
+from prefetch.trace.writer import TraceWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSource(Source):
+    """`path` is a file, a folder, a list of them, or a glob."""
+
+    path: str | list[str] | None = None
+    n_experts: int | None = None  # where the file does not say
+    model_card: str | None = (
+        None  # name in configs/model_card, or a YAML file: lends names and sizes
+    )
+    suffixes: ClassVar[tuple[str, ...]] = ()  # which files of a folder are read
+
+    def files(self) -> dict[str, Path]:
+        return find_files(self.path, self.suffixes)
+
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        del settings["path"]
+        if self.model_card is not None:
+            settings["model_card"] = load_card(self.model_card).to_json()
+        return settings
+
+    def experts(self, used_E: NDArray[np.bool_], writer: TraceWriter, where: str) -> int:
+        """E for a file that does not say it: the setting, or what the ids imply if none is missing."""
+        if self.n_experts is not None:
+            return self.n_experts
+        if self.model_card is not None:
+            return load_card(self.model_card).n_experts
+        n_experts = int(np.flatnonzero(used_E)[-1]) + 1 if used_E.any() else 0
+        missing = np.flatnonzero(~used_E[:n_experts])
+        if not n_experts or len(missing):
+            raise FormatError(
+                f"{where}: the file does not say how many experts there are; the largest id is {n_experts - 1} and "
+                f"{len(missing)} smaller ids never occur ({missing[:5].tolist()}...): pass source.n_experts=..."
+            )
+        writer.note(f"n_experts={n_experts} is the largest id + 1: every smaller id occurs")
+        return n_experts
+
+    def card(
+        self, name: str, *, n_experts: int, top_k: int, layer_numbers: tuple[int, ...], **known: Any
+    ) -> ModelCard:
+        """The card of what was read, with names and sizes lent by `model_card` where it was given."""
+        if self.model_card is None:
+            return plain_card(
+                name, n_experts=n_experts, top_k=top_k, layer_numbers=layer_numbers, **known
+            )
+        lent = load_card(self.model_card)
+        if lent.n_experts != n_experts:
+            raise ConfigError(
+                f"source.model_card={self.model_card}: it has {lent.n_experts} experts, the file has {n_experts}"
+            )
+        slots = _slots_of(lent, layer_numbers, self.model_card)
+        return dataclasses.replace(
+            lent,
+            top_k=top_k,
+            layer_numbers=tuple(lent.layer_numbers[slot] for slot in slots),
+            layer_stacks=tuple(lent.layer_stacks[slot] for slot in slots),
+            expert_bytes_L=lent.expert_bytes_L
+            and tuple(lent.expert_bytes_L[slot] for slot in slots),
+            **known,
+        )
+
+
+def _slots_of(card: ModelCard, layer_numbers: tuple[int, ...], name: str) -> list[int]:
+    """Where the file's layers stand in the card: by the model's own numbers, or in order if it counts from 0."""
+    if set(layer_numbers) <= set(card.layer_numbers):
+        return [card.layer_numbers.index(number) for number in layer_numbers]
+    if layer_numbers == tuple(range(card.n_layers)):
+        return list(layer_numbers)
+    raise ConfigError(
+        f"source.model_card={name}: its MoE layers are {card.layer_numbers}, the file has {layer_numbers}"
+    )
+
+
+def domain_of(name: str) -> str:
+    """What a file is about, where it does not say: its name without the folder and the suffixes."""
+    return Path(name).name.split(".")[0]
+
+
+def used_ids(blocks: Iterable[NDArray[Any]]) -> NDArray[np.bool_]:
+    """Which ids occur at all; negative ids mean no expert."""
+    used = np.zeros(2**16, bool)
+    for ids in blocks:
+        if ids.size and int(ids.max()) >= 2**16 - 1:
+            raise FormatError(f"expert id {int(ids.max())} is out of range: at most 65534 experts")
+        used[ids[ids >= 0] if ids.dtype.kind == "i" else ids] = True
+    return used
+
+
+def find_files(path: str | list[str] | None, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Name -> file, in a fixed order; names are relative to what the user wrote, so a moved folder is the same."""
+    if not path:
+        raise ConfigError("source.path: must be given: a file, a folder, a list, or a glob")
+    found: dict[str, Path] = {}
+    for text in [path] if isinstance(path, str) else path:
+        root = Path(text).expanduser()
+        if root.is_file():
+            matches = {root.name: root}
+        elif root.is_dir():
+            inside = sorted(
+                p for p in root.rglob("*") if p.is_file() and p.name.endswith(suffixes or ("",))
+            )
+            matches = {str(p.relative_to(root)): p for p in inside}
+            if not matches:
+                raise FormatError(
+                    f"{root}: the folder holds no file ending in {' or '.join(suffixes)}"
+                )
+        else:
+            hits = sorted(
+                Path(hit)
+                for hit in glob.glob(str(root), recursive=True)  # noqa: PTH207 - a pattern may be absolute
+                if Path(hit).is_file()
+            )
+            matches = {
+                hit.name if len({h.name for h in hits}) == len(hits) else str(hit): hit
+                for hit in hits
+            }
+            if not matches:
+                raise ConfigError(f"source.path={text}: no such file, folder or glob")
+        for name, file in matches.items():
+            key = name if name not in found else str(file)
+            found[key] = file
+    return found

@@ -1,0 +1,181 @@
+"""Running a stage: its folder, its tracker, its lineage, and errors that a user can read. It knows no stage by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prefetch import config
+from prefetch.artifacts import Store, write_index
+from prefetch.config import Config
+from prefetch.errors import ConfigError, PrefetchError
+
+log = logging.getLogger(__name__)
+
+
+def run_stage(cfg: DictConfig) -> dict[str, float]:
+    """What Hydra calls, once a job: the stage that `stage=` chose."""
+    typed = cast(
+        Config, cfg
+    )  # the schema stands in the defaults list: Hydra checked names and types
+    try:
+        if cfg.stage.recorded:
+            return record(typed, Path(HydraConfig.get().runtime.output_dir))
+        config.locate(cfg.stage._target_)(typed, open_store(typed))
+        return {}
+    except PrefetchError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the other jobs of the sweep go on; Hydra names this one
+        raise SystemExit(_report(error)) from error
+
+
+def open_store(cfg: Config) -> Store:
+    return Store(cfg.store, makers=cfg.makers, verify=cfg.artifacts.verify)
+
+
+def record(cfg: Config, folder: Path) -> dict[str, float]:
+    """One stage with its folder, tracker and lineage; the folder is the last line it prints."""
+    from prefetch.tracking import Outputs
+
+    stage = cfg.stage.name
+    tracker = config.instantiate(cfg.tracker, "tracker")
+    plain = cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, cfg), resolve=True))
+    tracker.start(stage=stage, folder=folder, config=plain, group=_sweep())
+    store, outputs = open_store(cfg), Outputs(folder, tracker)
+    error: str | None = "interrupted"
+    try:
+        metrics = config.locate(cfg.stage._target_)(cfg, store, outputs)
+        error = None
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        raise
+    finally:
+        outputs.lineage(store.used)
+        tracker.finish(error)
+        write_index(store, stage=stage, folder=folder, failed=error is not None)
+    print(folder)
+    return cast(dict[str, float], metrics)
+
+
+def _sweep() -> str | None:
+    """The name that the runs of one sweep share."""
+    hydra = HydraConfig.get()
+    return Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
+
+
+def list_stages(_cfg: Config, _store: Store) -> None:
+    """Stage `list`: what there is, a line each."""
+    print(
+        f"python scripts/run.py stage=NAME [group=choice] [key=value]\n\n{config.stage_table()}\n"
+    )
+    for group in ("source", "hardware", "tracker", "model_card", "experiment"):
+        print(f"{group}: {', '.join(config.choices(group))}")
+
+
+def run_all(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
+    """Stage `all`: every stage in the order of the data, each in a folder of its own."""
+    metrics: dict[str, float] = {}
+    for name in cfg.stage.stages:
+        chosen = OmegaConf.load(config.CONFIGS / "stage" / f"{name}.yaml")
+        log.info("stage=%s", name)
+        done = record(
+            cast(Config, OmegaConf.merge(cast(DictConfig, cfg), {"stage": chosen})),
+            outputs.folder / name,
+        )
+        store.used.update(json.loads((outputs.folder / name / "lineage.json").read_text()))
+        metrics.update({f"{name}/{key}": value for key, value in done.items()})
+    outputs.metrics(metrics)
+    return metrics
+
+
+def guarded(main: Callable[[], Any]) -> int:
+    """Runs the entry; a user's mistake is one clear line and exit code 1 or 2, anything else is a traceback."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
+    try:
+        _refuse_lists(sys.argv[1:])
+        main()
+    except (HydraException, OmegaConfBaseException, PrefetchError) as error:
+        if wants_traceback:
+            raise
+        return _report(error)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, run again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _report(error: BaseException) -> int:
+    print(f"error: {explain(error)}", file=sys.stderr)
+    return 2 if not isinstance(error, PrefetchError) or isinstance(error, ConfigError) else 1
+
+
+def _refuse_lists(words: list[str]) -> None:
+    """Hydra would merge the files of a list into one; a group takes one name."""
+    for word in words:
+        group, _, value = word.partition("=")
+        if value.startswith("[") and group in _groups():
+            names = value.strip("[]").replace(" ", "")
+            raise ConfigError(
+                f"{word}: a group takes one name; to run each, use -m {group}={names}"
+            )
+
+
+def explain(error: BaseException) -> str:
+    """One line that says what was wrong and lists what exists."""
+    if isinstance(error, PrefetchError):
+        return str(error)
+    text = str(error)
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text = f"{text}; {error.__cause__}"
+    line = text.split("Config search path")[0]
+    for noise in (
+        r"To append to your config use \S+",
+        r"(object|reference)_type=\S+",
+        r"See https\S+ for \w+",
+    ):
+        line = re.sub(noise, "", line)
+    if isinstance(error, OverrideParseException):
+        line = f"{error.override}: {line}"
+    return " ".join(f"{line}{_siblings(text)}".split())
+
+
+def _siblings(text: str) -> str:
+    """What stands beside the key that was not found, from the configuration without it."""
+    found = re.search(r"full_key: (\S+)", text)
+    if not found or "Key '" not in text:
+        return ""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    groups = [
+        word
+        for word in sys.argv[1:]
+        if re.fullmatch(r"\w+=\w+", word) and word.split("=")[0] in _groups()
+    ]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
+        node: Any = compose("config", overrides=groups)
+    parent = found.group(1).rpartition(".")[0]
+    for part in parent.split(".") if parent else []:
+        node = node.get(part) if isinstance(node, DictConfig) else None
+    if not isinstance(node, DictConfig):
+        return ""
+    names = sorted(str(name) for name in node if name != "_target_")
+    return f"; {parent or 'the root'} has: {', '.join(names)}"
+
+
+def _groups() -> set[str]:
+    return {path.name for path in config.CONFIGS.iterdir() if path.is_dir()}

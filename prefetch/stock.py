@@ -1,0 +1,157 @@
+"""Stage `artifacts`: what the store holds, who made it from what, and what nothing uses any more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table
+
+from prefetch.artifacts import BUILDING, RUNS, Store, lock_path, read_manifest
+from prefetch.config import Config
+from prefetch.errors import ArtifactError, ConfigError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact as the list shows it."""
+
+    kind: str
+    key: str
+    made_from: tuple[str, ...]
+    n_bytes: int
+    age_s: float
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}/{self.key}"
+
+
+def entries(store: Store) -> list[Entry]:
+    """Every sealed artifact, oldest first; damaged ones are an error that names them."""
+    found = []
+    for path in sorted(store.root.glob("*/*/manifest.json")):
+        folder, manifest = path.parent, read_manifest(path.parent)
+        if folder.name.endswith(BUILDING):
+            continue
+        upstream = manifest["identity"].get("upstream", {})
+        found.append(
+            Entry(
+                kind=folder.parent.name,
+                key=folder.name,
+                made_from=tuple(f"{kind}/{key}" for kind, key in upstream.items()),
+                n_bytes=sum(file["bytes"] for file in manifest["files"].values()),
+                age_s=max(0.0, time.time() - path.stat().st_mtime),
+                folder=folder,
+            )
+        )
+    return sorted(found, key=lambda entry: -entry.age_s)
+
+
+def used_names(store: Store, held: list[Entry]) -> set[str]:
+    """What a run that still has its folder stood on, and everything that was made from."""
+    used: set[str] = set()
+    for path in (store.root / RUNS).glob("*.json"):
+        run = json.loads(path.read_text())
+        if Path(run["folder"]).is_dir():
+            used |= set(run["used"])
+    made_from = {entry.name: entry.made_from for entry in held}
+    waiting = list(used)
+    while waiting:
+        fresh = set(made_from.get(waiting.pop(), ())) - used
+        used |= fresh
+        waiting += fresh
+    return used
+
+
+def remove(entry_folder: Path) -> None:
+    """Out of sight in one step, then deleted: a reader never meets half an artifact."""
+    with FileLock(lock_path(entry_folder)):
+        doomed = entry_folder.with_name(entry_folder.name + BUILDING)
+        shutil.rmtree(doomed, ignore_errors=True)
+        entry_folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep_remains(store: Store) -> list[Path]:
+    """Temporary folders of runs that were killed: those whose lock nobody holds."""
+    swept = []
+    for folder in store.root.glob(f"*/*{BUILDING}"):
+        lock = FileLock(lock_path(folder.with_name(folder.name.removesuffix(BUILDING))), timeout=0)
+        try:
+            with lock:
+                shutil.rmtree(folder, ignore_errors=True)
+                swept.append(folder)
+        except Timeout:
+            continue  # somebody is building it now
+    return swept
+
+
+def run(cfg: Config, store: Store) -> None:
+    """Lists; with artifacts.remove=unused or kind/key it removes first."""
+    try:
+        for folder in sweep_remains(store):
+            print(f"removed the remains of a killed run: {folder}")
+        held = entries(store)
+        used = used_names(store, held)
+        for entry in _doomed(cfg.artifacts.remove, held, used):
+            remove(entry.folder)
+            print(f"removed {entry.name} ({entry.n_bytes:,} bytes)")
+            held.remove(entry)
+    except OSError as error:
+        raise ArtifactError(f"{store.root}: {error}") from error
+    _show(held, used, store)
+
+
+def _doomed(wanted: str | None, held: list[Entry], used: set[str]) -> list[Entry]:
+    if wanted is None:
+        return []
+    if wanted == "unused":
+        return [entry for entry in held if entry.name not in used]
+    named = [entry for entry in held if entry.name.startswith(wanted)]
+    if len(named) != 1:
+        names = ", ".join(entry.name for entry in held) or "nothing"
+        raise ConfigError(
+            f"artifacts.remove={wanted}: expected 'unused' or the name of one artifact, it fits {len(named)}; "
+            f"the store holds {names}"
+        )
+    return named
+
+
+def _show(held: list[Entry], used: set[str], store: Store) -> None:
+    if not held:
+        print(f"{store.root}: no artifacts")
+        return
+    table = Table(
+        title=f"{store.root}: {len(held)} artifacts, {sum(e.n_bytes for e in held):,} bytes"
+    )
+    columns: dict[str, Any] = {
+        "kind": "left",
+        "key": "left",
+        "made from": "left",
+        "bytes": "right",
+        "age": "right",
+    }
+    for name, justify in {**columns, "used": "left"}.items():
+        table.add_column(name, justify=justify)
+    for entry in held:
+        age = _duration(entry.age_s)
+        is_used = "yes" if entry.name in used else "no"
+        table.add_row(
+            entry.kind, entry.key, "\n".join(entry.made_from), f"{entry.n_bytes:,}", age, is_used
+        )
+    Console(width=max(110, Console().width)).print(table)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

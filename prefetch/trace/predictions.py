@@ -1,0 +1,192 @@
+"""What a guess is: `predictions.json` and Parquet shards aligned with a trace's rows.
+
+`ids_THLP[t, h, l, p]` is the p-th best guess for target layer l of token t, made `horizons[h]` layers earlier. Any
+tool can write this file; the simulator reads nothing else of a predictor. It knows no predictor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from prefetch.errors import FormatError
+from prefetch.trace.parquet import GROUP_BYTES, ShardWriter, binary, read_json, unbinary
+from prefetch.trace.routing import IdArray, id_dtype, no_expert
+
+SCHEMA = "prefetch.predictions/1"
+CAUSALITIES = ("decode", "prefill", "cheats")
+
+
+@dataclass(frozen=True)
+class PredictionsCard:
+    """What must be known of guesses before they may be replayed."""
+
+    trace: str  # key of the trace whose rows these are
+    predictor: str
+    n_experts: int
+    n_layers: int
+    width: int
+    horizons: tuple[int, ...]  # layers ahead
+    causality: str  # decode: all earlier tokens known; prefill: only up to the same layer; cheats
+    score: str  # what a score means: probability, logit, count, rank
+    requests: tuple[int, ...]  # covered, in the order of the rows
+    fitted_requests: tuple[int, ...]  # what the predictor has seen while it was fitted
+    parameter_bytes: int = 0
+    event_us: float | None = None  # measured microseconds per event; None = not measured
+
+    def __post_init__(self) -> None:
+        for name in ("horizons", "requests", "fitted_requests"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        claims = {
+            f"causality must be one of {CAUSALITIES}": self.causality in CAUSALITIES,
+            "width must be from 1 to n_experts": 1 <= self.width <= self.n_experts,
+            "horizons must be distinct and at least 1": bool(self.horizons)
+            and min(self.horizons) >= 1
+            and len(set(self.horizons)) == len(self.horizons),
+            "requests must ascend": list(self.requests) == sorted(set(self.requests)),
+        }
+        for claim, holds in claims.items():
+            if not holds:
+                raise FormatError(f"predictions of {self.predictor}: {claim}; got {self}")
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """A block of guesses: best first, the dtype's maximum = no guess."""
+
+    card: PredictionsCard
+    request_T: NDArray[np.int32]
+    position_T: NDArray[np.int32]
+    ids_THLP: IdArray
+    scores_THLP: NDArray[np.float16]
+
+    def __post_init__(self) -> None:
+        card, n_tokens = self.card, len(self.request_T)
+        shape = (n_tokens, len(card.horizons), card.n_layers, card.width)
+        dtype = id_dtype(card.n_experts)
+        if self.ids_THLP.shape != shape or self.ids_THLP.dtype != dtype:
+            raise FormatError(
+                f"ids_THLP: expected {list(shape)} of {dtype}, got {list(self.ids_THLP.shape)} of "
+                f"{self.ids_THLP.dtype}"
+            )
+        if self.scores_THLP.shape != shape or self.scores_THLP.dtype != np.float16:
+            raise FormatError(
+                f"scores_THLP: expected {list(shape)} of float16, got "
+                f"{list(self.scores_THLP.shape)} of {self.scores_THLP.dtype}"
+            )
+        if len(self.position_T) != n_tokens:
+            raise FormatError(f"position_T: expected {n_tokens} rows, got {len(self.position_T)}")
+        nobody = no_expert(card.n_experts)
+        outside = (self.ids_THLP >= card.n_experts) & (self.ids_THLP != nobody)
+        if outside.any():
+            t, h, layer, _ = (int(x) for x in np.argwhere(outside)[0])
+            raise FormatError(
+                f"row {t}, horizon {card.horizons[h]}, layer slot {layer}: expert id "
+                f"{int(self.ids_THLP[outside][0])} is out of range for {card.n_experts} experts"
+            )
+        if np.isnan(self.scores_THLP[self.ids_THLP != nobody]).any():
+            raise FormatError(f"predictions of {card.predictor}: a guess has no score (NaN)")
+
+
+class PredictionsWriter:
+    """`append` blocks in the order of the trace's rows, then `close`."""
+
+    def __init__(self, folder: Path, card: PredictionsCard) -> None:
+        self._folder, self._card = folder, card
+        self._shards = ShardWriter(folder)
+        self._requests: list[int] = []
+
+    def append(self, block: Predictions) -> None:
+        if block.card != self._card:
+            raise FormatError(
+                "predictions: every block must have the card that the file began with"
+            )
+        row_bytes = max(1, block.ids_THLP[:1].nbytes + block.scores_THLP[:1].nbytes + 8)
+        step = max(1, GROUP_BYTES // row_bytes)
+        for start in range(0, len(block.request_T), step):
+            rows = slice(start, start + step)
+            table = pa.table(
+                {
+                    "request": pa.array(block.request_T[rows]),
+                    "position": pa.array(block.position_T[rows]),
+                    "ids": binary(block.ids_THLP[rows]),
+                    "scores": binary(block.scores_THLP[rows]),
+                }
+            )
+            fresh = [
+                r for r in np.unique(block.request_T[rows]).tolist() if r not in self._requests[-1:]
+            ]
+            if self._requests and fresh and fresh[0] <= self._requests[-1]:
+                raise FormatError(f"predictions: requests must ascend, got {fresh[0]}")
+            self._requests += fresh
+            self._shards.write({"predictions": table}, len(fresh))
+            if self._shards.is_full:
+                self._shards.close()
+
+    def close(self) -> None:
+        self._shards.close()
+        if tuple(self._requests) != self._card.requests:
+            raise FormatError(
+                f"predictions: promised {len(self._card.requests)} requests, wrote {len(self._requests)}"
+            )
+        about = {"schema": SCHEMA, "card": asdict(self._card), "shards": self._shards.shards}
+        (self._folder / "predictions.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+class PredictionsReader:
+    """Reads guesses in blocks; opening it reads `predictions.json` only."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "predictions.json"
+        about = read_json(path, SCHEMA)
+        try:
+            self.card = PredictionsCard(**about["card"])
+            self._shards = [(shard["number"], shard["rows"]) for shard in about["shards"]]
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"{path}: expected card and shards; {error}") from error
+        self.n_tokens = sum(rows for _, rows in self._shards)
+
+    def check_fits(self, *, trace: str, n_experts: int, n_layers: int) -> None:
+        """Guesses about another trace, or of another shape, are refused."""
+        expected = {"trace": trace, "n_experts": n_experts, "n_layers": n_layers}
+        for name, value in expected.items():
+            found = getattr(self.card, name)
+            if found != value:
+                raise FormatError(f"{self.folder}: {name} is {found}, the replay needs {value}")
+
+    def batches(self, max_rows: int = 1 << 16) -> Iterator[Predictions]:
+        card = self.card
+        shape = (len(card.horizons), card.n_layers, card.width)
+        dtype = id_dtype(card.n_experts)
+        for number, rows in self._shards:
+            path = self.folder / f"predictions-{number:05d}.parquet"
+            try:
+                with pq.ParquetFile(path, pre_buffer=False) as file:
+                    if file.metadata.num_rows != rows:
+                        raise FormatError(
+                            f"{path}: expected {rows} rows, found {file.metadata.num_rows}"
+                        )
+                    for batch in file.iter_batches(max_rows):
+                        yield self._block(batch, dtype, shape)
+            except (OSError, pa.ArrowInvalid, KeyError) as error:
+                raise FormatError(
+                    f"{path}: expected a Parquet shard of guesses; {error}"
+                ) from error
+
+    def _block(self, batch: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Predictions:
+        return Predictions(
+            card=self.card,
+            request_T=batch.column("request").to_numpy(),
+            position_T=batch.column("position").to_numpy(),
+            ids_THLP=unbinary(batch.column("ids"), dtype, shape),
+            scores_THLP=unbinary(batch.column("scores"), np.dtype(np.float16), shape),
+        )

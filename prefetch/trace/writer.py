@@ -1,0 +1,139 @@
+"""Where every source writes: numbers requests, checks rows, counts what was dropped, and writes the trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefetch.errors import FormatError
+from prefetch.trace.card import ModelCard
+from prefetch.trace.checks import RowChecks, leading_constant_rows
+from prefetch.trace.parquet import TraceFiles
+from prefetch.trace.provenance import Provenance
+from prefetch.trace.routing import RoutingTrace
+
+
+class TraceWriter:
+    """`begin(card)`, then `append(block)` with whole requests in order, then `close()`.
+
+    Request numbers of a block are local to the file that `file()` announced: the writer gives out its own, so that
+    requests of different files never collide. A request may go on in the next block.
+    """
+
+    def __init__(self, folder: Path, provenance: Provenance, *, max_dropped: float = 0.5) -> None:
+        self._files = TraceFiles(folder)
+        self._folder = folder
+        self._base = provenance
+        self._max_dropped = max_dropped
+        self._dropped: dict[str, int] = dict(provenance.dropped_rows)
+        self._notes = list(provenance.notes)
+        self._facts = dict(provenance.facts)
+        self._card: ModelCard | None = None
+        self._checks: RowChecks | None = None
+        self._where = provenance.source
+        self._request = -1  # the last number given out
+        self._local: int | None = None  # the source's own number for it
+        self._warm_row: NDArray[Any] | None = None  # while the file has shown nothing but this row
+        self._fresh = True  # nothing of this file was seen yet
+
+    def begin(self, card: ModelCard) -> None:
+        if self._card is not None and card != self._card:
+            raise FormatError(
+                f"{self._where}: expected the same model in every file; {card} differs from {self._card}"
+            )
+        self._card = card
+        if self._checks is None:
+            self._checks = RowChecks(card.n_experts, card.n_layers, card.top_k)
+
+    def file(self, where: str) -> None:
+        """What follows comes from here: names it in errors, and starts new requests."""
+        self._where, self._local, self._fresh, self._warm_row = where, None, True, None
+
+    def drop(self, reason: str, rows: int) -> None:
+        if rows:
+            self._dropped[reason] = self._dropped.get(reason, 0) + rows
+
+    def note(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes.append(text)
+
+    def fact(self, name: str, value: float) -> None:
+        self._facts[name] = value
+
+    def append(self, block: RoutingTrace) -> None:
+        assert self._card is not None and self._checks is not None, (
+            "begin(card) comes before append(block)"
+        )
+        block = self._without_warm_up(block)
+        if not block.n_tokens:
+            return
+        block = dataclasses.replace(block, request_T=self._numbered(block.request_T))
+        self._checks.add(block, self._where)
+        self._files.append(block)
+
+    def beside(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Arrays that belong to the trace as a whole: `name.safetensors` in its folder."""
+        from safetensors.numpy import save_file
+
+        tensors = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        save_file(tensors, self._folder / f"{name}.safetensors")
+
+    def router_weights(self, weights_L: Mapping[int, NDArray[Any]]) -> None:
+        """layer number -> [E, D]; needed by gate lookahead."""
+        self.beside("router_weights", {f"layer.{n}": array for n, array in weights_L.items()})
+
+    def close(self) -> Provenance:
+        if self._card is None or self._checks is None or not self._checks.rows:
+            dropped = "; ".join(
+                f"{rows} rows dropped: {why}" for why, rows in self._dropped.items()
+            )
+            raise FormatError(
+                f"{self._where}: expected routing, found none{'; ' + dropped if dropped else ''}"
+            )
+        self._checks.finish(self._card.layer_numbers, self._where)
+        n_dropped = sum(self._dropped.values())
+        share = n_dropped / (n_dropped + self._checks.rows)
+        if share > self._max_dropped:
+            raise FormatError(
+                f"{self._where}: {n_dropped} of {n_dropped + self._checks.rows} rows would be dropped "
+                f"({share:.0%}, allowed {self._max_dropped:.0%}): {self._dropped}; if that is right, pass "
+                f"collect.max_dropped={min(1.0, share + 0.01):.2f}"
+            )
+        facts = {
+            "duplicate_requests": float(self._checks.duplicate_requests),
+            "requests_with_gaps": float(self._checks.requests_with_gaps),
+            **self._facts,
+        }
+        provenance = dataclasses.replace(
+            self._base, dropped_rows=self._dropped, notes=tuple(self._notes), facts=facts
+        )
+        self._files.close(self._card, provenance)
+        return provenance
+
+    def _numbered(self, local_T: NDArray[np.int32]) -> NDArray[np.int32]:
+        is_new = np.diff(local_T, prepend=local_T[0]) != 0
+        is_new[0] = self._local is None or int(local_T[0]) != self._local
+        numbers = self._request + np.cumsum(is_new)
+        self._request, self._local = int(numbers[-1]), int(local_T[-1])
+        return numbers.astype(np.int32)
+
+    def _without_warm_up(self, block: RoutingTrace) -> RoutingTrace:
+        if self._base.kind == "synthetic" or not block.n_tokens:
+            return block
+        rows = 0
+        if self._fresh:
+            rows = leading_constant_rows(block.ids_TLK)
+            self._warm_row = block.ids_TLK[0].copy() if rows else None
+        elif self._warm_row is not None:
+            different = (block.ids_TLK != self._warm_row).any(axis=(1, 2))
+            rows = int(different.argmax()) if different.any() else block.n_tokens
+        self._fresh = False
+        if rows < block.n_tokens:
+            self._warm_row = None
+        self.drop("constant warm-up rows at the start of a file", rows)
+        return block.rows(slice(rows, None))
