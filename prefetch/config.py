@@ -137,9 +137,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in parts
     if origin in (list, tuple):
         return isinstance(value, (list, tuple)) and all(_fits(item, parts[0]) for item in value)
-    if origin is not None:
-        return isinstance(value, origin) or (
-            isinstance(value, dict) and not isinstance(origin, type(list))
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items()
         )
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -26,6 +26,7 @@ from prefetch.trace.routing import NO_TOKEN, PHASES, RoutingTrace
 SCHEMA = "prefetch.trace/1"
 GROUP_BYTES = 16 << 20  # a row group is what the reader holds at once
 SHARD_BYTES = 256 << 20
+WIDE_CODEC = "none"
 SMALL = ("request", "position", "phase", "executed", "token", "domain")
 # column -> (file stem, field of RoutingTrace); every one is FixedSizeBinary
 WIDE = {
@@ -104,7 +105,7 @@ class ShardWriter:
             for stem, table in files.items():
                 path = self.folder / f"{stem}-{number:05d}.parquet"
                 small = [name for name in table.column_names if name in SMALL]
-                codec = {name: "zstd" if name in small else "none" for name in table.column_names}
+                codec = {name: "zstd" if name in small else WIDE_CODEC for name in table.column_names}
                 self._files[stem] = pq.ParquetWriter(
                     path,
                     table.schema,
@@ -271,18 +272,30 @@ class TraceReader:
         for name in names:
             wanted.setdefault(WIDE[name][0], []).append(name)
         files = {stem: self._open(f"{stem}-{number:05d}.parquet", rows) for stem in wanted}
-        streams = [
-            files[stem].iter_batches(max_rows, columns=columns) for stem, columns in wanted.items()
-        ]
-        for batches in zip(*streams, strict=True):
-            columns = {name: batch.column(name) for batch in batches for name in batch.schema.names}
+        for group in range(files["tokens"].num_row_groups):
+            columns = {
+                name: column.combine_chunks()
+                for stem, names_here in wanted.items()
+                for name, column in self._group(files[stem], group, names_here).items()
+            }
             if len({len(column) for column in columns.values()}) != 1:
-                raise FormatError(
-                    f"{self.folder}, shard {number}: files of one shard must have equal rows"
-                )
-            yield self._block(columns, names)
+                raise FormatError(f"{self.folder}, shard {number}: its files have unequal rows")
+            block = self._block(columns, names)
+            for start in range(0, block.n_tokens, max_rows):
+                yield block.rows(slice(start, start + max_rows))
         for file in files.values():
             file.close()
+
+    def _group(
+        self, file: pq.ParquetFile, group: int, names: list[str]
+    ) -> dict[str, pa.ChunkedArray]:
+        try:
+            table = file.read_row_group(group, columns=names, use_threads=False)
+            return {name: table.column(name) for name in names}
+        except (OSError, pa.ArrowInvalid, KeyError, IndexError) as error:
+            raise FormatError(
+                f"{self.folder}: row group {group} cannot be read; {error}"
+            ) from error
 
     def _open(self, name: str, rows: int) -> pq.ParquetFile:
         path = self.folder / name

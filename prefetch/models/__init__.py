@@ -1,0 +1,1 @@
+"""What a MoE model looks like from outside: its sizes, and where its routers are."""

@@ -1,0 +1,1 @@
+"""What a guess is worth: hardware, policies, the replay engines, and the bounds."""

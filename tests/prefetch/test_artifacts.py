@@ -1,0 +1,196 @@
+"""The store: keys that change with content and with nothing else, one build among many askers, nothing half-made."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prefetch.artifacts import MANIFEST, Outside, Recipe, Store, lock_path, write_index
+from prefetch.config import ArtifactsConfig
+from prefetch.errors import ArtifactError, ConfigError
+from prefetch.stock import entries, run, used_names
+
+
+def recipe(value: int = 1, upstream=None, files=None, built: list | None = None) -> Recipe:
+    def build(folder: Path, above) -> None:
+        if built is not None:
+            built.append(value)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "value.txt").write_text(f"{value} {sorted(above)}")
+
+    return Recipe("toy", 1, {"value": value}, build, upstream or {}, ("numpy",), files or {})
+
+
+def test_what_was_made_is_found(tmp_path):
+    store, built = Store(tmp_path), []
+    first = store.make(recipe(built=built))
+    second = store.make(recipe(built=built))
+    assert (first.was_made, second.was_made, built) == (True, False, [1])
+    assert (first.folder / "deep" / "value.txt").read_text() == "1 []"
+    assert list(store.used) == [f"toy/{first.key}"]
+
+
+def test_the_key_follows_everything_that_determines_the_content(tmp_path):
+    outside = tmp_path / "a.txt"
+    outside.write_text("one")
+    base = recipe(files={"a": outside})
+    keys = {base.key, recipe(2, files={"a": outside}).key, recipe(files={"b": outside}).key}
+    keys.add(recipe(files={"a": outside}, upstream={"x": recipe(5)}).key)
+    keys.add(recipe(files={"a": outside}, upstream={"x": recipe(6)}).key)
+    moved = tmp_path / "moved.txt"
+    moved.write_text("one")
+    assert recipe(files={"a": moved}).key == base.key, "the place of a file does not count"
+    outside.write_text("two")
+    keys.add(recipe(files={"a": outside}).key)
+    assert len(keys) == 6
+
+
+def test_upstream_is_made_first_and_only_when_needed(tmp_path):
+    store, built = Store(tmp_path), []
+    top = recipe(2, upstream={"low": recipe(1, built=built)}, built=built)
+    artifact = store.make(top)
+    assert built == [1, 2]
+    assert artifact.manifest["identity"]["upstream"] == {"low": recipe(1).key}
+    Store(tmp_path).make(top)
+    assert built == [1, 2]
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def build(folder: Path, above) -> None:
+        (folder / "half.txt").write_text("half")
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        Store(tmp_path).make(Recipe("toy", 1, {}, build))
+    assert [p.name for p in (tmp_path / "toy").iterdir() if p.is_dir()] == []
+
+
+def test_an_empty_build_is_an_error(tmp_path):
+    with pytest.raises(ArtifactError, match="wrote no file"):
+        Store(tmp_path).make(Recipe("toy", 1, {}, lambda folder, above: None))
+
+
+@pytest.mark.parametrize("content", [b"2 []", b"1 [] "])
+def test_a_corrupted_file_is_named(tmp_path, content):
+    folder = Store(tmp_path).make(recipe()).folder
+    (folder / "deep" / "value.txt").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"value\.txt: its sha256 differs from the manifest"):
+        Store(tmp_path).make(recipe())
+    assert not Store(tmp_path, verify=False).make(recipe()).was_made
+
+
+def test_a_missing_file_and_a_damaged_manifest_are_named(tmp_path):
+    folder = Store(tmp_path).make(recipe()).folder
+    (folder / "deep" / "value.txt").unlink()
+    with pytest.raises(ArtifactError, match=r"value\.txt: missing from the artifact"):
+        Store(tmp_path).make(recipe())
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(ArtifactError, match=r"manifest\.json: the artifact is damaged"):
+        Store(tmp_path).make(recipe())
+
+
+def test_an_unwritable_store_says_what_to_do(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="pass store=DIR"):
+        Store(tmp_path / "file").make(recipe())
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from prefetch.artifacts import Recipe, Store
+def build(folder, above):
+    with open(sys.argv[2], "a") as log: log.write("built\\n")
+    (folder / "a.txt").write_text("a" * 100)
+    time.sleep(float(sys.argv[3]))
+    (folder / "b.txt").write_text("b")
+Store(sys.argv[1]).make(Recipe("slow", 1, {}, build))
+"""
+
+
+def ask(root: Path, log: Path, seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", SLOW, str(root), str(log), str(seconds)])
+
+
+def test_eight_processes_build_once(tmp_path):
+    log = tmp_path / "log"
+    processes = [ask(tmp_path / "store", log, 0.3) for _ in range(8)]
+    assert [process.wait(60) for process in processes] == [0] * 8
+    assert log.read_text() == "built\n"
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_build_looks_unfinished_and_the_next_run_succeeds(tmp_path, kill):
+    log, root = tmp_path / "log", tmp_path / "store"
+    process = ask(root, log, 60)
+    while not log.exists() or not log.read_text():
+        time.sleep(0.01)
+    os.kill(process.pid, kill)
+    process.wait(60)
+    assert not list(root.glob(f"slow/*/{MANIFEST}"))
+    assert ask(root, log, 0).wait(60) == 0
+    (sealed,) = root.glob(f"slow/*/{MANIFEST}")
+    assert sorted(json.loads(sealed.read_text())["files"]) == ["a.txt", "b.txt"]
+    assert not list(root.glob("slow/*.building"))
+
+
+def test_a_folder_that_the_user_names_is_known_by_its_content(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("same")
+    here, there = Outside("toy", tmp_path / "here"), Outside("toy", tmp_path / "there")
+    assert here.key == there.key
+    (tmp_path / "there" / "x").write_text("other")
+    assert here.key != there.key
+    store = Store(tmp_path / "store")
+    assert store.make(here).folder == tmp_path / "here"
+    assert not (tmp_path / "store").exists()
+
+
+class Cfg:
+    def __init__(self, remove: str | None) -> None:
+        self.artifacts = ArtifactsConfig(remove=remove)
+
+
+def test_unused_is_what_no_living_run_stood_on(tmp_path, capsys):
+    store = Store(tmp_path / "store")
+    store.make(recipe(2, upstream={"toy": recipe(1)}))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_index(store, stage="x", folder=folder, failed=False)
+    lonely = Store(tmp_path / "store").make(recipe(3))
+    held = entries(store)
+    assert {entry.name for entry in held} - used_names(store, held) == {f"toy/{lonely.key}"}
+    run(Cfg("unused"), store)
+    assert [entry.key for entry in entries(store)] == [
+        entry.key for entry in held if entry.key != lonely.key
+    ]
+    assert "removed toy/" in capsys.readouterr().out
+    folder.rmdir()
+    run(Cfg("unused"), store)
+    assert entries(store) == []
+
+
+def test_removing_by_name_takes_one_artifact_or_says_what_there_is(tmp_path, capsys):
+    store = Store(tmp_path)
+    key = store.make(recipe(1)).key
+    store.make(recipe(2))
+    with pytest.raises(ConfigError, match=f"it fits 2; the store holds .*{key}"):
+        run(Cfg("toy/"), store)
+    run(Cfg(f"toy/{key}"), store)
+    assert len(entries(store)) == 1
+
+
+def test_the_list_sweeps_what_a_killed_run_left(tmp_path, capsys):
+    store = Store(tmp_path)
+    folder = store.make(recipe()).folder
+    remains = folder.with_name("0123456789abcdef.building")
+    remains.mkdir()
+    run(Cfg(None), store)
+    assert not remains.exists() and folder.exists()
+    assert lock_path(folder).parent == folder.parent

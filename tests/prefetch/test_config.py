@@ -1,0 +1,74 @@
+"""Leaves become objects in one place, and a wrong one is refused by its full name."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from omegaconf import OmegaConf
+
+from prefetch.config import choices, instantiate, stage_names
+from prefetch.errors import ConfigError, FormatError
+
+
+@dataclass(frozen=True)
+class Leaf:
+    size: int
+    rate: float = 1.0
+    name: str | None = None
+    names: list[str] = field(default_factory=list)
+    table: dict[str, str] = field(default_factory=dict)
+    path: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise FormatError(f"size must not be negative, got {self.size}")
+
+
+def make(**values):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prefetch.config.locate", lambda dotted: Leaf)
+        return instantiate(OmegaConf.create({"_target_": "Leaf", **values}), "leaf")
+
+
+def test_a_leaf_becomes_its_class():
+    assert make(size=3, rate=2, names=["a"], table={"a": "b"}) == Leaf(
+        3, 2.0, None, ["a"], {"a": "b"}
+    )
+    assert isinstance(make(size=3, rate=2).rate, float)
+    assert make(size=1, path="x").path == "x" and make(size=1, path=["x"]).path == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, r"leaf.size: must be given"),
+        ({"size": "abc"}, r"leaf.size: expected int, got 'abc' \(str\)"),
+        ({"size": 1.5}, r"leaf.size: expected int, got 1.5 \(float\)"),
+        ({"size": True}, r"leaf.size: expected int, got True \(bool\)"),
+        ({"size": 1, "rate": "x"}, r"leaf.rate: expected float"),
+        ({"size": 1, "name": 3}, r"leaf.name: expected str \| None, got 3"),
+        ({"size": 1, "names": [1]}, r"leaf.names: expected list\[str\], got \[1\]"),
+        ({"size": 1, "names": "x"}, r"leaf.names: expected list\[str\], got 'x'"),
+        ({"size": 1, "table": {"a": 1}}, r"leaf.table: expected dict\[str, str\]"),
+        (
+            {"size": 1, "sizee": 2},
+            r"leaf.sizee: does not exist; leaf has name, names, path, rate, size, table",
+        ),
+        ({"size": -1}, r"leaf: size must not be negative, got -1"),
+    ],
+)
+def test_a_wrong_leaf_is_refused_by_its_full_name(values, message):
+    with pytest.raises((ConfigError, FormatError), match=message):
+        make(**values)
+
+
+def test_a_target_that_does_not_exist_is_named():
+    with pytest.raises(ConfigError, match=r"_target_=no\.such\.Thing: cannot be imported"):
+        instantiate(OmegaConf.create({"_target_": "no.such.Thing"}), "leaf")
+    with pytest.raises(ConfigError, match="expected a mapping with _target_"):
+        instantiate(OmegaConf.create({"size": 1}), "leaf")
+
+
+def test_every_stage_has_a_line_and_every_source_a_first_comment():
+    assert {"all", "artifacts", "collect", "list"} <= set(stage_names())
+    assert all(stage_names().values())
+    assert {"none", "wandb"} <= set(choices("tracker"))

@@ -1,0 +1,137 @@
+"""Files first, tracker second; an offline W&B run holds what the run's folder holds, and needs no network."""
+
+import json
+import socket
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from prefetch.errors import ConfigError
+from prefetch.tracking import NoTracker, Outputs, WandbTracker, write_json
+
+
+class Recorder(NoTracker):
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, []
+
+    def log(self, metrics, step=None) -> None:
+        assert json.loads((self.folder / "metrics.json").read_text()) == metrics
+        self.seen.append("metrics")
+
+    def table(self, name, frame) -> None:
+        assert (self.folder / f"{name}.csv").exists() and (self.folder / f"{name}.parquet").exists()
+        self.seen.append(name)
+
+    def lineage(self, keys) -> None:
+        assert json.loads((self.folder / "lineage.json").read_text()) == keys
+        self.seen.append("lineage")
+
+
+def test_everything_is_on_disk_before_the_tracker_hears_of_it(tmp_path):
+    tracker = Recorder(tmp_path)
+    outputs = Outputs(tmp_path, tracker)
+    outputs.metrics({"a": 1, "b": 0.5})
+    outputs.table("t", pd.DataFrame({"x": [1, 2]}))
+    outputs.lineage({"trace/abc": {}})
+    assert tracker.seen == ["metrics", "t", "lineage"]
+    assert pd.read_parquet(tmp_path / "t.parquet")["x"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("odd", ["x", None, float("nan"), float("inf"), True, [1]])
+def test_metrics_are_finite_numbers(tmp_path, odd):
+    with pytest.raises(AssertionError, match="metrics are finite numbers"):
+        Outputs(tmp_path, NoTracker()).metrics({"a": odd})
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_a_wrong_mode_is_refused():
+    with pytest.raises(ConfigError, match="mode: expected one of"):
+        WandbTracker(mode="on")
+
+
+def test_online_without_a_key_is_refused_before_the_client_waits(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="no key found"):
+        WandbTracker(mode="online").start(stage="x", folder=tmp_path, config={}, group=None)
+
+
+def read_offline(folder: Path):
+    """Config, history, exit code of the one offline run below a folder, read from its log without a server."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, at, parts = path.read_bytes(), 7, b""
+    config, history, run, exit_code = {}, {}, None, None
+    while at + 7 <= len(
+        data
+    ):  # the leveldb log: blocks of 32 KiB, records in parts with a 7-byte header
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts = (
+            data[at + 7 : at + 7 + size] if kind in (1, 2) else parts + data[at + 7 : at + 7 + size]
+        )
+        at += 7 + size
+        if kind in (1, 4) and parts:
+            record = pb.Record()
+            record.ParseFromString(parts)
+            if record.HasField("run"):
+                run = record.run
+                config |= {item.key: json.loads(item.value_json) for item in run.config.update}
+            if record.HasField("config"):
+                config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+            if record.HasField("history"):
+                history |= {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
+            if record.HasField("exit"):
+                exit_code = record.exit.exit_code
+    return config, history, run, exit_code
+
+
+def save_picture(path: Path) -> Path:
+    from PIL import Image
+
+    Image.new("RGB", (2, 2)).save(path)
+    return path
+
+
+def test_an_offline_run_reads_back_equal_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *a, **k: pytest.fail("the network was asked for a name")
+    )
+    tracker = WandbTracker(tags=["t"])
+    tracker.start(stage="collect", folder=tmp_path, config={"seed": 3}, group="sweep")
+    outputs = Outputs(tmp_path, tracker)
+    outputs.metrics({"tokens": 7})
+    outputs.table("rows", pd.DataFrame({"x": [1]}))
+    outputs.figure(save_picture(tmp_path / "figure.png"))
+    outputs.lineage({"trace/abc": {}})
+    tracker.finish()
+    config, history, run, exit_code = read_offline(tmp_path)
+    assert config["seed"] == 3 and config["lineage"] == ["trace/abc"]
+    assert history["tokens"] == 7 and history["table/rows._type"] == "table-file"
+    assert history["figure/figure._type"] == "image-file"
+    assert (run.run_group, run.job_type, list(run.tags), exit_code) == (
+        "sweep",
+        "collect",
+        ["t"],
+        0,
+    )
+
+
+def test_a_failed_stage_is_a_failed_run_with_its_message(tmp_path):
+    tracker = WandbTracker()
+    tracker.start(stage="collect", folder=tmp_path, config={}, group=None)
+    tracker.finish("FormatError: bad")
+    assert read_offline(tmp_path)[3] == 1
