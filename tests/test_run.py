@@ -1,0 +1,139 @@
+"""The entry as a user meets it: a process of its own, its exit code, its lines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ("source=synthetic", "source.n_requests=3", "tracker=none")
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    command = [sys.executable, str(ROOT / "scripts" / "run.py"), *words]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("words", [(), ("--help",)])
+def test_a_bare_run_and_help_list_the_stages_and_leave_nothing(tmp_path, words):
+    done = run(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    for line in ("stage=collect    Record routing", "stage=list       List the stages", "tiny_moe"):
+        assert line in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_entry_is_short_and_imports_no_stage():
+    lines = (ROOT / "scripts" / "run.py").read_text().splitlines()
+    assert len(lines) < 40
+    code = (
+        "import sys, runpy; sys.argv = ['run.py']; runpy.run_path(sys.argv[0]); print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "scripts",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(done.stdout.split())
+    assert "prefetch.stages" in loaded
+    assert not {"torch", "wandb", "pyarrow", "pandas", "numba", "prefetch.sources"} & loaded
+
+
+def test_collect_twice_makes_once_and_ends_with_its_folder(tmp_path):
+    first, second = (run(tmp_path, "stage=collect", *QUICK) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "making trace" in first.stderr and "making" not in second.stderr
+    folder = Path(second.stdout.splitlines()[-1])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["tokens"] == 384 and metrics["real"] == 0 and metrics["dropped_rows"] == 0
+    assert {"requests", "layers", "experts", "top_k", "seconds", "tokens_per_second"} <= set(
+        metrics
+    )
+    (used,) = json.loads((folder / "lineage.json").read_text())
+    assert (tmp_path / "artifacts" / used / "trace.json").exists()
+
+
+def test_all_runs_every_stage_in_folders_of_their_own(tmp_path):
+    done = run(tmp_path, "stage=all", *QUICK)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.splitlines()[-1])
+    assert json.loads((folder / "metrics.json").read_text())["collect/tokens"] == 384
+    assert (folder / "collect" / "metrics.json").exists() and (folder / "lineage.json").exists()
+
+
+def test_artifacts_lists_and_removes(tmp_path):
+    folder = Path(run(tmp_path, "stage=collect", *QUICK).stdout.splitlines()[-1])
+    (used,) = json.loads((folder / "lineage.json").read_text())
+    listed = run(tmp_path, "stage=artifacts")
+    assert listed.returncode == 0 and used.partition("/")[2] in listed.stdout
+    removed = run(tmp_path, "stage=artifacts", f"artifacts.remove={used}")
+    assert removed.returncode == 0 and "no artifacts" in removed.stdout
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_runs_every_job_and_one_bad_job_does_not_stop_the_others(tmp_path, launcher):
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = ("-m", "stage=collect", *QUICK, "source.top_k=2,99", f"hydra/launcher={launcher}")
+    done = run(
+        tmp_path, *words, "seed=0,1", *(("hydra.launcher.n_jobs=2",) * (launcher == "joblib"))
+    )
+    assert done.returncode == 2 and "n_experts must be from top_k" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list(tmp_path.glob("multirun/*/*/metrics.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("stage=colect",), 2, "Available options in 'stage': all artifacts collect list"),
+        (("sed=1",), 2, "Key 'sed' is not in struct"),
+        (("collect.max_droped=1",), 2, "collect has: max_dropped"),
+        (("seed=abc",), 2, "Value 'abc' of type 'str' could not be converted to Integer"),
+        ((*QUICK, "source.skwe=1"), 2, "source has: concentration, n_experts"),
+        ((*QUICK, "stage=collect", "source.skew=x"), 2, "source.skew: expected float, got 'x'"),
+        (("source=[synthetic,arrays]",), 2, "to run each, use -m source=synthetic,arrays"),
+        (("a=[1,",), 2, "a=[1,"),
+        ((*QUICK, "stage=collect", "trace=nowhere"), 1, "nowhere/trace.json: not found"),
+        (("stage=artifacts", "artifacts.remove=x"), 2, "the store holds nothing"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path, words, code, message):
+    done = run(tmp_path, *words)
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_a_trace_that_the_user_names_is_used_as_it_is(tmp_path):
+    folder = Path(run(tmp_path, "stage=collect", *QUICK).stdout.splitlines()[-1])
+    (used,) = json.loads((folder / "lineage.json").read_text())
+    (tmp_path / "artifacts" / used).rename(tmp_path / "mine")
+    done = run(tmp_path, "stage=collect", "trace=mine", "tracker=none")
+    assert done.returncode == 0 and "trace mine" in done.stdout
+
+
+def test_a_corrupted_artifact_names_the_file(tmp_path):
+    run(tmp_path, "stage=collect", *QUICK)
+    (shard,) = tmp_path.glob("artifacts/trace/*/tokens-00000.parquet")
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1
+    shard.write_bytes(content)
+    done = run(tmp_path, "stage=collect", *QUICK)
+    assert done.returncode == 1 and f"{shard.name}: its sha256 differs" in done.stderr
