@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ class Recipe:
         default_factory=dict
     )  # outside files: their content counts, not their place
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the key is a hash of."""
+        """What the key is a hash of; outside files are read once."""
         return {
             "kind": self.kind,
             "recipe": self.version,
@@ -59,7 +61,7 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        return _digest(self.identity())
+        return _digest(self.identity)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class Outside:
 
     @property
     def key(self) -> str:
-        return _digest(self.identity())
+        return _digest(self.identity)
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         paths = sorted(
             path for path in self.folder.rglob("*") if path.is_file() and path.name != MANIFEST
@@ -110,7 +113,7 @@ class Store:
 
     def make(self, recipe: Recipe | Outside) -> Artifact:
         """The artifact of this recipe: found, or made now with everything it stands on."""
-        identity = recipe.identity()
+        identity = recipe.identity
         key = _digest(identity)
         if isinstance(recipe, Outside):
             artifact = Artifact(recipe.kind, key, recipe.folder, {"identity": identity})

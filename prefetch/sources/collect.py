@@ -94,7 +94,7 @@ def _provenance(source: Source, recipe: Recipe) -> Provenance:
             **{name: library_version(name) for name in source.libraries},
         },
         seed=getattr(source, "seed", None),
-        inputs=recipe.identity()["files"],
+        inputs=recipe.identity["files"],
     )
 
 
