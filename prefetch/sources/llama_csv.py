@@ -14,7 +14,7 @@ import numpy as np
 
 from prefetch.errors import ConfigError, FormatError
 from prefetch.sources.files import UNNAMED, FileSource, domain_of
-from prefetch.sources.passes import CUT, REQUESTS, Log, passes, trace_of_log
+from prefetch.sources.llama_passes import CUT, REQUESTS, Log, passes, trace_of_log
 from prefetch.sources.textscan import parse_rows, read_text, whole
 from prefetch.trace.writer import TraceWriter
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
 from prefetch.sources.files import UNNAMED, FileSource, domain_of
-from prefetch.sources.passes import CUT, REQUESTS, Log, passes, trace_of_log
+from prefetch.sources.llama_passes import CUT, REQUESTS, Log, passes, trace_of_log
 from prefetch.sources.textscan import read_text
 from prefetch.trace.writer import TraceWriter
 

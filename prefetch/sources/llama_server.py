@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError, FormatError
 from prefetch.sources.files import UNNAMED, FileSource, domain_of
-from prefetch.sources.passes import CUT, REQUESTS, Log, ids_of, passes, trace_of_log
+from prefetch.sources.llama_passes import CUT, REQUESTS, Log, ids_of, passes, trace_of_log
 from prefetch.sources.textscan import Rows, parse_rows, read_text, whole
 from prefetch.trace.checks import LOG_CHANCE, log_chance_of_uniformity, permuted_windows
 from prefetch.trace.writer import TraceWriter

@@ -26,6 +26,11 @@ ENCODINGS = {
     b"PK": "zip",
     b"GGUF": "GGUF",
 }
+OTHER, DIGIT, GAP, END = 0, 1, 2, 3  # what a byte is
+KINDS = np.zeros(256, np.uint8)
+KINDS[list(b"0123456789")] = DIGIT
+KINDS[list(b', \t\r"[]')] = GAP
+KINDS[10] = END
 POWERS = 10.0 ** np.arange(-60, 61)
 
 
@@ -50,6 +55,8 @@ class Rows:
 
     def block(self, rows: NDArray[np.bool_], width: int) -> NDArray[np.float32]:
         """The chosen rows, all of this width, as an array."""
+        if rows.all() and len(self.values_N) == width * len(rows):
+            return self.values_N.reshape(-1, width)
         starts = self.starts_R[:-1][rows]
         return self.values_N[starts[:, None] + np.arange(width)]
 
@@ -96,12 +103,12 @@ def parse_rows(path: Path, data: NDArray[np.uint8], *, word: str = "") -> Rows:
             else data[:0]
         )
     marker = np.frombuffer(word.encode(), np.uint8)
-    n_lines, n_numbers = _count(data)
-    values = np.empty(n_numbers, np.float32)
+    n_lines, n_numbers = _count(data, KINDS)
+    values = np.empty(n_numbers + 1, np.float32)
     starts, lines = np.empty(n_lines + 1, np.int64), np.empty(n_lines, np.int64)
     named, others = np.empty(n_lines, np.bool_), np.empty((1000, 3), np.int64)
     n_rows, n_values, n_others, bad_line, bad_at = _parse(
-        data, marker, POWERS, values, starts, lines, named, others
+        data, KINDS, marker, POWERS, values, starts, lines, named, others
     )
     if bad_line:
         text = bytes(data[bad_at : bad_at + 120]).split(b"\n")[0].decode(errors="replace")
@@ -119,27 +126,35 @@ def parse_rows(path: Path, data: NDArray[np.uint8], *, word: str = "") -> Rows:
 
 
 @njit(cache=True, nogil=True)
-def _count(data):  # type: ignore[no-untyped-def]
+def _count(data, kinds):  # type: ignore[no-untyped-def]
     """Upper bounds: lines, and runs of characters that are no separator."""
     n_lines, n_numbers, inside = 0, 0, False
     for byte in data:
+        kind = kinds[byte]
         n_lines += byte == 10
-        gap = (
-            byte == 44
-            or byte == 32
-            or byte == 10
-            or byte == 9
-            or byte == 34
-            or byte == 91
-            or byte == 93
-        )
-        n_numbers += inside and gap
-        inside = not gap
+        n_numbers += inside and kind >= GAP
+        inside = kind < GAP
     return n_lines + 1, n_numbers + 1
 
 
 @njit(cache=True, nogil=True)
-def _parse(data, marker, powers, values, starts, lines, named, others):  # type: ignore[no-untyped-def] # noqa: C901
+def _whole_numbers(data, kinds, at, values, n_values):  # type: ignore[no-untyped-def]
+    """A line of nothing but whole numbers, without a branch per number; -1 where the line holds anything else."""
+    value, length, odd, kind = np.int64(0), 0, False, 0
+    while kind != END and at < len(data):
+        kind = kinds[data[at]]
+        digit = np.int64(kind == DIGIT)
+        values[n_values] = value  # stands only if the number ends here
+        n_values += np.int64(length > 0) * (1 - digit)
+        value = (value * 10 + data[at] - 48) * digit
+        length = (length + 1) * digit
+        odd |= (kind == OTHER) | (length > 15)
+        at += 1
+    return -1 if odd else n_values, at
+
+
+@njit(cache=True, nogil=True)
+def _parse(data, kinds, marker, powers, values, starts, lines, named, others):  # type: ignore[no-untyped-def] # noqa: C901
     n_rows, n_values, n_others, line, at = 0, 0, 0, 0, 0
     size, m = len(data), len(marker)
     while at < size:
@@ -164,64 +179,57 @@ def _parse(data, marker, powers, values, starts, lines, named, others):  # type:
             at += 1
             continue
         starts[n_rows], lines[n_rows], named[n_rows] = n_values, line, has_word
+        if not has_word:
+            n_plain, stop = _whole_numbers(data, kinds, at, values, n_values)
+            if n_plain >= 0:
+                n_values, at = n_plain, stop
+                n_rows += 1
+                continue
         while at < size and data[at] != 10:
-            byte = data[at]
-            if (
-                byte == 44
-                or byte == 32
-                or byte == 9
-                or byte == 34
-                or byte == 91
-                or byte == 93
-                or byte == 13
-            ):
+            if kinds[data[at]] == GAP:
                 at += 1
                 continue
-            first, negative, digits, mantissa, scale = at, False, 0, 0.0, 0
-            if byte == 45 or byte == 43:
-                negative = byte == 45
+            first, negative, digits, mantissa, scale = at, False, 0, np.int64(0), 0
+            if data[at] == 45 or data[at] == 43:
+                negative = data[at] == 45
                 at += 1
-            while at < size and 48 <= data[at] <= 57:
-                mantissa = mantissa * 10.0 + (data[at] - 48)
+            while at < size and kinds[data[at]] == DIGIT:
+                if digits < 18:
+                    mantissa = mantissa * 10 + (data[at] - 48)
+                else:
+                    scale += 1
                 digits += 1
                 at += 1
             if at < size and data[at] == 46:
                 at += 1
-                while at < size and 48 <= data[at] <= 57:
-                    mantissa = mantissa * 10.0 + (data[at] - 48)
+                while at < size and kinds[data[at]] == DIGIT:
+                    if digits < 18:
+                        mantissa = mantissa * 10 + (data[at] - 48)
+                        scale -= 1
                     digits += 1
-                    scale -= 1
                     at += 1
+            value = float(mantissa)
             if digits and at < size and (data[at] == 101 or data[at] == 69):
                 at += 1
                 below = at < size and data[at] == 45
                 at += at < size and (data[at] == 45 or data[at] == 43)
                 power, any_digit = 0, False
-                while at < size and 48 <= data[at] <= 57:
+                while at < size and kinds[data[at]] == DIGIT:
                     power = min(power * 10 + (data[at] - 48), 1000)
                     any_digit = True
                     at += 1
                 scale += -power if below else power
                 if not any_digit:
                     digits = 0
-            if (
-                digits == 0
-                and at + 3 <= size
-                and (data[at] | 32) == 110
-                and (data[at + 1] | 32) == 97
-            ):
-                mantissa, digits = (
-                    np.nan,
-                    1,
-                )  # "nan": a number for the checks to judge, not a broken line
+            is_nan = digits == 0 and at + 3 <= size and (data[at] | 32) == 110
+            if is_nan and (data[at + 1] | 32) == 97 and (data[at + 2] | 32) == 110:
+                value, digits = np.nan, 1  # a number for the checks to judge, not a broken line
                 at += 3
-            end = at >= size or data[at] == 10 or data[at] == 13 or data[at] == 44 or data[at] == 32
-            end = end or data[at] == 9 or data[at] == 34 or data[at] == 93
-            if digits == 0 or not end:
+            if digits == 0 or not (at >= size or kinds[data[at]] >= GAP):
                 return n_rows, n_values, n_others, line, first
             if scale:
-                mantissa *= powers[min(max(scale, -60), 60) + 60]
-            values[n_values] = -mantissa if negative else mantissa
+                value *= powers[min(max(scale, -60), 60) + 60]
+            values[n_values] = -value if negative else value
             n_values += 1
         n_rows += 1
         at += 1
@@ -233,11 +241,14 @@ def whole(
 ) -> NDArray[np.int32]:
     """The same numbers as integers in [0, below), or an error that names the line of the first that is not."""
     with np.errstate(invalid="ignore"):
-        bad = ~((values >= 0) & (values < below) & (values == np.floor(values)))
-    if bad.any():
-        row = int(bad.reshape(len(values), -1).any(axis=1).argmax())
-        raise FormatError(
-            f"{path}, line {rows.lines_R[chosen][row]}: expected {what} as whole numbers from 0 to {below - 1}, "
-            f"got {np.atleast_1d(values[row]).tolist()}"
-        )
-    return values.astype(np.int32)
+        numbers = values.astype(np.int32)
+    if not values.size or (
+        numbers.min() >= 0 and numbers.max() < below and (numbers == values).all()
+    ):
+        return numbers
+    bad = (numbers < 0) | (numbers >= below) | (numbers != values)
+    row = int(bad.reshape(len(values), -1).any(axis=1).argmax())
+    raise FormatError(
+        f"{path}, line {rows.lines_R[chosen][row]}: expected {what} as whole numbers from 0 to {below - 1}, "
+        f"got {np.atleast_1d(values[row]).tolist()}"
+    )

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-
 from machine import describe
+
 from prefetch.trace import parquet
 from prefetch.trace.card import plain_card
 from prefetch.trace.provenance import Provenance
@@ -70,7 +70,10 @@ if __name__ == "__main__":
     else:
         choices = sys.argv[1] if len(sys.argv) > 1 else "1e8"
         print(describe())
-        print("| codec | choices | B/choice | write+check Gchoice/s | read Gchoice/s | peak MB |", flush=True)
+        print(
+            "| codec | choices | B/choice | write+check Gchoice/s | read Gchoice/s | peak MB |",
+            flush=True,
+        )
         print("|---|---|---|---|---|---|", flush=True)
         for codec in ("none", "lz4", "zstd"):
             subprocess.run([sys.executable, __file__, codec, choices], check=True)
