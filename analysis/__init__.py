@@ -1,1 +1,1 @@
-"""What routing says: every analysis is a table from a trace. It stands above `prefetch` and is imported by nobody there."""
+"""What routing says: every analysis is a table from a trace. It stands above `prefetch`, and nothing there imports it."""

@@ -1,0 +1,248 @@
+"""Routing of any MoE model of transformers, recorded by hooks on the routers that its own class declares.
+
+It knows no router class: prefetch/models does. The model and the text are outside files; their content is in the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from prefetch.errors import ConfigError, FormatError
+from prefetch.models.hf import LoadedModel, ModelChoice, is_local, load, model_files, pinned
+from prefetch.progress import Progress
+from prefetch.sources.files import find_files
+from prefetch.sources.source import Source
+from prefetch.sources.texts import Fields, Request, Text, dataset_texts, file_texts, windows
+from prefetch.trace.routing import id_dtype, no_expert, trace_of
+
+if TYPE_CHECKING:  # torch and numba are imported when something is recorded
+    from prefetch.models.batches import Arrays, Capture
+    from prefetch.trace.writer import TraceWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace(Source):
+    """One request is one window of a text: its prompt rows, then the rows of its generated tokens."""
+
+    model: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    path: str | list[str] | None = None
+    dataset: str | None = None
+    dataset_part: str | None = None
+    dataset_revision: str | None = None
+    split: str = "train"
+    field: str = "text"
+    domain_field: str | None = None
+    request_tokens: int = 512
+    new_tokens: int = 0
+    temperature: float = 0.0
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 8
+    dtype: str = "auto"
+    device: str = "cpu"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    scores: int | str | None = None
+    gate_inputs: bool = False
+    seed: int = 0
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "torch", "transformers", "tokenizers")
+
+    def __post_init__(self) -> None:
+        counts = self.request_tokens, self.batch_size, self.max_requests or 1
+        extras, whole = (self.new_tokens, self.temperature), self.request_tokens + self.new_tokens
+        scores = self.scores
+        claims = {
+            "model must be given: source.model= a hub id, or the folder of a saved model": self.model,
+            "text must be given, by source.path= or by source.dataset=, not both": (
+                (self.path is None) != (self.dataset is None)
+            ),
+            f"request_tokens, batch_size, max_requests must be at least 1, got {counts}": min(
+                counts
+            )
+            >= 1,
+            f"new_tokens and temperature must not be negative, got {extras}": min(extras) >= 0,
+            f"max_tokens must hold one request of {whole} tokens, got {self.max_tokens}": (
+                (self.max_tokens or whole) >= whole
+            ),
+            f"scores must be null, all, or a positive number, got {scores!r}": (
+                scores in (None, "all") or (isinstance(scores, int) and scores > 0)
+            ),
+        }
+        for claim, holds in claims.items():
+            if not holds:
+                raise ConfigError(claim)
+
+    @cached_property
+    def choice(self) -> ModelChoice:
+        """The model, with a hub id pinned to the commit that it names today."""
+        assert self.model is not None, "checked when the settings were read"
+        return ModelChoice(
+            model=self.model,
+            revision=None if is_local(self.model) else pinned(self.model, self.revision),
+            tokenizer=self.tokenizer,
+            tokenizer_revision=self.pinned_tokenizer,
+            dtype=self.dtype,
+            device=self.device,
+            device_map=self.device_map,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    @cached_property
+    def pinned_tokenizer(self) -> str | None:
+        name = self.tokenizer
+        return None if name is None or is_local(name) else pinned(name, None)
+
+    @cached_property
+    def pinned_dataset(self) -> str | None:
+        name, revision = self.dataset, self.dataset_revision
+        return None if name is None else pinned(name, revision, kind="dataset")
+
+    @cached_property
+    def texts(self) -> dict[str, Path]:
+        return {} if self.path is None else find_files(self.path, ())
+
+    def files(self) -> dict[str, Path]:
+        files = {f"text/{name}": path for name, path in self.texts.items()}
+        for role in ("model", "tokenizer"):
+            folder = getattr(self, role)
+            if folder is not None and is_local(folder):
+                files |= {f"{role}/{name}": path for name, path in model_files(folder).items()}
+        return files
+
+    def settings(self) -> dict[str, Any]:
+        """Names instead of places; commits instead of branches."""
+        settings = super().settings()
+        del settings["path"]
+        if self.tokenizer is not None and is_local(self.tokenizer):
+            settings["tokenizer"] = Path(self.tokenizer).resolve().name
+        return settings | {
+            "model": self.choice.name,
+            "revision": self.choice.revision,
+            "tokenizer_revision": self.pinned_tokenizer,
+            "dataset_revision": self.pinned_dataset,
+        }
+
+    def record(self, writer: TraceWriter, upstream: Mapping[str, Path]) -> None:
+        import torch
+
+        loaded = load(self.choice)
+        writer.file(loaded.name)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self._record(writer, loaded)
+
+    def _record(self, writer: TraceWriter, loaded: LoadedModel) -> None:
+        from prefetch.models.batches import Capture, Wanted
+
+        scores = 0 if self.scores == "all" else self.scores
+        assert not isinstance(scores, str), "checked when the settings were read"
+        capture = Capture(loaded, Wanted(scores, self.gate_inputs), temperature=self.temperature)
+        requests, first = self._requests(loaded), 0
+        with Progress("capturing", None, "tokens") as progress:
+            while batch := list(itertools.islice(requests, self.batch_size)):
+                rows = capture.rows([request.tokens for request in batch], self.new_tokens)
+                if not first:
+                    writer.begin(capture.card)
+                append(writer, capture, rows, batch, first)
+                first += len(batch)
+                progress.advance(len(rows["token_T"]))
+        if not first:
+            raise FormatError(
+                f"{loaded.name}: expected text, found none in {self.path or self.dataset}"
+            )
+        report(writer, capture, self.scores)
+        if self.gate_inputs:
+            write_router_weights(writer, capture)
+
+    def _requests(self, loaded: LoadedModel) -> Iterator[Request]:
+        """Windows of the texts, while the limits allow."""
+        tokens = requests = 0
+        most_requests, most_tokens = self.max_requests or math.inf, self.max_tokens or math.inf
+        for text in self._texts():
+            for window in windows(loaded.tokenizer, text, self.request_tokens):
+                tokens += len(window) + self.new_tokens
+                requests += 1
+                if requests > most_requests or tokens > most_tokens:
+                    return
+                yield Request(window, text.domain)
+
+    def _texts(self) -> Iterator[Text]:
+        fields = Fields(self.field, self.domain_field)
+        if self.dataset is None:
+            return file_texts(self.texts, fields)
+        assert self.pinned_dataset is not None
+        return dataset_texts(
+            self.dataset,
+            part=self.dataset_part,
+            split=self.split,
+            revision=self.pinned_dataset,
+            fields=fields,
+        )
+
+
+def append(
+    writer: TraceWriter, capture: Capture, rows: Arrays, batch: list[Request], first: int
+) -> None:
+    """One batch into the trace; `first` is the number of its first request."""
+    card, columns = capture.card, dict[str, Any](rows)
+    local_T = columns.pop("request_T")
+    if "score_ids_TLM" in columns:
+        ids, nobody = columns["score_ids_TLM"], no_expert(card.n_experts)
+        columns["score_ids_TLM"] = np.where(ids < 0, nobody, ids).astype(id_dtype(card.n_experts))
+    domains = tuple(dict.fromkeys(request.domain for request in batch))
+    code_B = np.array([domains.index(request.domain) for request in batch], np.int32)
+    block = trace_of(card, request_T=local_T + first, **columns)
+    writer.append(dataclasses.replace(block, domain_T=code_B[local_T], domains=domains))
+
+
+def report(writer: TraceWriter, capture: Capture, scores: int | str | None) -> None:
+    """What the controls found, and what a reader of the trace must know."""
+    agreement = capture.reproduced / capture.decisions
+    writer.fact("own_gate_agreement", agreement)
+    writer.fact("padding_rows_left_out", capture.padding_rows)
+    if agreement < 1:
+        writer.note(
+            "some routers, applied again to the recorded gate input, chose other experts: see own_gate_agreement"
+        )
+    for kind in sorted(capture.unheard):
+        writer.note(
+            f"{kind}: the router's choice is recorded, but the experts of this version of transformers ran others, so "
+            "later layers saw hidden states that the model was not trained for"
+        )
+    adapter = capture.hooks.layers[0].adapter
+    if scores is not None:
+        writer.note(
+            f"scores are the router's {adapter.scores}, before any bias, group limit or scaling"
+        )
+    if capture.loaded.has_encoder:
+        writer.note("positions of decoder rows go on after the request's encoder rows")
+    if adapter.heard == "nothing":
+        writer.note("experts of this model are not given ids: they are read from the dispatch")
+
+
+def write_router_weights(writer: TraceWriter, capture: Capture) -> None:
+    from prefetch.models.measured import router_matrix
+
+    for stack, name in (("decoder", "router_weights"), ("encoder", "encoder_router_weights")):
+        layers = [layer for layer in capture.hooks.layers if layer.stack == stack]
+        matrices = {layer.number: router_matrix(layer, capture.card) for layer in layers}
+        if any(matrix is None for matrix in matrices.values()):
+            writer.note(
+                "router weights are not recorded: a router is more than one matrix, or offloaded"
+            )
+        elif matrices:
+            arrays = {
+                f"layer.{n}": m.float().cpu().numpy() for n, m in matrices.items() if m is not None
+            }
+            writer.beside(name, arrays)
