@@ -41,6 +41,22 @@ class ModelCard:
             if value is not None:
                 object.__setattr__(self, field, tuple(value))
         layers = self.n_layers
+        whole = {
+            "n_experts",
+            "top_k",
+            "hidden_size",
+            "dense_bytes",
+            "shared_bytes",
+            "kv_bytes_per_token",
+        }
+        listed = {"layer_numbers", "expert_bytes_L"}
+        for name in whole | listed:
+            value = getattr(self, name)
+            parts = (value,) if name in whole else (value or ())
+            if value is not None and not all(type(part) is int for part in parts):
+                raise FormatError(
+                    f"model card {self.name!r}: {name} must hold whole numbers, got {value!r}"
+                )
         checks = {
             "n_experts must be from 1 to 65535": 1 <= self.n_experts < 2**16,
             f"top_k must be from 1 to n_experts={self.n_experts}": 1

@@ -14,6 +14,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
+from prefetch.trace.card import ModelCard
+from prefetch.trace.parquet import TraceReader
 from prefetch.trace.routing import PHASES, RoutingTrace, no_expert
 
 WARM_UP_ROWS = (
@@ -27,7 +29,7 @@ DUPLICATE_ROWS = 8  # shorter requests are equal by chance
 
 
 @njit(cache=True, nogil=True)
-def _scan(ids_TLK, n_experts, nobody, seen_E, hash_L):  # type: ignore[no-untyped-def]
+def _scan(ids_TLK, n_experts, nobody, seen_E, hash_L, first_LK, varies_L):  # type: ignore[no-untyped-def]
     """First (row, layer) that names an expert twice, or (-1, -1); every layer's running hash is carried on."""
     stamp = np.int64(0)
     bad_row, bad_layer = -1, -1
@@ -35,39 +37,48 @@ def _scan(ids_TLK, n_experts, nobody, seen_E, hash_L):  # type: ignore[no-untype
     for t in range(ids_TLK.shape[0]):
         for layer in range(ids_TLK.shape[1]):
             stamp += 1
-            mixed = hash_L[layer]
+            mixed, varies = hash_L[layer], False
             for k in range(ids_TLK.shape[2]):
                 expert = ids_TLK[t, layer, k]
                 mixed = (mixed ^ np.uint64(expert)) * np.uint64(0x100000001B3)
+                varies |= expert != first_LK[layer, k]
                 if expert == nobody:
                     continue
                 if seen_E[expert] == stamp and bad_row < 0:
                     bad_row, bad_layer = t, layer
                 seen_E[expert] = stamp
             hash_L[layer] = mixed
+            varies_L[layer] |= varies
     return bad_row, bad_layer
 
 
 @njit(cache=True, nogil=True)
 def _permuted_windows(ids_TLK, n_experts, nobody):  # type: ignore[no-untyped-def]
-    """Per layer, how many E-sized windows of the flattened choices name every expert exactly once."""
+    """Per layer, how many E-sized windows of the flattened choices name every expert exactly once.
+
+    The windows of a log whose beginning was lost start in the middle: the best of all first rows counts.
+    """
     n_tokens, n_layers, k = ids_TLK.shape
     size = min(n_experts, n_tokens * k)
-    permuted_L = np.zeros(n_layers, np.int64)
+    offsets = (n_experts + k - 1) // k if size == n_experts else 1
+    best_L = np.zeros(n_layers, np.int64)
     seen_E = np.zeros(n_experts, np.int64)
     stamp = 0
     for layer in range(n_layers):
-        for window in range(n_tokens * k // size):
-            stamp += 1
-            distinct = 0
-            for i in range(window * size, (window + 1) * size):
-                expert = ids_TLK[i // k, layer, i % k]
-                if expert == nobody or seen_E[expert] == stamp:
-                    break
-                seen_E[expert] = stamp
-                distinct += 1
-            permuted_L[layer] += distinct == size
-    return permuted_L
+        for offset in range(offsets):
+            permuted = 0
+            for begin in range(offset * k, n_tokens * k - size + 1, size):
+                stamp += 1
+                distinct = 0
+                for i in range(begin, begin + size):
+                    expert = ids_TLK[i // k, layer, i % k]
+                    if expert == nobody or seen_E[expert] == stamp:
+                        break
+                    seen_E[expert] = stamp
+                    distinct += 1
+                permuted += distinct == size
+            best_L[layer] = max(best_L[layer], permuted)
+    return best_L
 
 
 def permuted_windows(ids_TLK: NDArray[Any], n_experts: int) -> tuple[NDArray[np.int64], int]:
@@ -75,9 +86,8 @@ def permuted_windows(ids_TLK: NDArray[Any], n_experts: int) -> tuple[NDArray[np.
     n_choices = ids_TLK.shape[0] * ids_TLK.shape[2]
     if n_choices == 0:
         return np.zeros(ids_TLK.shape[1], np.int64), 0
-    return _permuted_windows(ids_TLK, n_experts, no_expert(n_experts)), n_choices // min(
-        n_experts, n_choices
-    )
+    windows = n_choices // min(n_experts, n_choices)
+    return _permuted_windows(ids_TLK, n_experts, no_expert(n_experts)), windows
 
 
 def _log_chance_of_window(n_choices: int, n_experts: int, top_k: int) -> float:
@@ -118,46 +128,60 @@ def log_chance_of_uniformity(ids_TLK: NDArray[Any], n_experts: int) -> float:
 
 def leading_constant_rows(ids_TLK: NDArray[Any]) -> int:
     """Rows at the start that are equal in every layer: a server's warm-up batches, where there are enough of them."""
-    if len(ids_TLK) < WARM_UP_ROWS or ids_TLK[0].size < WARM_UP_CHOICES:
-        return 0
-    different = (ids_TLK != ids_TLK[0]).any(axis=(1, 2))
-    rows = int(different.argmax()) if different.any() else len(ids_TLK)
-    return rows if rows >= WARM_UP_ROWS else 0
+    rows = equal_rows(ids_TLK, ids_TLK[0]) if len(ids_TLK) else 0
+    is_evidence = rows >= WARM_UP_ROWS and ids_TLK[0].size >= WARM_UP_CHOICES
+    return rows if is_evidence else 0
+
+
+def equal_rows(ids_TLK: NDArray[Any], row_LK: NDArray[Any]) -> int:
+    """How many rows at the start are this row."""
+    different = (ids_TLK != row_LK).any(axis=(1, 2))
+    return int(different.argmax()) if different.any() else len(ids_TLK)
 
 
 class RowChecks:
     """Judges the rows of a trace as they pass by: constant memory but for eight bytes a request."""
 
-    def __init__(self, n_experts: int, n_layers: int, top_k: int) -> None:
-        self.n_experts, self.top_k = n_experts, top_k
+    def __init__(self, card: ModelCard, *, suspects: bool = True) -> None:
+        self.n_experts, self.top_k, n_layers = card.n_experts, card.top_k, card.n_layers
+        self.suspects = (
+            suspects  # False for drawn routing, which may be as even or as constant as it likes
+        )
         self.rows = 0
         self.duplicate_requests = 0
         self.requests_with_gaps = 0
-        self._seen_E = np.zeros(n_experts, np.int64)
+        self._seen_E = np.zeros(card.n_experts, np.int64)
         self._hash_L = np.full(n_layers, 0xCBF29CE484222325, np.uint64)
-        self._any_expert_L = np.zeros(n_layers, bool)
+        self._first_LK: NDArray[Any] | None = None
+        self._varies_L = np.zeros(n_layers, bool)
         self._digests: set[bytes] = set()
         self._request: tuple[int, int, Any] | None = (
             None  # number, rows, hasher of the request that is open
         )
         self._position = -1
 
-    def add(self, block: RoutingTrace, where: str) -> None:
-        nobody = no_expert(self.n_experts)
-        row, layer = _scan(block.ids_TLK, self.n_experts, nobody, self._seen_E, self._hash_L)
+    def add(self, block: RoutingTrace, where: str, first_row: int) -> None:
+        """`first_row` is where the block begins in the file that `where` names."""
+        nobody, ids = no_expert(self.n_experts), np.ascontiguousarray(block.ids_TLK)
+        if self._first_LK is None:
+            self._first_LK = ids[0].copy()
+        row, layer = _scan(
+            ids, self.n_experts, nobody, self._seen_E, self._hash_L, self._first_LK, self._varies_L
+        )
         if row >= 0:
             raise FormatError(
-                f"{where}, row {self.rows + row}, layer {block.card.layer_numbers[layer]}: expected "
-                f"{self.top_k} distinct experts, got {block.ids_TLK[row, layer].tolist()}"
+                f"{where}, row {first_row + row}, layer {block.card.layer_numbers[layer]}: expected "
+                f"{self.top_k} distinct experts, got {ids[row, layer].tolist()}"
             )
-        self._any_expert_L |= (block.ids_TLK != nobody).any(axis=(0, 2))
-        _check_weights(block, where, self.rows)
+        _check_weights(block, where, first_row)
         stops = [*block.starts_R[1:].tolist(), block.n_tokens]
         for start, stop in zip(block.starts_R.tolist(), stops, strict=True):
-            self._request_part(block, start, stop, where)
+            self._request_part(block, start, stop, where, first_row)
         self.rows += block.n_tokens
 
-    def _request_part(self, block: RoutingTrace, start: int, stop: int, where: str) -> None:
+    def _request_part(
+        self, block: RoutingTrace, start: int, stop: int, where: str, first_row: int
+    ) -> None:
         number = int(block.request_T[start])
         if self._request is None or self._request[0] != number:
             self._end_request()
@@ -167,16 +191,18 @@ class RowChecks:
         if (steps <= 0).any():
             row = start + int((steps <= 0).argmax())
             raise FormatError(
-                f"{where}, row {self.rows + row}: positions of a request must ascend, got "
+                f"{where}, row {first_row + row}: positions of a request must ascend, got "
                 f"{int(block.position_T[row])} in request {number}"
             )
         self.requests_with_gaps += int((steps > 1).any())
         self._position = int(positions[-1])
-        self._request[2].update(block.ids_TLK[start:stop].data)
+        self._request[2].update(np.ascontiguousarray(block.ids_TLK[start:stop]).data)
         self._request = (number, self._request[1] + stop - start, self._request[2])
+        if not self.suspects:
+            return
         phases = block.phase_T[start:stop]
         for phase in range(len(PHASES)):
-            run = block.ids_TLK[start:stop][phases == phase]
+            run = np.ascontiguousarray(block.ids_TLK[start:stop][phases == phase])
             if log_chance_of_uniformity(run, self.n_experts) < LOG_CHANCE:
                 permuted_L, windows = permuted_windows(run, self.n_experts)
                 raise FormatError(
@@ -197,12 +223,12 @@ class RowChecks:
         """What can only be said at the end: requests that repeat, layers that are copies of each other."""
         self._end_request()
         self._request = None
-        if self.rows < WARM_UP_ROWS or self.top_k == self.n_experts:
+        if self.rows < WARM_UP_ROWS or self.top_k == self.n_experts or not self.suspects:
             return
         first: dict[int, int] = {}
         for layer, mixed in enumerate(self._hash_L.tolist()):
             twin = first.setdefault(mixed, layer)
-            if twin != layer and self._any_expert_L[layer]:
+            if twin != layer and self._varies_L[layer]:
                 raise FormatError(
                     f"{where}: layers {layer_numbers[twin]} and {layer_numbers[layer]} are byte-identical over "
                     f"{self.rows} rows; layers route independently, so one of them was copied or misread"
@@ -223,3 +249,19 @@ def _check_weights(block: RoutingTrace, where: str, first_row: int) -> None:
                 f"{where}, row {first_row + t}, layer {block.card.layer_numbers[layer]}: expected finite {name}s, "
                 f"got {values[t, layer].tolist()[:8]}"
             )
+
+
+def check_trace(reader: TraceReader) -> None:
+    """A trace that somebody else wrote holds what a trace must hold: one pass over its rows."""
+    card = reader.card
+    checks = RowChecks(card, suspects=reader.provenance.kind == "real")
+    recorded = [name for name in reader.columns if name in ("weights", "scores", "score_ids")]
+    last = -1
+    for block in reader.batches(*recorded):
+        if int(block.request_T[0]) <= last or (np.diff(block.request_T) < 0).any():
+            raise FormatError(f"{reader.folder}: requests must ascend")
+        last = int(block.request_T[-1])
+        checks.add(block, str(reader.folder), checks.rows)
+    checks.finish(card.layer_numbers, str(reader.folder))
+    if not checks.rows:
+        raise FormatError(f"{reader.folder}: the trace has no rows")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
 from prefetch.trace.card import ModelCard
-from prefetch.trace.parquet import read_json
+from prefetch.trace.parquet import read_json, reading
 from prefetch.trace.provenance import Provenance
 
 SCHEMA = "prefetch.counts/1"
@@ -54,9 +54,10 @@ class ExpertCounts:
 def load_counts(folder: Path | str) -> ExpertCounts:
     path = Path(folder) / "counts.json"
     about = read_json(path, SCHEMA)
-    try:
+    with reading(path, "card, provenance and counts"):
         card = ModelCard.from_json(about["card"], str(path))
         provenance = Provenance.from_json(about["provenance"], str(path))
+        numbers = [number for row in about["counts"] for number in row]
+        if not all(type(number) is int for number in numbers):
+            raise FormatError("counts must be whole numbers")
         return ExpertCounts(card, np.array(about["counts"], np.int64), provenance)
-    except (KeyError, ValueError, TypeError) as error:
-        raise FormatError(f"{path}: expected card, provenance and counts; {error}") from error

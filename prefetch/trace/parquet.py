@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,13 @@ def binary(array: NDArray[Any]) -> pa.Array:
 
 def unbinary(column: pa.Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """The inverse of `binary`: a view of the column's buffer."""
-    width = column.type.byte_width
+    width = dtype.itemsize * int(np.prod(shape))
+    if not pa.types.is_fixed_size_binary(column.type) or column.type.byte_width != width:
+        raise FormatError(
+            f"expected a column of {width} bytes a row ({dtype} {list(shape)}), found {column.type}"
+        )
+    if column.null_count:
+        raise FormatError(f"expected no nulls, found {column.null_count}")
     view = np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width)
     return view.view(dtype).reshape(len(column), *shape)
 
@@ -105,7 +112,9 @@ class ShardWriter:
             for stem, table in files.items():
                 path = self.folder / f"{stem}-{number:05d}.parquet"
                 small = [name for name in table.column_names if name in SMALL]
-                codec = {name: "zstd" if name in small else WIDE_CODEC for name in table.column_names}
+                codec = {
+                    name: "zstd" if name in small else WIDE_CODEC for name in table.column_names
+                }
                 self._files[stem] = pq.ParquetWriter(
                     path,
                     table.schema,
@@ -205,21 +214,31 @@ class TraceReader:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.about = read_json(self.folder / "trace.json", SCHEMA)
-        try:
-            self.n_tokens: int = self.about["tokens"]
-            self.n_requests: int = self.about["requests"]
-            self.domains = tuple(self.about["domains"])
-            self.columns: dict[str, list[Any]] = self.about["columns"]
-            shards = [(shard["number"], shard["rows"]) for shard in self.about["shards"]]
-            card, provenance = self.about["card"], self.about["provenance"]
-        except (KeyError, TypeError) as error:
+        path = self.folder / "trace.json"
+        self.about = read_json(path, SCHEMA)
+        with reading(path, "the description of a trace"):
+            self.n_tokens = int(self.about["tokens"])
+            self.n_requests = int(self.about["requests"])
+            self.domains = tuple(str(name) for name in self.about["domains"])
+            self.columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+                str(name): (np.dtype(kind), tuple(int(size) for size in shape))
+                for name, (kind, shape) in self.about["columns"].items()
+            }
+            self.shards = [
+                (int(shard["number"]), int(shard["rows"])) for shard in self.about["shards"]
+            ]
+            self.card = ModelCard.from_json(self.about["card"], str(path))
+            self.provenance = Provenance.from_json(self.about["provenance"], str(path))
+        if len({number for number, _ in self.shards}) != len(self.shards) or self.n_tokens != sum(
+            rows for _, rows in self.shards
+        ):
             raise FormatError(
-                f"{self.folder / 'trace.json'}: expected the field {error}"
-            ) from error
-        self.shards: list[tuple[int, int]] = shards
-        self.card = ModelCard.from_json(card, f"{self.folder / 'trace.json'}")
-        self.provenance = Provenance.from_json(provenance, f"{self.folder / 'trace.json'}")
+                f"{path}: {self.n_tokens} tokens are not what its shards hold: {self.shards}"
+            )
+        if any(dtype.kind not in "uf" for dtype, _ in self.columns.values()):
+            raise FormatError(
+                f"{path}: expected columns of ids and float16, found {self.about['columns']}"
+            )
 
     def batches(self, *recorded: str, max_rows: int = 1 << 16) -> Iterator[RoutingTrace]:
         """Blocks of whole requests, about `max_rows` rows each; `recorded` names the optional columns wanted."""
@@ -289,20 +308,15 @@ class TraceReader:
     def _group(
         self, file: pq.ParquetFile, group: int, names: list[str]
     ) -> dict[str, pa.ChunkedArray]:
-        try:
+        with reading(self.folder, f"row group {group} with the columns {names}"):
             table = file.read_row_group(group, columns=names, use_threads=False)
+            table.validate(full=True)
             return {name: table.column(name) for name in names}
-        except (OSError, pa.ArrowInvalid, KeyError, IndexError) as error:
-            raise FormatError(
-                f"{self.folder}: row group {group} cannot be read; {error}"
-            ) from error
 
     def _open(self, name: str, rows: int) -> pq.ParquetFile:
         path = self.folder / name
-        try:
+        with reading(path, "a Parquet shard"):
             file = pq.ParquetFile(path, memory_map=False, pre_buffer=False)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise FormatError(f"{path}: expected a Parquet shard; {error}") from error
         if file.metadata.num_rows != rows:
             raise FormatError(
                 f"{path}: trace.json promises {rows} rows, found {file.metadata.num_rows}"
@@ -310,36 +324,79 @@ class TraceReader:
         return file
 
     def _block(self, columns: Mapping[str, pa.Array], names: tuple[str, ...]) -> RoutingTrace:
-        wide = {}
-        for name in names:
-            kind, shape = self.columns[name]
-            wide[WIDE[name][1]] = unbinary(columns[name], np.dtype(kind), tuple(shape))
-        own = columns["domain"].dictionary.to_pylist()
-        codes = np.array([self.domains.index(name) for name in own] + [-1], np.int32)
-        domain = columns["domain"].indices.fill_null(len(own)).to_numpy(zero_copy_only=False)
-        return RoutingTrace(
-            card=self.card,
-            request_T=columns["request"].to_numpy(),
-            position_T=columns["position"].to_numpy(),
-            phase_T=columns["phase"].indices.to_numpy().astype(np.uint8),
-            executed_T=columns["executed"].to_numpy(zero_copy_only=False),
-            token_T=columns["token"].fill_null(NO_TOKEN).to_numpy(),
-            domain_T=codes[domain],
-            domains=self.domains,
-            **wide,
+        with reading(self.folder, "the columns of a trace"):
+            wide = {WIDE[name][1]: unbinary(columns[name], *self.columns[name]) for name in names}
+            small = {
+                name: _whole(columns[name], name) for name in ("request", "position", "executed")
+            }
+            return RoutingTrace(
+                card=self.card,
+                request_T=small["request"],
+                position_T=small["position"],
+                phase_T=_codes(columns["phase"], PHASES, "phase").astype(np.uint8),
+                executed_T=small["executed"],
+                token_T=columns["token"].cast(pa.int32()).fill_null(NO_TOKEN).to_numpy(),
+                domain_T=_codes(columns["domain"], self.domains, "domain", nullable=True),
+                domains=self.domains,
+                **wide,
+            )
+
+
+def _whole(column: pa.Array, name: str) -> NDArray[Any]:
+    """A small column without gaps, in the type of the schema."""
+    if column.null_count:
+        raise FormatError(f"column {name}: expected no nulls, found {column.null_count}")
+    kind = pa.bool_() if name == "executed" else pa.int32()
+    return column.cast(kind).to_numpy(zero_copy_only=False)
+
+
+def _codes(
+    column: pa.Array, names: tuple[str, ...], what: str, *, nullable: bool = False
+) -> NDArray[np.int32]:
+    """Index of every value in `names`, whatever order the writer's own dictionary has; -1 for null."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.cast(pa.string()).dictionary_encode()
+    known = {name: code for code, name in enumerate(names)}
+    own = [known.get(value, -2) for value in column.dictionary.to_pylist()]
+    codes = np.array([*own, -1 if nullable else -2], np.int32)
+    codes_T = codes[column.indices.fill_null(len(own)).to_numpy(zero_copy_only=False)]
+    if (codes_T == -2).any():
+        raise FormatError(
+            f"column {what}: expected one of {names}, found {column.dictionary.to_pylist()}"
         )
+    return codes_T
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever a library says of a file that is not what it should be, said in our words with the file's name."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(
+            f"{path}: {error}" if str(path) not in str(error) else str(error)
+        ) from error
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        OSError,
+        OverflowError,
+        AttributeError,
+    ) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(f"{path}: expected {what}; {text}") from error
+    except (pa.ArrowException, RecursionError, MemoryError) as error:
+        raise FormatError(f"{path}: expected {what}; {type(error).__name__}") from error
 
 
 def read_json(path: Path, schema: str) -> dict[str, Any]:
     """A versioned description file; what it is not is said in one line."""
-    try:
+    if not path.is_file():
+        raise FormatError(f"{path}: not found; expected a folder with {path.name} ({schema})")
+    with reading(path, f"JSON of schema {schema}"):
         about = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise FormatError(
-            f"{path}: not found; expected a folder with {path.name} ({schema})"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: expected JSON of schema {schema}; {error}") from error
     if not isinstance(about, dict) or about.get("schema") != schema:
         found = about.get("schema") if isinstance(about, dict) else type(about).__name__
         raise FormatError(f"{path}: expected schema {schema}, found {found}")

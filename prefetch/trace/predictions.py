@@ -18,7 +18,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
-from prefetch.trace.parquet import GROUP_BYTES, ShardWriter, binary, read_json, unbinary
+from prefetch.trace.parquet import (
+    GROUP_BYTES,
+    ShardWriter,
+    binary,
+    read_json,
+    reading,
+    unbinary,
+)
 from prefetch.trace.routing import IdArray, id_dtype, no_expert
 
 SCHEMA = "prefetch.predictions/1"
@@ -46,6 +53,8 @@ class PredictionsCard:
         for name in ("horizons", "requests", "fitted_requests"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         claims = {
+            "n_experts must be from 1 to 65535, n_layers at least 1": 1 <= self.n_experts < 2**16
+            and self.n_layers >= 1,
             f"causality must be one of {CAUSALITIES}": self.causality in CAUSALITIES,
             "width must be from 1 to n_experts": 1 <= self.width <= self.n_experts,
             "horizons must be distinct and at least 1": bool(self.horizons)
@@ -109,6 +118,8 @@ class PredictionsWriter:
             raise FormatError(
                 "predictions: every block must have the card that the file began with"
             )
+        if (np.diff(block.request_T, prepend=self._requests[-1:] or [-1]) < 0).any():
+            raise FormatError("predictions: requests must ascend, as in the trace")
         row_bytes = max(1, block.ids_THLP[:1].nbytes + block.scores_THLP[:1].nbytes + 8)
         step = max(1, GROUP_BYTES // row_bytes)
         for start in range(0, len(block.request_T), step):
@@ -122,10 +133,8 @@ class PredictionsWriter:
                 }
             )
             fresh = [
-                r for r in np.unique(block.request_T[rows]).tolist() if r not in self._requests[-1:]
+                r for r in np.unique(block.request_T[rows]).tolist() if [r] != self._requests[-1:]
             ]
-            if self._requests and fresh and fresh[0] <= self._requests[-1]:
-                raise FormatError(f"predictions: requests must ascend, got {fresh[0]}")
             self._requests += fresh
             self._shards.write({"predictions": table}, len(fresh))
             if self._shards.is_full:
@@ -135,7 +144,8 @@ class PredictionsWriter:
         self._shards.close()
         if tuple(self._requests) != self._card.requests:
             raise FormatError(
-                f"predictions: promised {len(self._card.requests)} requests, wrote {len(self._requests)}"
+                f"predictions: promised the requests {self._card.requests[:5]}... ({len(self._card.requests)}), "
+                f"wrote {self._requests[:5]}... ({len(self._requests)})"
             )
         about = {"schema": SCHEMA, "card": asdict(self._card), "shards": self._shards.shards}
         (self._folder / "predictions.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -148,11 +158,9 @@ class PredictionsReader:
         self.folder = Path(folder)
         path = self.folder / "predictions.json"
         about = read_json(path, SCHEMA)
-        try:
+        with reading(path, "the description of guesses"):
             self.card = PredictionsCard(**about["card"])
-            self._shards = [(shard["number"], shard["rows"]) for shard in about["shards"]]
-        except (KeyError, TypeError) as error:
-            raise FormatError(f"{path}: expected card and shards; {error}") from error
+            self._shards = [(int(shard["number"]), int(shard["rows"])) for shard in about["shards"]]
         self.n_tokens = sum(rows for _, rows in self._shards)
 
     def check_fits(self, *, trace: str, n_experts: int, n_layers: int) -> None:
@@ -167,20 +175,23 @@ class PredictionsReader:
         card = self.card
         shape = (len(card.horizons), card.n_layers, card.width)
         dtype = id_dtype(card.n_experts)
+        seen: list[int] = []
         for number, rows in self._shards:
             path = self.folder / f"predictions-{number:05d}.parquet"
-            try:
-                with pq.ParquetFile(path, pre_buffer=False) as file:
-                    if file.metadata.num_rows != rows:
-                        raise FormatError(
-                            f"{path}: expected {rows} rows, found {file.metadata.num_rows}"
-                        )
-                    for batch in file.iter_batches(max_rows):
-                        yield self._block(batch, dtype, shape)
-            except (OSError, pa.ArrowInvalid, KeyError) as error:
-                raise FormatError(
-                    f"{path}: expected a Parquet shard of guesses; {error}"
-                ) from error
+            with (
+                reading(path, "a Parquet shard of guesses"),
+                pq.ParquetFile(path, pre_buffer=False) as file,
+            ):
+                if file.metadata.num_rows != rows:
+                    raise FormatError(f"expected {rows} rows, found {file.metadata.num_rows}")
+                for batch in file.iter_batches(max_rows):
+                    block = self._block(batch, dtype, shape)
+                    seen += [r for r in np.unique(block.request_T).tolist() if [r] != seen[-1:]]
+                    yield block
+        if tuple(seen) != card.requests:
+            raise FormatError(
+                f"{self.folder}: its card promises {len(card.requests)} requests, found {len(seen)}"
+            )
 
     def _block(self, batch: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Predictions:
         return Predictions(

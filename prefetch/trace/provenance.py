@@ -31,6 +31,14 @@ class Provenance:
         object.__setattr__(self, "notes", tuple(self.notes))
         if self.kind not in KINDS:
             raise FormatError(f"provenance: kind must be one of {KINDS}, got {self.kind!r}")
+        for name, kind in (("dropped_rows", int), ("facts", (int, float)), ("inputs", str)):
+            odd = {
+                key: value
+                for key, value in getattr(self, name).items()
+                if not isinstance(value, kind)
+            }
+            if odd:
+                raise FormatError(f"provenance: {name} holds {odd}")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

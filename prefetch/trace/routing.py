@@ -53,41 +53,68 @@ class RoutingTrace:
     pre_attention_TLD: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
-        card, shape = self.card, self.ids_TLK.shape
-        if shape[1:] != (card.n_layers, card.top_k) or self.ids_TLK.dtype != id_dtype(
-            card.n_experts
-        ):
-            raise FormatError(
-                f"ids_TLK of {card.name}: expected [T, {card.n_layers}, {card.top_k}] of "
-                f"{id_dtype(card.n_experts)}, got {list(shape)} of {self.ids_TLK.dtype}"
+        self._check_shapes()
+        self._check_values()
+
+    def _check_shapes(self) -> None:
+        n_tokens, n_layers = len(self.ids_TLK), self.card.n_layers
+        ids, small, half = id_dtype(self.card.n_experts), (n_tokens,), np.dtype(np.float16)
+        n_scores = self.card.n_experts if self.score_ids_TLM is None else None
+        expected: dict[str, tuple[np.dtype[Any], tuple[int | None, ...]]] = {
+            "ids_TLK": (ids, (n_tokens, n_layers, self.card.top_k)),
+            "request_T": (np.dtype(np.int32), small),
+            "position_T": (np.dtype(np.int32), small),
+            "phase_T": (np.dtype(np.uint8), small),
+            "executed_T": (np.dtype(np.bool_), small),
+            "token_T": (np.dtype(np.int32), small),
+            "domain_T": (np.dtype(np.int32), small),
+            "weights_TLK": (half, self.ids_TLK.shape),
+            "scores_TLM": (half, (n_tokens, n_layers, n_scores)),
+            "score_ids_TLM": (ids, (n_tokens, n_layers, None)),
+            "gate_inputs_TLD": (half, (n_tokens, n_layers, None)),
+            "pre_attention_TLD": (half, (n_tokens, n_layers, None)),
+        }
+        for name, (dtype, shape) in expected.items():
+            array = getattr(self, name)
+            if array is None:
+                continue
+            fits = array.ndim == len(shape) and all(
+                want in (None, have) for want, have in zip(shape, array.shape, strict=True)
             )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.ndarray) and len(value) != shape[0]:
-                raise FormatError(f"{field.name}: expected {shape[0]} rows, got {len(value)}")
-        for name in (
-            "weights_TLK",
-            "scores_TLM",
-            "score_ids_TLM",
-            "gate_inputs_TLD",
-            "pre_attention_TLD",
-        ):
-            value = getattr(self, name)
-            if value is not None and value.shape[1] != card.n_layers:
-                raise FormatError(f"{name}: expected {card.n_layers} layers, got {value.shape[1]}")
-        if self.weights_TLK is not None and self.weights_TLK.shape != shape:
-            raise FormatError(
-                f"weights_TLK: expected {list(shape)}, got {list(self.weights_TLK.shape)}"
-            )
-        ids = self.ids_TLK
-        if ids.size and int(ids.max()) >= card.n_experts:
-            bad = (ids >= card.n_experts) & (ids != no_expert(card.n_experts))
-            if bad.any():
-                t, layer, _ = (int(x) for x in np.argwhere(bad)[0])
+            if not fits or array.dtype != dtype:
+                wanted = ["any" if size is None else size for size in shape]
                 raise FormatError(
-                    f"row {t}, layer {card.layer_numbers[layer]}: expert id {int(ids[bad][0])} is out of "
-                    f"range for {card.n_experts} experts"
+                    f"{name} of {self.card.name}: expected {wanted} of {dtype}, "
+                    f"got {list(array.shape)} of {array.dtype}"
                 )
+
+    def _check_values(self) -> None:
+        for name in ("ids_TLK", "score_ids_TLM"):
+            ids = getattr(self, name)
+            if ids is not None and ids.size and int(ids.max()) >= self.card.n_experts:
+                self._check_ids(ids)
+        if self.n_tokens:
+            starts = self.request_T[self.starts_R]
+            if len(np.unique(starts)) != len(starts):
+                raise FormatError("request_T: rows of one request must stand together")
+            if int(self.phase_T.max()) >= len(PHASES):
+                raise FormatError(
+                    f"phase_T: expected indices into {PHASES}, got {int(self.phase_T.max())}"
+                )
+            if int(self.domain_T.max()) >= len(self.domains) or int(self.domain_T.min()) < -1:
+                raise FormatError(f"domain_T: expected indices into {self.domains}, or -1")
+        for domain in self.domains:
+            if not domain.isprintable():
+                raise FormatError(f"domain {domain!r}: expected printable text")
+
+    def _check_ids(self, ids: NDArray[Any]) -> None:
+        bad = (ids >= self.card.n_experts) & (ids != no_expert(self.card.n_experts))
+        if bad.any():
+            t, layer, _ = (int(x) for x in np.argwhere(bad)[0])
+            raise FormatError(
+                f"row {t}, layer {self.card.layer_numbers[layer]}: expert id {int(ids[bad][0])} is out of "
+                f"range for {self.card.n_experts} experts"
+            )
 
     @property
     def n_tokens(self) -> int:
@@ -123,7 +150,7 @@ def trace_of(
     token_T: Any = NO_TOKEN,
     domain: str | None = None,
     weights_TLK: NDArray[Any] | None = None,
-    **recorded: NDArray[Any] | None,
+    **recorded: Any,
 ) -> RoutingTrace:
     """A trace from what a source has: scalars are spread over the rows, ids are narrowed, -1 means no expert."""
     ids = np.asarray(ids_TLK)
@@ -133,7 +160,9 @@ def trace_of(
         )
     n_tokens, dtype = len(ids), id_dtype(card.n_experts)
     if ids.dtype != dtype:
-        outside = (ids < -1) | (ids >= card.n_experts)
+        outside = ~((ids >= -1) & (ids < card.n_experts))  # so that NaN is outside
+        if ids.dtype.kind == "f":
+            outside |= ids != np.floor(ids)
         if outside.any():
             t, layer, _ = (int(x) for x in np.argwhere(outside)[0])
             raise FormatError(
@@ -141,8 +170,19 @@ def trace_of(
                 f"{card.n_experts} experts; if the model has more, pass source.n_experts=..."
             )
         ids = np.where(ids < 0, no_expert(card.n_experts), ids).astype(dtype)
+    request_T = np.asarray(request_T)
+    if request_T.size and (request_T.min() < -(2**31) or request_T.max() >= 2**31):
+        request_T = np.unique(request_T, return_inverse=True)[
+            1
+        ]  # hashes: only which is which counts
 
     def spread(value: Any, kind: Any) -> NDArray[Any]:
+        if (
+            kind is np.int32
+            and np.size(value)
+            and np.abs(np.asarray(value, np.int64)).max() >= 2**31
+        ):
+            raise FormatError("position_T and token_T: expected numbers below 2**31")
         return np.ascontiguousarray(np.broadcast_to(np.asarray(value, dtype=kind), (n_tokens,)))
 
     if position_T is None:
@@ -157,9 +197,24 @@ def trace_of(
         token_T=spread(token_T, np.int32),
         domain_T=spread(-1 if domain is None else 0, np.int32),
         domains=() if domain is None else (domain,),
-        weights_TLK=None if weights_TLK is None else np.asarray(weights_TLK, np.float16),
-        **recorded,
+        weights_TLK=_half("weights_TLK", weights_TLK),
+        **{name: _half(name, array) for name, array in recorded.items()},
     )
+
+
+def _half(name: str, array: NDArray[Any] | None) -> Any:
+    """Numbers as float16 (ids stay ids); one that it cannot hold is an error, not an infinity."""
+    if array is None or array.dtype == np.float16 or name == "score_ids_TLM":
+        return array
+    with np.errstate(over="ignore"):
+        half = np.asarray(array, np.float16)
+    too_large = np.isinf(half) & np.isfinite(array)
+    if too_large.any():
+        t = int(np.argwhere(too_large)[0][0])
+        raise FormatError(
+            f"{name}, row {t}: {array[too_large][0]:g} does not fit float16 (65504 at most)"
+        )
+    return half
 
 
 def _positions(request_T: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -114,7 +114,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 
 def test_domains_of_many_files_are_kept_apart(tmp_path):
     a = dataclasses.replace(random_trace([3, 3]), domains=("x",))
-    b = dataclasses.replace(random_trace([3, 3], 1), domains=("y",))
+    b = random_trace([3, 3], 1)
+    b = dataclasses.replace(b, domains=("y",), request_T=b.request_T + np.int32(2))
     trace = write(tmp_path, a, b).load()
     assert [trace.domains[code] for code in trace.domain_T] == ["x"] * 6 + ["y"] * 6
 
