@@ -6,6 +6,8 @@ folder under a file lock, sealed with a manifest, and renamed into place.
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import hashlib
 import importlib
 import importlib.metadata
@@ -16,13 +18,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from prefetch.errors import ArtifactError
 
@@ -116,18 +119,27 @@ class Store:
         identity = recipe.identity
         key = _digest(identity)
         if isinstance(recipe, Outside):
-            artifact = Artifact(recipe.kind, key, recipe.folder, {"identity": identity})
+            artifact = self._outside(recipe)
         else:
             folder = self.root / recipe.kind / key
             artifact = self._found(folder) or self._build(recipe, identity, folder)
-        self.used[f"{recipe.kind}/{key}"] = identity
+            lock_path(artifact.folder).touch()  # when it was last used
+        self.used[f"{recipe.kind}/{artifact.key}"] = artifact.manifest["identity"]
         return artifact
+
+    def _outside(self, recipe: Outside) -> Artifact:
+        """A folder that some store sealed keeps the key that it has there."""
+        if (recipe.folder / MANIFEST).is_file():
+            artifact = self._found(recipe.folder.resolve())
+            if artifact is not None:
+                return dataclasses.replace(artifact, kind=recipe.kind, folder=recipe.folder)
+        return Artifact(recipe.kind, recipe.key, recipe.folder, {"identity": recipe.identity})
 
     def _build(self, recipe: Recipe, identity: Mapping[str, Any], folder: Path) -> Artifact:
         upstream = {name: self.make(part).folder for name, part in recipe.upstream.items()}
-        try:
+        with self._writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock_path(folder)):
+            with _locked(folder):
                 found = self._found(folder)
                 if found is not None:
                     return found
@@ -145,16 +157,29 @@ class Store:
                 except BaseException:
                     _remove(temporary)
                     raise
-        except OSError as error:
-            raise ArtifactError(
-                f"{folder}: cannot be written ({error}); free the disk or pass store=DIR"
-            ) from error
         return Artifact(recipe.kind, folder.name, folder, read_manifest(folder), was_made=True)
+
+    @contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        """A disk that is full or read-only, said with what to do; any other error is the builder's own."""
+        try:
+            yield
+        except OSError as error:
+            is_ours = str(self.root) in str(error.filename or "")
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) or is_ours:
+                raise ArtifactError(
+                    f"{folder}: cannot be written ({error.strerror}); free the disk or pass store=DIR"
+                ) from error
+            raise
 
     def _found(self, folder: Path) -> Artifact | None:
         if not folder.is_dir():
             return None
         manifest = read_manifest(folder)
+        if _digest(manifest["identity"]) != folder.name:
+            raise ArtifactError(
+                f"{folder}: its manifest is that of another artifact; remove the folder"
+            )
         if self.verify:
             check_files(folder, manifest)
         return Artifact(folder.parent.name, folder.name, folder, manifest)
@@ -168,7 +193,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             manifest
         ):
             raise ValueError("expected the fields identity, files, seconds, made")
-    except (OSError, ValueError) as error:
+        files = manifest["files"]
+        if not files or any({"bytes", "sha256"} - files[name].keys() for name in files):
+            raise ValueError("expected files with their bytes and sha256")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{path}: the artifact is damaged ({error}); remove the folder {folder}"
         ) from error
@@ -191,8 +219,11 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def library_version(name: str) -> str:
@@ -251,6 +282,21 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, and says so if that means waiting."""
+    lock = FileLock(lock_path(folder))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another run that makes %s %s", folder.parent.name, folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def lock_path(folder: Path) -> Path:

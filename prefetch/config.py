@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import textwrap
 import types
 import typing
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ class CollectConfig:
 @dataclass
 class ArtifactsConfig:
     remove: str | None = None  # "unused", or kind/key (a prefix will do); None = only list
+    spare_minutes: float = (
+        60.0  # "unused" leaves alone what was used so recently: a run may be at work
+    )
     verify: bool = True  # compare every file with its sha256 before it is used
 
 
@@ -60,12 +64,42 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def stage_table() -> str:
-    width = max(map(len, stage_names()))
-    return "\n".join(f"  stage={name:{width}}  {line}" for name, line in stage_names().items())
+def overview() -> str:
+    """What can be typed: every stage with its line, every choice of every group."""
+    stages = stage_names()
+    width = max(map(len, stages))
+    lines = [
+        "Speculative expert prefetch for Mixture-of-Experts models.",
+        "",
+        "python scripts/run.py stage=NAME [group=choice] [key=value]",
+        "python scripts/run.py -m stage=NAME key=value1,value2      a sweep: one run per combination",
+        "",
+        *(f"  stage={name:{width}}  {line}" for name, line in stages.items()),
+        "",
+    ]
+    groups = [
+        path.name for path in sorted(CONFIGS.iterdir()) if path.is_dir() and path.name != "stage"
+    ]
+    lines += [
+        textwrap.fill(f"{group}: {', '.join(choices(group))}", 100, subsequent_indent="  ")
+        for group in groups
+    ]
+    return "\n".join(lines)
 
 
-OmegaConf.register_new_resolver("stage_table", stage_table, replace=True)
+def check_values(cfg: Config) -> None:
+    """What the types of the trunk cannot say."""
+    claims = {
+        f"seed={cfg.seed}: must not be negative": cfg.seed >= 0,
+        f"collect.max_dropped={cfg.collect.max_dropped}: must be a share from 0 to 1": 0
+        <= cfg.collect.max_dropped
+        <= 1,
+        f"artifacts.spare_minutes={cfg.artifacts.spare_minutes}: must not be negative": cfg.artifacts.spare_minutes
+        >= 0,
+    }
+    for claim, holds in claims.items():
+        if not holds:
+            raise ConfigError(claim)
 
 
 def _first_comment(path: Path) -> str:

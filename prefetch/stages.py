@@ -63,8 +63,8 @@ def record(cfg: Config, folder: Path) -> dict[str, float]:
         raise
     finally:
         outputs.lineage(store.used)
-        tracker.finish(error)
         write_index(store, stage=stage, folder=folder, failed=error is not None)
+        outputs.finish(error)
     print(folder)
     return cast(dict[str, float], metrics)
 
@@ -77,11 +77,7 @@ def _sweep() -> str | None:
 
 def list_stages(_cfg: Config, _store: Store) -> None:
     """Stage `list`: what there is, a line each."""
-    print(
-        f"python scripts/run.py stage=NAME [group=choice] [key=value]\n\n{config.stage_table()}\n"
-    )
-    for group in ("source", "hardware", "tracker", "model_card", "experiment"):
-        print(f"{group}: {', '.join(config.choices(group))}")
+    print(config.overview())
 
 
 def run_all(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
@@ -102,12 +98,18 @@ def run_all(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
 
 def guarded(main: Callable[[], Any]) -> int:
     """Runs the entry; a user's mistake is one clear line and exit code 1 or 2, anything else is a traceback."""
+    if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
+        print(config.overview())  # without composing anything: the answer is the same, and at once
+        return 0
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
     try:
-        _refuse_lists(sys.argv[1:])
+        _refuse_words(sys.argv[1:])
         main()
-    except (HydraException, OmegaConfBaseException, PrefetchError) as error:
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, HydraException, OmegaConfBaseException, PrefetchError) as error:
         if wants_traceback:
             raise
         return _report(error)
@@ -122,9 +124,13 @@ def _report(error: BaseException) -> int:
     return 2 if not isinstance(error, PrefetchError) or isinstance(error, ConfigError) else 1
 
 
-def _refuse_lists(words: list[str]) -> None:
-    """Hydra would merge the files of a list into one; a group takes one name."""
+def _refuse_words(words: list[str]) -> None:
+    """What Hydra would take and nobody means: keys that no stage reads, and lists of choices merged into one."""
     for word in words:
+        if word.startswith("+") and not word.lstrip("+").startswith("hydra"):
+            raise ConfigError(
+                f"{word}: nothing reads an added key; leave out the + to set one that exists"
+            )
         group, _, value = word.partition("=")
         if value.startswith("[") and group in _groups():
             names = value.strip("[]").replace(" ", "")
@@ -137,6 +143,8 @@ def explain(error: BaseException) -> str:
     """One line that says what was wrong and lists what exists."""
     if isinstance(error, PrefetchError):
         return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}"
     text = str(error)
     if isinstance(error.__cause__, OmegaConfBaseException):
         text = f"{text}; {error.__cause__}"
@@ -160,11 +168,8 @@ def _siblings(text: str) -> str:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    groups = [
-        word
-        for word in sys.argv[1:]
-        if re.fullmatch(r"\w+=\w+", word) and word.split("=")[0] in _groups()
-    ]
+    chosen = [word for word in sys.argv[1:] if re.fullmatch(r"\w+=\w+", word)]
+    groups = [word for word in chosen if word.split("=")[0] in _groups() - {"experiment"}]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
         node: Any = compose("config", overrides=groups)

@@ -12,9 +12,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prefetch.artifacts import BUILDING, RUNS, Store, lock_path, read_manifest
-from prefetch.config import Config
+from prefetch.config import ArtifactsConfig, Config
 from prefetch.errors import ArtifactError, ConfigError
 
 
@@ -27,6 +28,7 @@ class Entry:
     made_from: tuple[str, ...]
     n_bytes: int
     age_s: float
+    idle_s: float  # since a run last asked for it
     folder: Path
 
     @property
@@ -48,20 +50,31 @@ def entries(store: Store) -> list[Entry]:
                 key=folder.name,
                 made_from=tuple(f"{kind}/{key}" for kind, key in upstream.items()),
                 n_bytes=sum(file["bytes"] for file in manifest["files"].values()),
-                age_s=max(0.0, time.time() - path.stat().st_mtime),
+                age_s=_since(path),
+                idle_s=min(_since(path), _since(lock_path(folder))),
                 folder=folder,
             )
         )
     return sorted(found, key=lambda entry: -entry.age_s)
 
 
+def _since(path: Path) -> float:
+    return max(0.0, time.time() - path.stat().st_mtime) if path.exists() else float("inf")
+
+
 def used_names(store: Store, held: list[Entry]) -> set[str]:
     """What a run that still has its folder stood on, and everything that was made from."""
     used: set[str] = set()
     for path in (store.root / RUNS).glob("*.json"):
-        run = json.loads(path.read_text())
-        if Path(run["folder"]).is_dir():
-            used |= set(run["used"])
+        try:
+            run = json.loads(path.read_text())
+            folder, stood_on = Path(run["folder"]), set(run["used"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{path}: the entry of a run is damaged; remove the file"
+            ) from error
+        if folder.is_dir():
+            used |= stood_on
     made_from = {entry.name: entry.made_from for entry in held}
     waiting = list(used)
     while waiting:
@@ -101,7 +114,7 @@ def run(cfg: Config, store: Store) -> None:
             print(f"removed the remains of a killed run: {folder}")
         held = entries(store)
         used = used_names(store, held)
-        for entry in _doomed(cfg.artifacts.remove, held, used):
+        for entry in _doomed(cfg.artifacts, held, used):
             remove(entry.folder)
             print(f"removed {entry.name} ({entry.n_bytes:,} bytes)")
             held.remove(entry)
@@ -110,11 +123,19 @@ def run(cfg: Config, store: Store) -> None:
     _show(held, used, store)
 
 
-def _doomed(wanted: str | None, held: list[Entry], used: set[str]) -> list[Entry]:
+def _doomed(cfg: ArtifactsConfig, held: list[Entry], used: set[str]) -> list[Entry]:
+    wanted = cfg.remove
     if wanted is None:
         return []
     if wanted == "unused":
-        return [entry for entry in held if entry.name not in used]
+        idle = [entry for entry in held if entry.name not in used]
+        fresh = [entry for entry in idle if entry.idle_s < 60 * cfg.spare_minutes]
+        for entry in fresh:
+            print(
+                f"spared {entry.name}: a run may stand on it, it was used {_duration(entry.idle_s)} ago "
+                f"(artifacts.spare_minutes={cfg.spare_minutes:g})"
+            )
+        return [entry for entry in idle if entry not in fresh]
     named = [entry for entry in held if entry.name.startswith(wanted)]
     if len(named) != 1:
         names = ", ".join(entry.name for entry in held) or "nothing"
@@ -129,9 +150,8 @@ def _show(held: list[Entry], used: set[str], store: Store) -> None:
     if not held:
         print(f"{store.root}: no artifacts")
         return
-    table = Table(
-        title=f"{store.root}: {len(held)} artifacts, {sum(e.n_bytes for e in held):,} bytes"
-    )
+    title = f"{store.root}: {len(held)} artifacts, {sum(e.n_bytes for e in held):,} bytes"
+    table = Table(title=Text(title))
     columns: dict[str, Any] = {
         "kind": "left",
         "key": "left",

@@ -7,6 +7,7 @@ nothing with it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from prefetch.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd  # slow to import, and not every stage makes a table
 
+log = logging.getLogger(__name__)
 MODES = ("offline", "online", "disabled")
 
 
@@ -74,18 +76,24 @@ class WandbTracker:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        self._run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=self.mode,  # type: ignore[arg-type]  # checked against MODES
-            group=self.group or group,
-            job_type=stage,
-            tags=self.tags,
-            dir=str(folder),
-            config=dict(config),
-            reinit="create_new",
-            settings=wandb.Settings(console="off", x_disable_stats=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                mode=self.mode,  # type: ignore[arg-type]  # checked against MODES
+                group=self.group or group,
+                job_type=stage,
+                tags=self.tags,
+                dir=str(folder),
+                config=dict(config),
+                reinit="create_new",
+                settings=wandb.Settings(console="off", x_disable_stats=True),
+            )
+        except Exception as error:  # its own types, pydantic's, and plain ones
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"W&B refused to start ({reason}); tracker=none goes without it"
+            ) from error
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._run.log(dict(metrics), step=step)
@@ -115,12 +123,30 @@ def _has_login() -> bool:
     return path.is_file() and "wandb" in path.read_text(errors="ignore")
 
 
+class SafeTracker:
+    """A tracker that dies takes nothing with it: its first failure is a warning, and the run goes on without."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker: Tracker | None = tracker
+
+    def tell(self, verb: str, *details: Any) -> None:
+        if self._tracker is None:
+            return
+        try:
+            getattr(self._tracker, verb)(*details)
+        except Exception as error:
+            self._tracker = None
+            log.warning(
+                "the tracker failed (%s); the run goes on, its folder has everything", error
+            )
+
+
 class Outputs:
     """The folder of one run: metrics, tables, figures, lineage; every one written before the tracker hears of it."""
 
     def __init__(self, folder: Path, tracker: Tracker) -> None:
         self.folder = folder
-        self._tracker = tracker
+        self._tracker = SafeTracker(tracker)
         folder.mkdir(parents=True, exist_ok=True)
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
@@ -128,22 +154,25 @@ class Outputs:
         odd = {name: value for name, value in metrics.items() if not _is_number(value)}
         assert not odd, f"metrics are finite numbers; these are not: {odd}"
         write_json(self.folder / "metrics.json", dict(metrics))
-        self._tracker.log(metrics)
+        self._tracker.tell("log", metrics)
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """`name.parquet` and `name.csv`."""
         frame.to_parquet(self.folder / f"{name}.parquet", index=False)
         frame.to_csv(self.folder / f"{name}.csv", index=False)
-        self._tracker.table(name, frame)
+        self._tracker.tell("table", name, frame)
 
     def figure(self, path: Path) -> None:
         """A picture that stands in the folder already."""
-        self._tracker.figure(path.stem, path)
+        self._tracker.tell("figure", path.stem, path)
 
     def lineage(self, used: Mapping[str, Any]) -> None:
         """`lineage.json`: every artifact that this run stood on."""
         write_json(self.folder / "lineage.json", dict(used))
-        self._tracker.lineage(used)
+        self._tracker.tell("lineage", used)
+
+    def finish(self, error: str | None) -> None:
+        self._tracker.tell("finish", error)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prefetch import __version__
-from prefetch.artifacts import Artifact, Outside, Recipe, Store, library_version
+from prefetch.artifacts import (
+    MANIFEST,
+    Artifact,
+    Build,
+    Outside,
+    Recipe,
+    Store,
+    library_version,
+)
 from prefetch.config import Config, instantiate
-from prefetch.errors import ConfigError
+from prefetch.errors import ConfigError, FormatError
 from prefetch.sources.source import Source
 from prefetch.trace.counts import ExpertCounts, load_counts
 from prefetch.trace.parquet import TraceReader
@@ -25,10 +33,15 @@ RECIPE = 1  # raise it when the trace format or its checks change what is writte
 
 def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
     """Collects or finds, prints what there is in a short table, and writes `metrics.json`."""
-    source = instantiate(cfg.source, "source")
-    recipe = trace_recipe(cfg) if source.gives == "trace" or cfg.trace else counts_recipe(cfg)
-    artifact = store.make(recipe)
+    has_rows = cfg.trace is not None or instantiate(cfg.source, "source").gives == "trace"
+    artifact = store.make(trace_recipe(cfg) if has_rows else counts_recipe(cfg))
     metrics, facts = describe(artifact)
+    dropped = metrics["dropped_rows"]
+    if dropped > cfg.collect.max_dropped * (dropped + metrics["tokens"]):
+        raise FormatError(
+            f"{artifact.folder}: {dropped} of {dropped + metrics['tokens']} rows were dropped, more than "
+            f"collect.max_dropped={cfg.collect.max_dropped} allows"
+        )
     outputs.metrics(metrics)
     _print(artifact, facts)
     return metrics
@@ -37,8 +50,12 @@ def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
 def trace_recipe(cfg: Config) -> Recipe | Outside:
     """What a trace is made from: the folder that the user named, or the source and its settings."""
     if cfg.trace is not None:
-        TraceReader(cfg.trace)  # a folder that is no trace is refused here, by name
-        return Outside("trace", Path(cfg.trace))
+        reader = TraceReader(cfg.trace)
+        if not (reader.folder / MANIFEST).exists():  # no store has sealed it
+            from prefetch.trace.checks import check_trace
+
+            check_trace(reader)
+        return Outside("trace", reader.folder)
     source: Source = instantiate(cfg.source, "source")
     if source.gives != "trace":
         raise ConfigError(
@@ -54,7 +71,7 @@ def trace_recipe(cfg: Config) -> Recipe | Outside:
         source.record(writer, upstream)
         writer.close()
 
-    recipe = _recipe("trace", source, build, {"max_dropped": cfg.collect.max_dropped})
+    recipe = _recipe("trace", source, build)
     return recipe
 
 
@@ -64,15 +81,15 @@ def counts_recipe(cfg: Config) -> Recipe:
     def build(folder: Path, _upstream: Mapping[str, Path]) -> None:
         source.count(_provenance(source, recipe)).save(folder)
 
-    recipe = _recipe("counts", source, build, {})
+    recipe = _recipe("counts", source, build)
     return recipe
 
 
-def _recipe(kind: str, source: Source, build: Any, more: dict[str, Any]) -> Recipe:
+def _recipe(kind: str, source: Source, build: Build) -> Recipe:
     return Recipe(
         kind=kind,
         version=RECIPE * 1000 + source.version,
-        config={"source": _name(source), **source.settings(), **more},
+        config={"source": _name(source), **source.settings()},
         build=build,
         upstream=source.upstream(),
         libraries=source.libraries,
@@ -171,5 +188,5 @@ def _print(artifact: Artifact, rows: list[tuple[str, str]]) -> None:
     table.add_column(justify="right")
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     Console(width=max(100, Console().width)).print(table)

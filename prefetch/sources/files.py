@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,11 +13,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import ConfigError, FormatError, PrefetchError
 from prefetch.models.cards import load_card
 from prefetch.sources.source import Source
 from prefetch.trace.card import ModelCard, plain_card
 from prefetch.trace.writer import TraceWriter
+
+UNNAMED = "unknown model"  # what a card is called where neither the file nor model_card names one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,11 @@ class FileSource(Source):
         if self.model_card is not None:
             settings["model_card"] = load_card(self.model_card).to_json()
         return settings
+
+    @property
+    def knows_experts(self) -> bool:
+        """Was E given? Otherwise a file must be read twice, because the ids have to tell it."""
+        return self.n_experts is not None or self.model_card is not None
 
     def experts(self, used_E: NDArray[np.bool_], writer: TraceWriter, where: str) -> int:
         """E for a file that does not say it: the setting, or what the ids imply if none is missing."""
@@ -141,3 +149,60 @@ def find_files(path: str | list[str] | None, suffixes: tuple[str, ...]) -> dict[
             key = name if name not in found else str(file)
             found[key] = file
     return found
+
+
+def whole_ids(ids: NDArray[Any], axes: str) -> NDArray[np.int32]:
+    """Expert ids as a file has them, as int32: no fraction and no overflow becomes another expert."""
+    if ids.ndim != len(axes.split(", ")) or ids.dtype.kind not in "iu":
+        raise FormatError(
+            f"expected expert ids as whole numbers [{axes}], found {ids.dtype} {list(ids.shape)}"
+        )
+    if ids.size and not -(2**31) <= int(ids.min()) <= int(ids.max()) < 2**31:
+        raise FormatError(f"expert id {int(ids.max())} is out of range")
+    return ids.astype(np.int32)
+
+
+@contextmanager
+def reading(where: Path | str, what: str = "") -> Iterator[None]:
+    """Whatever goes wrong inside becomes one error that names the file: no traceback of another library."""
+    try:
+        yield
+    except PrefetchError as error:
+        if str(where) in str(error):
+            raise
+        raise type(error)(f"{where}: {error}") from error
+    except NameError:
+        raise  # a slip of ours, not of the file
+    except Exception as error:  # parsers meet damaged bytes with whatever they like
+        reason = " ".join(str(error).split())[:200] or "no reason given"
+        raise FormatError(f"{where}: expected {what}; {type(error).__name__}: {reason}") from error
+
+
+class Requests:
+    """The runs of equal names in a file's request column, numbered from 0, and the rows within each counted.
+
+    Blocks are handed over in order. A name that comes back later is an error: its rows stand apart.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[Any] = set()
+        self._last: Any = None
+        self._rows = 0  # of the run that is open
+
+    def number(self, names_T: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """(request_T, position_T) of the next block."""
+        rows = np.arange(len(names_T))
+        starts = np.flatnonzero(names_T[1:] != names_T[:-1]) + 1
+        if self._rows == 0 or names_T[0] != self._last:
+            starts, self._rows = np.append(0, starts), 0
+        before = len(self._seen) - 1
+        for name in names_T[starts].tolist():
+            if name in self._seen:
+                raise FormatError(
+                    f"request {name!r}: its rows do not stand together; sort the file by request and position"
+                )
+            self._seen.add(name)
+        run_T = np.searchsorted(starts, rows, side="right")
+        first_T = np.append(-self._rows, starts)[run_T]
+        self._last, self._rows = names_T[-1], int(rows[-1] - first_T[-1]) + 1
+        return (before + run_T).astype(np.int32), rows - first_T

@@ -144,7 +144,7 @@ def _whole_numbers(data, kinds, at, values, n_values):  # type: ignore[no-untype
     while kind != END and at < len(data):
         kind = kinds[data[at]]
         digit = np.int64(kind == DIGIT)
-        values[n_values] = value  # stands only if the number ends here
+        values[min(n_values, len(values) - 1)] = value  # stands only if the number ends here
         n_values += np.int64(length > 0) * (1 - digit)
         value = (value * 10 + data[at] - 48) * digit
         length = (length + 1) * digit

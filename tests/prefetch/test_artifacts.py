@@ -1,5 +1,6 @@
 """The store: keys that change with content and with nothing else, one build among many askers, nothing half-made."""
 
+import errno
 import json
 import os
 import signal
@@ -153,8 +154,8 @@ def test_a_folder_that_the_user_names_is_known_by_its_content(tmp_path):
 
 
 class Cfg:
-    def __init__(self, remove: str | None) -> None:
-        self.artifacts = ArtifactsConfig(remove=remove)
+    def __init__(self, remove: str | None, spare_minutes: float = 0.0) -> None:
+        self.artifacts = ArtifactsConfig(remove=remove, spare_minutes=spare_minutes)
 
 
 def test_unused_is_what_no_living_run_stood_on(tmp_path, capsys):
@@ -174,6 +175,67 @@ def test_unused_is_what_no_living_run_stood_on(tmp_path, capsys):
     folder.rmdir()
     run(Cfg("unused"), store)
     assert entries(store) == []
+
+
+def test_what_was_just_used_is_spared_because_a_run_may_stand_on_it(tmp_path, capsys):
+    held = Store(tmp_path).make(recipe())
+    run(Cfg("unused", spare_minutes=60), Store(tmp_path))
+    assert held.folder.exists() and "spared toy/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "/data/model"), ConnectionError("hub down")]
+)
+def test_an_error_of_the_builder_is_not_blamed_on_the_disk(tmp_path, error):
+    def build(folder, above):
+        raise error
+
+    with pytest.raises(type(error)):
+        Store(tmp_path).make(Recipe("toy", 1, {}, build))
+
+
+def test_a_full_disk_is_said_with_what_to_do(tmp_path):
+    def build(folder, above):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ArtifactError, match=r"No space left.*pass store=DIR"):
+        Store(tmp_path).make(Recipe("toy", 1, {}, build))
+    assert not list(tmp_path.glob("toy/*.building"))
+
+
+def test_a_folder_under_another_key_is_not_that_artifact(tmp_path):
+    made = Store(tmp_path).make(recipe(1))
+    made.folder.rename(made.folder.with_name(recipe(2).key))
+    with pytest.raises(ArtifactError, match="that of another artifact"):
+        Store(tmp_path).make(recipe(2))
+
+
+@pytest.mark.parametrize("files", [[], {}, {"v": 3}, {"v": {"bytes": 1}}])
+def test_a_manifest_that_lists_nothing_is_damaged(tmp_path, files):
+    path = Store(tmp_path).make(recipe()).folder / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": files}))
+    with pytest.raises(ArtifactError, match="damaged"):
+        Store(tmp_path).make(recipe())
+
+
+def test_a_torn_entry_of_the_index_is_named(tmp_path):
+    store = Store(tmp_path)
+    store.make(recipe())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "x.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"x\.json: the entry of a run is damaged"):
+        used_names(store, entries(store))
+
+
+def test_an_outside_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match="gone: cannot be read"):
+        Store(tmp_path).make(recipe(files={"gone": tmp_path / "gone"}))
+
+
+def test_a_folder_that_a_store_sealed_keeps_its_key_when_it_is_named(tmp_path):
+    made = Store(tmp_path / "store").make(recipe())
+    named = Store(tmp_path / "other").make(Outside("toy", made.folder))
+    assert (named.key, named.folder) == (made.key, made.folder)
 
 
 def test_removing_by_name_takes_one_artifact_or_says_what_there_is(tmp_path, capsys):

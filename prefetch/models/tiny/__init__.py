@@ -1,0 +1,1 @@
+"""The embedded language model: its corpus, tokens, net, training and generation. It knows no trace."""

@@ -1,0 +1,232 @@
+"""Files of named arrays (npz, npy, safetensors, Parquet) as columns, handed out in blocks of rows in constant memory.
+
+It knows no meaning of a column. T rows; a column is [T, ...].
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from prefetch.errors import FormatError
+from prefetch.sources.files import reading
+
+MOST_TIMES = 200  # zlib's own limit is 1,032; routing deflates 2 to 8 times
+SMALL_BYTES = 64 << 20  # request and phase columns are nearly constant, and may deflate like a bomb
+ONLY = "expert_ids"  # what the one array of a .npy file is called
+
+Block = dict[str, NDArray[Any]]
+
+
+class Columns:
+    """One file. `names` says what it holds; `blocks` streams the rows, `whole` reads what has no row axis."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: tuple[str, ...] = ()
+
+    def whole(self, name: str) -> NDArray[Any]:
+        raise NotImplementedError
+
+    def blocks(self, names: list[str], rows: int) -> Iterator[Block]:
+        raise NotImplementedError
+
+    def _n_rows(self, shapes: dict[str, tuple[int, ...]]) -> int:
+        """The rows that all these arrays have."""
+        rows = {shape[0] if shape else None for shape in shapes.values()}
+        if len(rows) != 1 or None in rows:
+            raise FormatError(
+                f"{self.path}: expected as many rows in every array, got shapes {shapes}"
+            )
+        return rows.pop() or 0
+
+
+class Memory(Columns):
+    """Arrays that are mapped rather than read: .npy and safetensors."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.arrays: dict[str, Any] = self._npy() if path.suffix == ".npy" else self._safetensors()
+        self.names = tuple(self.arrays)
+
+    def _npy(self) -> dict[str, Any]:
+        return {ONLY: np.load(self.path, mmap_mode="r", allow_pickle=False)}
+
+    def _safetensors(self) -> dict[str, Any]:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:  # numpy has no bfloat16
+            return {name: _Slice(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+
+    def whole(self, name: str) -> NDArray[Any]:
+        with reading(f"{self.path}, array {name}", "an array"):
+            return np.asarray(self.arrays[name][:])
+
+    def blocks(self, names: list[str], rows: int) -> Iterator[Block]:
+        total = self._n_rows({name: tuple(self.arrays[name].shape) for name in names})
+        for start in range(0, total, rows):
+            with reading(self.path, "rows of its arrays"):
+                block = {
+                    name: np.asarray(self.arrays[name][start : start + rows]) for name in names
+                }
+            yield block
+
+
+class _Slice:
+    """A tensor of a safetensors file, read piece by piece."""
+
+    def __init__(self, part: Any) -> None:
+        self.part, self.shape = part, tuple(part.get_shape())
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        tensor = self.part[rows]
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+class Npz(Columns):
+    """Members of the zip are inflated as they are read, never whole, and never a zip bomb."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        self.names = tuple(entry.filename.removesuffix(".npy") for entry in entries)
+        for entry in entries:
+            if entry.file_size > max(SMALL_BYTES, MOST_TIMES * entry.compress_size):
+                raise FormatError(
+                    f"{path}: {entry.filename} would inflate from {entry.compress_size:,} to "
+                    f"{entry.file_size:,} bytes, more than {MOST_TIMES} times: refused as a zip bomb; "
+                    "if it is none, save it with numpy.savez"
+                )
+
+    def whole(self, name: str) -> NDArray[Any]:
+        with reading(f"{self.path}, array {name}", "an array"), ExitStack() as opened:
+            member = _Member(opened.enter_context(zipfile.ZipFile(self.path)), name, opened)
+            return member.take(member.shape[0] if member.shape else 1)
+
+    def blocks(self, names: list[str], rows: int) -> Iterator[Block]:
+        members = {}
+        with ExitStack() as opened:
+            archive = opened.enter_context(zipfile.ZipFile(self.path))
+            for name in names:
+                with reading(f"{self.path}, array {name}", "an array"):
+                    members[name] = _Member(archive, name, opened)
+            total = self._n_rows({name: member.shape for name, member in members.items()})
+            for start in range(0, total, rows):
+                with reading(self.path, "rows of its arrays"):
+                    n = min(rows, total - start)
+                    block = {name: member.take(n) for name, member in members.items()}
+                yield block
+
+
+class _Member:
+    """One array of an npz, from its header on: the rows come in order."""
+
+    def __init__(self, archive: zipfile.ZipFile, name: str, opened: ExitStack) -> None:
+        entry = archive.getinfo(f"{name}.npy")
+        self.file = opened.enter_context(archive.open(entry))
+        version = npy.read_magic(self.file)
+        if version not in ((1, 0), (2, 0)):
+            raise FormatError(f"expected version 1 or 2 of the npy format, found {version}")
+        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        self.shape, self.is_fortran, self.dtype = header(self.file)
+        n_bytes = math.prod(self.shape) * self.dtype.itemsize
+        if self.dtype.hasobject:
+            raise FormatError("holds Python objects: refused, because they can run code")
+        if n_bytes != entry.file_size - self.file.tell():
+            raise FormatError(
+                f"its header promises {n_bytes:,} bytes of {list(self.shape)} {self.dtype}, the file has "
+                f"{entry.file_size - self.file.tell():,}"
+            )
+
+    def take(self, rows: int) -> NDArray[Any]:
+        shape = (rows, *self.shape[1:]) if self.shape else ()
+        if self.is_fortran and rows != (self.shape[0] if self.shape else 1):
+            raise FormatError("is stored in Fortran order: save it with numpy.ascontiguousarray")
+        data = self.file.read(math.prod(shape) * self.dtype.itemsize)
+        order = "F" if self.is_fortran else "C"
+        return np.frombuffer(data, self.dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+
+
+class Parquet(Columns):
+    """Lists of one length, nested or not, become the further axes of an array."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        super().__init__(path)
+        self.names = tuple(pq.read_schema(path).names)
+
+    def whole(self, name: str) -> NDArray[Any]:
+        return np.concatenate([block[name] for block in self.blocks([name], 1 << 16)])
+
+    def blocks(self, names: list[str], rows: int) -> Iterator[Block]:
+        import pyarrow.parquet as pq
+
+        waiting: list[
+            Block
+        ] = []  # Arrow may hand out fewer rows than asked, at the end of a row group
+        with pq.ParquetFile(self.path) as file:
+            batches = file.iter_batches(batch_size=rows, columns=names)
+            while True:
+                with reading(self.path, "rows of Parquet"):
+                    batch = next(batches, None)
+                    if batch is not None:
+                        waiting.append({name: dense(batch.column(name), name) for name in names})
+                    n_rows = sum(len(part[names[0]]) for part in waiting)
+                    if batch is not None and n_rows < rows:
+                        continue
+                    if not n_rows:
+                        return
+                    block = {
+                        name: np.concatenate([part[name] for part in waiting]) for name in names
+                    }
+                yield {name: array[:rows] for name, array in block.items()}
+                waiting = [{name: array[rows:] for name, array in block.items()}]
+
+
+def dense(column: Any, name: str) -> NDArray[Any]:
+    """A (nested) list column of Arrow as an array [T, ...]: every list must be as long as the first."""
+    import pyarrow as pa
+
+    shape = [len(column)]
+    while pa.types.is_nested(column.type) or pa.types.is_dictionary(column.type):
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+            continue
+        if column.null_count or pa.types.is_struct(column.type) or pa.types.is_map(column.type):
+            raise FormatError(f"column {name}: expected lists without nulls, found {column.type}")
+        inner = column.flatten()
+        width = len(inner) // len(column) if len(column) else 0
+        if not pa.types.is_fixed_size_list(column.type):
+            widths = column.value_lengths().to_numpy()
+            if (widths != width).any():
+                row = int((widths != (widths[0] if len(widths) else 0)).argmax())
+                raise FormatError(
+                    f"column {name}: expected lists of one length, row {row} of {len(widths)} holds {widths[row]}, "
+                    f"row 0 holds {widths[0]}"
+                )
+        column = inner
+        shape.append(width)
+    if column.null_count:
+        raise FormatError(f"column {name}: {column.null_count} values are null")
+    return np.asarray(column.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def open_columns(path: Path) -> Columns:
+    """The reader that belongs to the file's suffix."""
+    kinds = {".npz": Npz, ".npy": Memory, ".safetensors": Memory, ".parquet": Parquet}
+    if path.suffix not in kinds:
+        raise FormatError(f"{path}: expected a file ending in {' or '.join(kinds)}")
+    with reading(path, f"a {path.suffix} file"):
+        if not path.stat().st_size:
+            raise FormatError(f"{path}: the file is empty")
+        return kinds[path.suffix](path)

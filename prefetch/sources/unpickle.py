@@ -1,0 +1,97 @@
+"""The one restricted reader of pickles: plain values, numpy arrays, torch tensors; the rest is refused by name.
+
+A pickle is a program that may call whatever it can name. Here it can name only what rebuilds arrays, and it is refused
+at the first other name, before anything of that name is imported. It knows no format.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from prefetch.errors import FormatError
+from prefetch.sources.files import reading
+
+
+def unpickle(path: Path, *, record_class: str | None = None) -> Any:
+    """The value. Instances of `record_class` (a full name, never imported) become plain namespaces of their fields."""
+    with reading(path, "a pickle of plain values, arrays and tensors"), path.open("rb") as file:
+        if not path.stat().st_size:
+            raise FormatError(f"{path}: the file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # old files use what numpy and torch have since deprecated
+            value = _Restricted(file, record_class).load()
+        if file.read(1):
+            raise FormatError(f"{path}: something follows the pickle; expected one")
+        return value
+
+
+class _Restricted(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, record_class: str | None) -> None:
+        super().__init__(file)
+        self.allowed = _allowed()
+        if record_class is not None:
+            self.allowed[record_class] = types.SimpleNamespace
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full not in self.allowed:
+            raise FormatError(
+                f"the pickle names {full}, which is neither a numpy array nor a torch tensor: refused, nothing of it "
+                "was run; if it is a record of plain fields, pass source.record_class=" + full
+            )
+        return self.allowed[full]
+
+
+def _allowed() -> dict[str, Callable[..., Any]]:
+    """Full name in the file -> what stands for it here. Rebuilders are taken from a value's own recipe."""
+    import torch
+
+    array, number = np.zeros(1), np.float64(0)
+    reconstruct, from_buffer = array.__reduce__()[0], array.__reduce_ex__(5)[0]
+    names: dict[str, Any] = {
+        "collections.OrderedDict": collections.OrderedDict,
+        "_codecs.encode": _latin1,
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
+        "torch.storage._load_from_bytes": _storage,
+        "torch._utils._rebuild_tensor_v2": torch.zeros(1).__reduce_ex__(2)[0],
+    }
+    for core in ("numpy.core", "numpy._core"):  # before and since numpy 2
+        names[f"{core}.multiarray._reconstruct"] = reconstruct
+        names[f"{core}.numeric._frombuffer"] = from_buffer
+        names[f"{core}.multiarray.scalar"] = _scalar(number.__reduce__()[0])
+    return names
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How pickles before protocol 3 hold bytes."""
+    if encoding != "latin1":
+        raise FormatError(f"expected bytes as latin1 text, found {encoding}")
+    return text.encode(encoding)
+
+
+def _scalar(rebuild: Any) -> Callable[..., Any]:
+    def scalar(dtype: np.dtype[Any], *data: Any) -> Any:
+        if dtype.hasobject:
+            raise FormatError("a number of numpy cannot be a Python object: refused")
+        return rebuild(dtype, *data)
+
+    return scalar
+
+
+def _storage(data: bytes) -> Any:
+    """torch's own function unpickles without restriction; this one loads weights only."""
+    import torch
+
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
