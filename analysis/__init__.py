@@ -1,1 +1,1 @@
-"""What routing says: every analysis is a table from a trace. It stands above `prefetch`, and nothing there imports it."""
+"""What routing says: every analysis is a table from a trace. It stands above `prefetch`; nothing there imports it."""

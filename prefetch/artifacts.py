@@ -6,7 +6,6 @@ folder under a file lock, sealed with a manifest, and renamed into place.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import importlib
@@ -116,26 +115,25 @@ class Store:
 
     def make(self, recipe: Recipe | Outside) -> Artifact:
         """The artifact of this recipe: found, or made now with everything it stands on."""
-        identity = recipe.identity
-        key = _digest(identity)
         if isinstance(recipe, Outside):
             artifact = self._outside(recipe)
         else:
-            folder = self.root / recipe.kind / key
-            artifact = self._found(folder) or self._build(recipe, identity, folder)
+            folder = self.root / recipe.kind / recipe.key
+            artifact = self._found(folder) or self._build(recipe, folder)
             lock_path(artifact.folder).touch()  # when it was last used
         self.used[f"{recipe.kind}/{artifact.key}"] = artifact.manifest["identity"]
         return artifact
 
     def _outside(self, recipe: Outside) -> Artifact:
         """A folder that some store sealed keeps the key that it has there."""
-        if (recipe.folder / MANIFEST).is_file():
-            artifact = self._found(recipe.folder.resolve())
-            if artifact is not None:
-                return dataclasses.replace(artifact, kind=recipe.kind, folder=recipe.folder)
-        return Artifact(recipe.kind, recipe.key, recipe.folder, {"identity": recipe.identity})
+        if not (recipe.folder / MANIFEST).is_file():
+            return Artifact(recipe.kind, recipe.key, recipe.folder, {"identity": recipe.identity})
+        manifest = read_manifest(recipe.folder)
+        if self.verify:
+            check_files(recipe.folder, manifest)
+        return Artifact(recipe.kind, _digest(manifest["identity"]), recipe.folder, manifest)
 
-    def _build(self, recipe: Recipe, identity: Mapping[str, Any], folder: Path) -> Artifact:
+    def _build(self, recipe: Recipe, folder: Path) -> Artifact:
         upstream = {name: self.make(part).folder for name, part in recipe.upstream.items()}
         with self._writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +150,7 @@ class Store:
                 try:
                     started = time.perf_counter()
                     recipe.build(temporary, upstream)
-                    _seal(temporary, identity, time.perf_counter() - started)
+                    _seal(temporary, recipe.identity, time.perf_counter() - started)
                     temporary.replace(folder)
                 except BaseException:
                     _remove(temporary)

@@ -31,6 +31,7 @@ def run_stage(cfg: DictConfig) -> dict[str, float]:
         Config, cfg
     )  # the schema stands in the defaults list: Hydra checked names and types
     try:
+        config.check_values(typed)
         if cfg.stage.recorded:
             return record(typed, Path(HydraConfig.get().runtime.output_dir))
         config.locate(cfg.stage._target_)(typed, open_store(typed))
@@ -121,7 +122,7 @@ def guarded(main: Callable[[], Any]) -> int:
 
 def _report(error: BaseException) -> int:
     print(f"error: {explain(error)}", file=sys.stderr)
-    return 2 if not isinstance(error, PrefetchError) or isinstance(error, ConfigError) else 1
+    return 2 if isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)) else 1
 
 
 def _refuse_words(words: list[str]) -> None:
@@ -143,7 +144,7 @@ def explain(error: BaseException) -> str:
     """One line that says what was wrong and lists what exists."""
     if isinstance(error, PrefetchError):
         return str(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
         return f"{error.filename or 'input or output'}: {error.strerror or error}"
     text = str(error)
     if isinstance(error.__cause__, OmegaConfBaseException):

@@ -101,8 +101,17 @@ def test_a_sweep_runs_every_job_and_one_bad_job_does_not_stop_the_others(tmp_pat
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("stage=colect",), 2, "Available options in 'stage': all artifacts collect list"),
-        (("sed=1",), 2, "Key 'sed' is not in struct"),
+        (("stage=colect",), 2, "Available options in 'stage': all artifacts"),
+        (
+            ("sed=1",),
+            2,
+            "Key 'sed' not in 'Config' full_key: sed ; the root has: artifacts, collect",
+        ),
+        (("+seeed=1",), 2, "nothing reads an added key"),
+        (("experiment=nosuch",), 2, "Available options in 'experiment': quick"),
+        ((*QUICK, "stage=collect", "seed=-1"), 2, "seed=-1: must not be negative"),
+        ((*QUICK, "stage=collect", "collect.max_dropped=7"), 2, "must be a share from 0 to 1"),
+        ((*QUICK, "stage=collect", "hydra.run.dir=/proc/x"), 1, "/proc/x"),
         (("collect.max_droped=1",), 2, "collect has: max_dropped"),
         (("seed=abc",), 2, "Value 'abc' of type 'str' could not be converted to Integer"),
         ((*QUICK, "source.skwe=1"), 2, "source has: concentration, n_experts"),

@@ -337,7 +337,7 @@ def load_architecture(name_or_path: str | Path) -> Architecture:
         )
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise ConfigError(

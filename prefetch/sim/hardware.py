@@ -119,7 +119,7 @@ class Hardware:
     def __post_init__(self) -> None:
         numbers = dict(numeric_fields(self))
         for path, number in numbers.items():
-            if number < 0 or (number == 0 and path not in MAY_BE_ZERO):
+            if not 0 <= number < math.inf or (number == 0 and path not in MAY_BE_ZERO):
                 raise ConfigError(f"{path} must be positive; found {number}")
         if self.reserve_bytes >= self.device.memory_bytes:
             raise ConfigError("reserve_bytes must be less than device.memory_bytes")

@@ -13,18 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import ConfigError, FormatError, reading
 from prefetch.progress import Progress
 from prefetch.sources.columns import Block, Columns, open_columns
-from prefetch.sources.files import (
-    UNNAMED,
-    FileSource,
-    Requests,
-    domain_of,
-    reading,
-    used_ids,
-    whole_ids,
-)
+from prefetch.sources.files import UNNAMED, FileSource, Requests, domain_of, used_ids, whole_ids
 from prefetch.trace.routing import PHASES, trace_of
 from prefetch.trace.writer import TraceWriter
 

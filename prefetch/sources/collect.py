@@ -183,7 +183,7 @@ def _sizes(sizes: tuple[int, ...] | None, precision: str | None) -> str:
 
 def _print(artifact: Artifact, rows: list[tuple[str, str]]) -> None:
     table = Table(
-        title=f"{artifact.kind} {artifact.folder}", show_header=False, title_justify="left"
+        title=Text(f"{artifact.kind} {artifact.folder}"), show_header=False, title_justify="left"
     )
     table.add_column(justify="right")
     table.add_column(overflow="fold")

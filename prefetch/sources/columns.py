@@ -16,8 +16,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from prefetch.errors import FormatError
-from prefetch.sources.files import reading
+from prefetch.errors import FormatError, reading
 
 MOST_TIMES = 200  # zlib's own limit is 1,032; routing deflates 2 to 8 times
 SMALL_BYTES = 64 << 20  # request and phase columns are nearly constant, and may deflate like a bomb

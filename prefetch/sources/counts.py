@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import ConfigError, FormatError, reading
 from prefetch.models.cards import load_card
 from prefetch.sources.columns import open_columns
-from prefetch.sources.files import UNNAMED, FileSource, reading
+from prefetch.sources.files import UNNAMED, FileSource
 from prefetch.trace.counts import ExpertCounts
 from prefetch.trace.provenance import Provenance
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError
-from prefetch.sources.files import UNNAMED, FileSource, reading, used_ids
+from prefetch.errors import ConfigError, FormatError, reading
+from prefetch.sources.files import UNNAMED, FileSource, used_ids
 from prefetch.sources.textscan import parse_rows, read_text, whole
 from prefetch.trace.routing import trace_of
 from prefetch.trace.writer import TraceWriter

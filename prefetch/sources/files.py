@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError, PrefetchError
+from prefetch.errors import ConfigError, FormatError
 from prefetch.models.cards import load_card
 from prefetch.sources.source import Source
 from prefetch.trace.card import ModelCard, plain_card
@@ -78,23 +78,27 @@ class FileSource(Source):
                 f"source.model_card={self.model_card}: it has {lent.n_experts} experts, the file has {n_experts}"
             )
         slots = _slots_of(lent, layer_numbers, self.model_card)
-        return dataclasses.replace(
-            lent,
-            top_k=top_k,
-            layer_numbers=tuple(lent.layer_numbers[slot] for slot in slots),
-            layer_stacks=tuple(lent.layer_stacks[slot] for slot in slots),
-            expert_bytes_L=lent.expert_bytes_L
-            and tuple(lent.expert_bytes_L[slot] for slot in slots),
-            **known,
-        )
+        sizes = lent.expert_bytes_L
+        read = {
+            "top_k": top_k,
+            "layer_numbers": tuple(lent.layer_numbers[slot] for slot in slots),
+            "layer_stacks": tuple(lent.layer_stacks[slot] for slot in slots),
+            "expert_bytes_L": sizes and tuple(sizes[slot] for slot in slots),
+        }
+        return dataclasses.replace(lent, **{**read, **known})  # what the file says wins
 
 
 def _slots_of(card: ModelCard, layer_numbers: tuple[int, ...], name: str) -> list[int]:
     """Where the file's layers stand in the card: by the model's own numbers, or in order if it counts from 0."""
-    if set(layer_numbers) <= set(card.layer_numbers):
-        return [card.layer_numbers.index(number) for number in layer_numbers]
+    where = {n: [i for i, own in enumerate(card.layer_numbers) if own == n] for n in layer_numbers}
+    if all(len(slots) == 1 for slots in where.values()):
+        return [slots[0] for slots in where.values()]
     if layer_numbers == tuple(range(card.n_layers)):
         return list(layer_numbers)
+    if all(where.values()):
+        raise ConfigError(
+            f"source.model_card={name}: layers {layer_numbers} stand in both its encoder and its decoder"
+        )
     raise ConfigError(
         f"source.model_card={name}: its MoE layers are {card.layer_numbers}, the file has {layer_numbers}"
     )
@@ -119,36 +123,46 @@ def find_files(path: str | list[str] | None, suffixes: tuple[str, ...]) -> dict[
     """Name -> file, in a fixed order; names are relative to what the user wrote, so a moved folder is the same."""
     if not path:
         raise ConfigError("source.path: must be given: a file, a folder, a list, or a glob")
-    found: dict[str, Path] = {}
+    found: list[tuple[str, Path]] = []
     for text in [path] if isinstance(path, str) else path:
-        root = Path(text).expanduser()
-        if root.is_file():
-            matches = {root.name: root}
-        elif root.is_dir():
-            inside = sorted(
-                p for p in root.rglob("*") if p.is_file() and p.name.endswith(suffixes or ("",))
-            )
-            matches = {str(p.relative_to(root)): p for p in inside}
-            if not matches:
-                raise FormatError(
-                    f"{root}: the folder holds no file ending in {' or '.join(suffixes)}"
-                )
-        else:
-            hits = sorted(
-                Path(hit)
-                for hit in glob.glob(str(root), recursive=True)  # noqa: PTH207 - a pattern may be absolute
-                if Path(hit).is_file()
-            )
-            matches = {
-                hit.name if len({h.name for h in hits}) == len(hits) else str(hit): hit
-                for hit in hits
-            }
-            if not matches:
-                raise ConfigError(f"source.path={text}: no such file, folder or glob")
-        for name, file in matches.items():
-            key = name if name not in found else str(file)
-            found[key] = file
-    return found
+        try:
+            found += _matches(text, suffixes)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"source.path={text[:200]}: no such file, folder or glob ({error})"
+            ) from error
+    real = [file.resolve() for _, file in found]
+    twice = (
+        next((file for file in real if real.count(file) > 1), None) if len(real) < 10_000 else None
+    )
+    if twice is not None:
+        raise ConfigError(f"source.path: {twice} is named twice")
+    if len({name for name, _ in found}) < len(
+        found
+    ):  # files of one name: tell them apart by their folders
+        common = Path(os.path.commonpath(real))
+        found = [
+            (str(whole.relative_to(common)), file)
+            for whole, (_, file) in zip(real, found, strict=True)
+        ]
+    return dict(found)
+
+
+def _matches(text: str, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+    root = Path(text).expanduser()
+    if root.is_file():
+        return [(root.name, root)]
+    if root.is_dir():
+        inside = sorted(
+            p for p in root.rglob("*") if p.is_file() and p.name.endswith(suffixes or ("",))
+        )
+        if not inside:
+            raise FormatError(f"{root}: the folder holds no file ending in {' or '.join(suffixes)}")
+        return [(str(file.relative_to(root)), file) for file in inside]
+    hits = sorted(map(Path, glob.glob(str(root), recursive=True)))  # noqa: PTH207 - may be absolute
+    if not any(hit.is_file() for hit in hits):
+        raise ConfigError(f"source.path={text}: no such file, folder or glob")
+    return [(hit.name, hit) for hit in hits if hit.is_file()]
 
 
 def whole_ids(ids: NDArray[Any], axes: str) -> NDArray[np.int32]:
@@ -160,22 +174,6 @@ def whole_ids(ids: NDArray[Any], axes: str) -> NDArray[np.int32]:
     if ids.size and not -(2**31) <= int(ids.min()) <= int(ids.max()) < 2**31:
         raise FormatError(f"expert id {int(ids.max())} is out of range")
     return ids.astype(np.int32)
-
-
-@contextmanager
-def reading(where: Path | str, what: str = "") -> Iterator[None]:
-    """Whatever goes wrong inside becomes one error that names the file: no traceback of another library."""
-    try:
-        yield
-    except PrefetchError as error:
-        if str(where) in str(error):
-            raise
-        raise type(error)(f"{where}: {error}") from error
-    except NameError:
-        raise  # a slip of ours, not of the file
-    except Exception as error:  # parsers meet damaged bytes with whatever they like
-        reason = " ".join(str(error).split())[:200] or "no reason given"
-        raise FormatError(f"{where}: expected {what}; {type(error).__name__}: {reason}") from error
 
 
 class Requests:

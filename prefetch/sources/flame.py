@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import ConfigError, FormatError, reading
 from prefetch.progress import Progress
 from prefetch.sources.columns import Block, open_columns
-from prefetch.sources.files import FileSource, reading, used_ids, whole_ids
+from prefetch.sources.files import FileSource, used_ids, whole_ids
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import NO_TOKEN, trace_of
 from prefetch.trace.writer import TraceWriter

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import FormatError
-from prefetch.sources.files import FileSource, Requests, domain_of, reading
+from prefetch.errors import FormatError, reading
+from prefetch.sources.files import FileSource, Requests, domain_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import PHASES, PREFILL, trace_of
 from prefetch.trace.writer import TraceWriter

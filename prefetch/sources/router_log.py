@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import FormatError
+from prefetch.errors import FormatError, reading
 from prefetch.sources.columns import dense
-from prefetch.sources.files import reading
 
 BLOCK_BYTES = 64 << 20
 REQUIRED = ("layer", "token_idx", "topk_ids")

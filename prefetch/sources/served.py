@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import FormatError
-from prefetch.sources.files import reading, whole_ids
+from prefetch.errors import FormatError, reading
+from prefetch.sources.files import whole_ids
 from prefetch.trace.routing import DECODE, NO_TOKEN, PREFILL
 
 AXES = "token, layer, choice"

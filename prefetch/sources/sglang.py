@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import ConfigError, FormatError, reading
 from prefetch.models.cards import load_card
 from prefetch.sources.columns import open_columns
-from prefetch.sources.files import UNNAMED, FileSource, domain_of, reading, used_ids
+from prefetch.sources.files import UNNAMED, FileSource, domain_of, used_ids
 from prefetch.sources.served import DTYPES, Encoding, Served, json_lines, place
 from prefetch.sources.sglang_passes import Recording, check_ranks, read_recording, translate
 from prefetch.trace.routing import trace_of

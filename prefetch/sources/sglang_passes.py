@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import FormatError
-from prefetch.sources.files import reading
+from prefetch.errors import FormatError, reading
 from prefetch.trace.routing import DECODE, PREFILL
 
 EXTEND, DECODE_PASS, MIXED, IDLE = 1, 2, 3, 4  # sglang's ForwardMode

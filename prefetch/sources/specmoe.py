@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError
-from prefetch.sources.files import UNNAMED, FileSource, domain_of, reading
+from prefetch.errors import ConfigError, FormatError, reading
+from prefetch.sources.files import UNNAMED, FileSource, domain_of
 from prefetch.sources.unpickle import unpickle
 from prefetch.trace.card import STACKS, ModelCard
 from prefetch.trace.routing import NO_TOKEN, trace_of

@@ -23,6 +23,7 @@ from prefetch.trace.writer import TraceWriter
 
 PROCESSES = ("zipf", "sticky", "chain")
 BLOCK_CHOICES = 1 << 22
+CHAIN_EXPERTS = 256  # its matrices are dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Synthetic(Source):
     concentration: float = 0.1
     seed: int = 0
     real: ClassVar[bool] = False
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "numba")
 
     def __post_init__(self) -> None:
         claims = {
@@ -53,13 +55,16 @@ class Synthetic(Source):
             and min(self.prompt_tokens, self.new_tokens) >= 0,
             "n_experts must be from top_k to 65535": self.top_k <= self.n_experts <= 65535,
             "stickiness must be from 0 to 1": 0 <= self.stickiness <= 1,
-            "concentration must be positive": self.concentration > 0,
+            "skew must be a number from -100 to 100": abs(self.skew) <= 100,
+            "concentration must be a positive number": 0 < self.concentration < float("inf"),
+            f"a chain may have {CHAIN_EXPERTS} experts": self.process != "chain"
+            or self.n_experts <= CHAIN_EXPERTS,
             "a chain needs n_experts divisible by top_k": self.process != "chain"
             or self.n_experts % self.top_k == 0,
         }
         for claim, holds in claims.items():
             if not holds:
-                raise ConfigError(f"synthetic: {claim}; got {self}")
+                raise ConfigError(claim)
 
     @property
     def request_tokens(self) -> int:
@@ -96,7 +101,8 @@ class Zipf:
     """Independent draws without replacement: the honest null model, with nothing for a predictor to find."""
 
     def __init__(self, source: Synthetic, rng: np.random.Generator, writer: TraceWriter) -> None:
-        weight_E = np.arange(1, source.n_experts + 1) ** -source.skew
+        log_weight_E = -source.skew * np.log(np.arange(1, source.n_experts + 1))
+        weight_E = np.exp(log_weight_E - log_weight_E.max())
         order_LE = np.stack([rng.permutation(source.n_experts) for _ in range(source.n_layers)])
         self.rng = rng
         self.cdf_LE = np.cumsum((weight_E / weight_E.sum())[order_LE], axis=1)
@@ -160,6 +166,27 @@ def _pick(cdf_E, u):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def _is_taken(row_K, j, expert):  # type: ignore[no-untyped-def]
+    for i in range(j):  # noqa: SIM110 - numba compiles no generator
+        if row_K[i] == expert:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _pick_among_rest(cdf_E, row_K, j, u):  # type: ignore[no-untyped-def]
+    """The same draw without rejection: over the weights that are left, or evenly where none is."""
+    weights_E = np.empty(len(cdf_E))
+    for expert in range(len(cdf_E)):
+        weight = cdf_E[expert] - (cdf_E[expert - 1] if expert else 0.0)
+        weights_E[expert] = 0.0 if _is_taken(row_K, j, expert) else weight
+    if weights_E.sum() <= 0.0:
+        for expert in range(len(cdf_E)):
+            weights_E[expert] = 0.0 if _is_taken(row_K, j, expert) else 1.0
+    return _pick(np.cumsum(weights_E) / weights_E.sum(), u)
+
+
+@njit(cache=True, nogil=True)
 def _draw_rows(ids_TLK, cdf_LE, stickiness, rng):  # type: ignore[no-untyped-def]
     """Successive draws without replacement; a row repeats the last one with the given chance."""
     n_tokens, n_layers, k = ids_TLK.shape
@@ -169,13 +196,12 @@ def _draw_rows(ids_TLK, cdf_LE, stickiness, rng):  # type: ignore[no-untyped-def
                 ids_TLK[t, layer] = ids_TLK[t - 1, layer]
                 continue
             for j in range(k):
-                while True:
+                for _ in range(16):  # rejection is exact, and fast where no expert takes nearly all
                     expert = _pick(cdf_LE[layer], rng.random())
-                    taken = False
-                    for i in range(j):
-                        taken |= ids_TLK[t, layer, i] == expert
-                    if not taken:
+                    if not _is_taken(ids_TLK[t, layer], j, expert):
                         break
+                else:
+                    expert = _pick_among_rest(cdf_LE[layer], ids_TLK[t, layer], j, rng.random())
                 ids_TLK[t, layer, j] = expert
 
 
@@ -210,15 +236,16 @@ def _expected_top(
     """
     values = np.unique(np.append(rows_KGG.ravel(), 0.0))
     size = rows_KGG.shape[2]
-    total_VN = np.ones((len(values), 1))
+    total_VN = np.ones((len(values), 1))  # N is clamped at `width`: more above x does not matter
     for rows_GG, state_G in zip(rows_KGG, state_KG, strict=True):
-        one_VN = np.zeros((len(values), size + 1))
+        one_VN = np.zeros((len(values), width + 1))
         for row, chance in zip(rows_GG, state_G, strict=True):
             above_V = size - np.searchsorted(np.sort(row), values, side="right")
-            one_VN[np.arange(len(values)), above_V] += chance
-        both_VN = np.zeros((len(values), total_VN.shape[1] + size))
-        for n in range(size + 1):
-            both_VN[:, n : n + total_VN.shape[1]] += one_VN[:, n : n + 1] * total_VN
+            one_VN[np.arange(len(values)), np.minimum(above_V, width)] += chance
+        both_VN = np.zeros((len(values), width + 1))
+        for n in range(width + 1):
+            for m in range(total_VN.shape[1]):
+                both_VN[:, min(n + m, width)] += one_VN[:, n] * total_VN[:, m]
         total_VN = both_VN
-    expected_V = total_VN @ np.minimum(np.arange(total_VN.shape[1]), width)
+    expected_V = total_VN @ np.arange(width + 1)
     return float(expected_V[:-1] @ np.diff(values))

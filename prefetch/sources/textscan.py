@@ -140,17 +140,18 @@ def _count(data, kinds):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _whole_numbers(data, kinds, at, values, n_values):  # type: ignore[no-untyped-def]
     """A line of nothing but whole numbers, without a branch per number; -1 where the line holds anything else."""
-    value, length, odd, kind = np.int64(0), 0, False, 0
+    value, length, kind = np.int64(0), 0, 0
     while kind != END and at < len(data):
         kind = kinds[data[at]]
+        if kind == OTHER or length > 15:
+            return -1, at
         digit = np.int64(kind == DIGIT)
-        values[min(n_values, len(values) - 1)] = value  # stands only if the number ends here
+        values[n_values] = value  # stands only if the number ends here
         n_values += np.int64(length > 0) * (1 - digit)
         value = (value * 10 + data[at] - 48) * digit
         length = (length + 1) * digit
-        odd |= (kind == OTHER) | (length > 15)
         at += 1
-    return -1 if odd else n_values, at
+    return n_values, at
 
 
 @njit(cache=True, nogil=True)

@@ -17,8 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from prefetch.errors import FormatError
-from prefetch.sources.files import reading
+from prefetch.errors import FormatError, reading
 
 
 def unpickle(path: Path, *, record_class: str | None = None) -> Any:

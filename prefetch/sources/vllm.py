@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import ConfigError, FormatError, reading
 from prefetch.sources.columns import ONLY, open_columns
-from prefetch.sources.files import UNNAMED, FileSource, domain_of, reading, used_ids
+from prefetch.sources.files import UNNAMED, FileSource, domain_of, used_ids
 from prefetch.sources.router_log import Log, is_log, read_log
 from prefetch.sources.served import DTYPES, Encoding, Served, json_lines, place
 from prefetch.trace.routing import trace_of

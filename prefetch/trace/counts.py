@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import FormatError
+from prefetch.errors import FormatError, reading
 from prefetch.trace.card import ModelCard
-from prefetch.trace.parquet import read_json, reading
+from prefetch.trace.parquet import read_json
 from prefetch.trace.provenance import Provenance
 
 SCHEMA = "prefetch.counts/1"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prefetch.errors import FormatError
+from prefetch.errors import FormatError, reading
 from prefetch.trace.card import ModelCard
 from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import NO_TOKEN, PHASES, RoutingTrace
@@ -365,30 +364,6 @@ def _codes(
             f"column {what}: expected one of {names}, found {column.dictionary.to_pylist()}"
         )
     return codes_T
-
-
-@contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Whatever a library says of a file that is not what it should be, said in our words with the file's name."""
-    try:
-        yield
-    except FormatError as error:
-        raise FormatError(
-            f"{path}: {error}" if str(path) not in str(error) else str(error)
-        ) from error
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        OSError,
-        OverflowError,
-        AttributeError,
-    ) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{path}: expected {what}; {text}") from error
-    except (pa.ArrowException, RecursionError, MemoryError) as error:
-        raise FormatError(f"{path}: expected {what}; {type(error).__name__}") from error
 
 
 def read_json(path: Path, schema: str) -> dict[str, Any]:

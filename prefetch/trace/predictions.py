@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prefetch.errors import FormatError
+from prefetch.errors import FormatError, reading
 from prefetch.trace.parquet import (
     GROUP_BYTES,
     ShardWriter,
     binary,
     read_json,
-    reading,
     unbinary,
 )
 from prefetch.trace.routing import IdArray, id_dtype, no_expert

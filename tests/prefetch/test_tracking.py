@@ -135,3 +135,25 @@ def test_a_failed_stage_is_a_failed_run_with_its_message(tmp_path):
     tracker.start(stage="collect", folder=tmp_path, config={}, group=None)
     tracker.finish("FormatError: bad")
     assert read_offline(tmp_path)[3] == 1
+
+
+class Dying(NoTracker):
+    def log(self, metrics, step=None) -> None:
+        raise ConnectionResetError("the tracker's service died")
+
+    table = figure = lineage = finish = log
+
+
+def test_a_tracker_that_dies_takes_nothing_with_it(tmp_path, caplog):
+    outputs = Outputs(tmp_path, Dying())
+    outputs.metrics({"a": 1})
+    outputs.table("t", pd.DataFrame({"x": [1]}))
+    outputs.lineage({})
+    outputs.finish(None)
+    assert len(caplog.records) == 1 and "the tracker failed" in caplog.text
+    assert {"metrics.json", "t.csv", "lineage.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_setting_that_the_client_refuses_is_one_clear_error(tmp_path):
+    with pytest.raises(ConfigError, match="W&B refused to start"):
+        WandbTracker(project="a/b").start(stage="x", folder=tmp_path, config={}, group=None)

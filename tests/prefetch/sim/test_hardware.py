@@ -163,3 +163,12 @@ def test_what_is_missing_is_named():
 def test_a_negative_copy_is_refused():
     with pytest.raises(ValueError, match="a copy of -1 bytes"):
         hardware(**plain()).link.copy_ns(-1)
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf"), -0.1])
+def test_an_error_that_is_no_number_is_no_calibration(error):
+    fields = plain()
+    fields["measured_error"] = error
+    fields["sources"]["measured_error"] = "x"
+    with pytest.raises(ConfigError, match="measured_error must be positive"):
+        hardware(**fields)

@@ -69,10 +69,26 @@ def test_the_true_matrix_reaches_the_bound_and_a_fitted_one_does_not_pass_it(col
         ({"top_k": 33}, "n_experts must be from top_k"),
         ({"n_experts": 33}, "a chain needs n_experts divisible by top_k"),
         ({"prompt_tokens": 0, "new_tokens": 0}, "at least one token"),
+        ({"skew": float("nan")}, "skew must be a number"),
+        ({"concentration": float("inf")}, "concentration must be a positive number"),
+        ({"n_experts": 65534}, "a chain may have 256 experts"),
         ({"stickiness": 1.5}, "stickiness must be from 0 to 1"),
-        ({"concentration": 0.0}, "concentration must be positive"),
+        ({"concentration": 0.0}, "concentration must be a positive number"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         Synthetic(**change)
+
+
+@pytest.mark.parametrize("skew", [100.0, -100.0, 12.0])
+def test_a_router_that_takes_nearly_always_the_same_expert_is_still_drawn(collect, skew):
+    source = Synthetic(
+        process="zipf", skew=skew, top_k=8, n_requests=2, prompt_tokens=8, new_tokens=0
+    )
+    assert collect(source).n_tokens == 16
+
+
+def test_drawn_routing_may_be_as_even_or_constant_as_it_likes(collect):
+    collect(Synthetic(process="sticky", stickiness=1.0, n_experts=4, top_k=1, n_requests=20))
+    collect(Synthetic(n_experts=8, top_k=4, concentration=100.0, prompt_tokens=2000, n_requests=2))

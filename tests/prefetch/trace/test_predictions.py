@@ -90,7 +90,7 @@ def test_a_promise_of_other_requests_is_refused(tmp_path):
     card = dataclasses.replace(CARD, requests=(0, 2, 3))
     writer = PredictionsWriter(tmp_path, card)
     writer.append(block(card=card))
-    with pytest.raises(FormatError, match="promised the requests .* wrote"):
+    with pytest.raises(FormatError, match=r"promised the requests .* wrote"):
         writer.close()
 
 
