@@ -152,13 +152,19 @@ def check_types(target: Any, values: dict[str, Any], where: str) -> None:
         if value == "???":
             raise ConfigError(f"{where}.{name}: must be given")
         if not _fits(value, hints[name]):
-            kind = getattr(hints[name], "__name__", None) or str(hints[name])
-            kind = str(hints[name]) if typing.get_args(hints[name]) else kind
+            kind = _words(hints[name])
             raise ConfigError(
                 f"{where}.{name}: expected {kind}, got {value!r} ({type(value).__name__})"
             )
         if hints[name] is float and isinstance(value, int):
             values[name] = float(value)
+
+
+def _words(hint: Any) -> str:
+    """A type as a user would say it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return str(hint) if typing.get_args(hint) else hint.__name__
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -40,6 +40,8 @@ def run_stage(cfg: DictConfig) -> dict[str, float]:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # the other jobs of the sweep go on; Hydra names this one
         raise SystemExit(_report(error)) from error
+    except BrokenPipeError:
+        raise SystemExit(_mute()) from None
 
 
 def open_store(cfg: Config) -> Store:
@@ -107,9 +109,8 @@ def guarded(main: Callable[[], Any]) -> int:
     try:
         _refuse_words(sys.argv[1:])
         main()
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return _mute()
     except (OSError, HydraException, OmegaConfBaseException, PrefetchError) as error:
         if wants_traceback:
             raise
@@ -118,6 +119,12 @@ def guarded(main: Callable[[], Any]) -> int:
         print("interrupted; what was finished is kept, run again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _mute() -> int:
+    """Whoever read our output has gone: the interpreter must not try to flush it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def _report(error: BaseException) -> int:

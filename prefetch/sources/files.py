@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError, FormatError
 from prefetch.models.cards import load_card
 from prefetch.sources.source import Source
-from prefetch.trace.card import ModelCard, plain_card
+from prefetch.trace.card import ModelCard
 from prefetch.trace.writer import TraceWriter
 
 UNNAMED = "unknown model"  # what a card is called where neither the file nor model_card names one
@@ -28,8 +28,9 @@ class FileSource(Source):
 
     path: str | list[str] | None = None
     n_experts: int | None = None  # where the file does not say
-    model_card: str | None = (
-        None  # name in configs/model_card, or a YAML file: lends names and sizes
+    model_card: str | None = None  # name in configs/model_card, or a YAML: lends names and sizes
+    stack: Literal["decoder", "encoder"] = (
+        "decoder"  # encoder | decoder: whose layers the file is about
     )
     suffixes: ClassVar[tuple[str, ...]] = ()  # which files of a folder are read
 
@@ -68,39 +69,37 @@ class FileSource(Source):
         self, name: str, *, n_experts: int, top_k: int, layer_numbers: tuple[int, ...], **known: Any
     ) -> ModelCard:
         """The card of what was read, with names and sizes lent by `model_card` where it was given."""
+        stacks = (self.stack,) * len(layer_numbers)
         if self.model_card is None:
-            return plain_card(
-                name, n_experts=n_experts, top_k=top_k, layer_numbers=layer_numbers, **known
-            )
+            return ModelCard(name, n_experts, top_k, layer_numbers, stacks, **known)
         lent = load_card(self.model_card)
         if lent.n_experts != n_experts:
             raise ConfigError(
                 f"source.model_card={self.model_card}: it has {lent.n_experts} experts, the file has {n_experts}"
             )
-        slots = _slots_of(lent, layer_numbers, self.model_card)
+        slots = _slots_of(lent, layer_numbers, self.stack, self.model_card)
         sizes = lent.expert_bytes_L
         read = {
             "top_k": top_k,
             "layer_numbers": tuple(lent.layer_numbers[slot] for slot in slots),
-            "layer_stacks": tuple(lent.layer_stacks[slot] for slot in slots),
+            "layer_stacks": stacks,
             "expert_bytes_L": sizes and tuple(sizes[slot] for slot in slots),
         }
         return dataclasses.replace(lent, **{**read, **known})  # what the file says wins
 
 
-def _slots_of(card: ModelCard, layer_numbers: tuple[int, ...], name: str) -> list[int]:
+def _slots_of(card: ModelCard, numbers: tuple[int, ...], stack: str, name: str) -> list[int]:
     """Where the file's layers stand in the card: by the model's own numbers, or in order if it counts from 0."""
-    where = {n: [i for i, own in enumerate(card.layer_numbers) if own == n] for n in layer_numbers}
-    if all(len(slots) == 1 for slots in where.values()):
-        return [slots[0] for slots in where.values()]
-    if layer_numbers == tuple(range(card.n_layers)):
-        return list(layer_numbers)
-    if all(where.values()):
-        raise ConfigError(
-            f"source.model_card={name}: layers {layer_numbers} stand in both its encoder and its decoder"
-        )
+    own = [i for i, its_stack in enumerate(card.layer_stacks) if its_stack == stack]
+    by_number = {card.layer_numbers[i]: i for i in own}
+    if set(numbers) <= set(by_number):
+        return [by_number[number] for number in numbers]
+    if own and numbers == tuple(range(len(own))):
+        return own
     raise ConfigError(
-        f"source.model_card={name}: its MoE layers are {card.layer_numbers}, the file has {layer_numbers}"
+        f"source.model_card={name}: the MoE layers of its {stack} are {sorted(by_number)}, the file has "
+        f"{list(numbers)}"
+        + (" (source.stack names the other one)" if len(set(card.layer_stacks)) > 1 else "")
     )
 
 

@@ -7,19 +7,18 @@ Format: cyanmishra92/specMoE at 79521e5. S tokens of a text, L layers, E experts
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError, reading
+from prefetch.errors import FormatError, reading
 from prefetch.sources.files import UNNAMED, FileSource, domain_of
 from prefetch.sources.unpickle import unpickle
-from prefetch.trace.card import STACKS, ModelCard
+from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import NO_TOKEN, trace_of
 from prefetch.trace.writer import TraceWriter
 
@@ -32,14 +31,10 @@ SUM_TOLERANCE = 0.02  # float16 probabilities of 128 experts add up to 1 within 
 class SpecMoE(FileSource):
     """A text is a request. The published files are of the encoder of Switch Transformers."""
 
-    stack: str = "encoder"
+    stack: Literal["decoder", "encoder"] = "encoder"
     record_class: str | None = None
     suffixes: ClassVar[tuple[str, ...]] = (".pkl", ".pickle")
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "torch")
-
-    def __post_init__(self) -> None:
-        if self.stack not in STACKS:
-            raise ConfigError(f"source.stack: expected one of {STACKS}, got {self.stack!r}")
 
     def record(self, writer: TraceWriter, upstream: Mapping[str, Path]) -> None:
         agreed = total = 0
@@ -69,14 +64,13 @@ class SpecMoE(FileSource):
         writer.fact("first_choice_is_best_score", agreed / max(total, 1))
 
     def _card(self, layers: list[int], n_experts: int, top_k: int) -> ModelCard:
-        card = self.card(
+        return self.card(
             UNNAMED,
             n_experts=n_experts,
             top_k=top_k,
             layer_numbers=tuple(layers),
             score_function="softmax",
         )
-        return dataclasses.replace(card, layer_stacks=(self.stack,) * len(layers))
 
     def _arrays(
         self, text: Text, layers: list[int], writer: TraceWriter

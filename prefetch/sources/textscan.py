@@ -104,7 +104,9 @@ def parse_rows(path: Path, data: NDArray[np.uint8], *, word: str = "") -> Rows:
         )
     marker = np.frombuffer(word.encode(), np.uint8)
     n_lines = int(np.count_nonzero(data == 10)) + 1
-    n_numbers = len(data) // 2 + 1  # each takes two bytes; pages that are never touched cost nothing
+    n_numbers = (
+        len(data) // 2 + 1
+    )  # each takes two bytes; pages that are never touched cost nothing
     values = np.empty(n_numbers + 1, np.float32)
     starts, lines = np.empty(n_lines + 1, np.int64), np.empty(n_lines, np.int64)
     named, others = np.empty(n_lines, np.bool_), np.empty((1000, 3), np.int64)

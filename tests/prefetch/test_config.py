@@ -1,6 +1,7 @@
 """Leaves become objects in one place, and a wrong one is refused by its full name."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 from omegaconf import OmegaConf
@@ -17,6 +18,7 @@ class Leaf:
     names: list[str] = field(default_factory=list)
     table: dict[str, str] = field(default_factory=dict)
     path: str | list[str] | None = None
+    stack: Literal["a", "b"] = "a"
 
     def __post_init__(self) -> None:
         if self.size < 0:
@@ -51,8 +53,9 @@ def test_a_leaf_becomes_its_class():
         ({"size": 1, "table": {"a": 1}}, r"leaf.table: expected dict\[str, str\]"),
         (
             {"size": 1, "sizee": 2},
-            r"leaf.sizee: does not exist; leaf has name, names, path, rate, size, table",
+            r"leaf.sizee: does not exist; leaf has name, names, path, rate, size, stack, table",
         ),
+        ({"size": 1, "stack": "c"}, r"leaf.stack: expected one of 'a', 'b', got 'c'"),
         ({"size": -1}, r"leaf: size must not be negative, got -1"),
     ],
 )

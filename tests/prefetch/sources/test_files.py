@@ -51,10 +51,23 @@ def test_sizes_that_the_file_has_win_over_those_that_a_card_lends():
     assert card.expert_bytes_L == (5,) * 48
 
 
-def test_layer_numbers_that_stand_in_both_stacks_are_not_taken_for_the_encoders():
-    source = FileSource(path="x", model_card="switch_base_128")
-    with pytest.raises(ConfigError, match="both its encoder and its decoder"):
-        source.card("x", n_experts=128, top_k=1, layer_numbers=(1, 3, 5, 7, 9, 11))
+def test_a_card_of_two_stacks_lends_the_layers_of_the_one_that_was_named():
+    layers = {"n_experts": 128, "top_k": 1, "layer_numbers": (1, 3, 5, 7, 9, 11)}
+    for stack in ("encoder", "decoder"):
+        card = FileSource(path="x", model_card="switch_base_128", stack=stack).card("x", **layers)
+        assert set(card.layer_stacks) == {stack} and len(card.expert_bytes_L) == 6
+    with pytest.raises(
+        ConfigError, match=r"of its decoder are \[1, 3, .*source.stack names the other"
+    ):
+        FileSource(path="x", model_card="switch_base_128").card(
+            "x", **{**layers, "layer_numbers": (2,)}
+        )
+
+
+def test_a_file_that_counts_its_layers_from_zero_gets_the_true_numbers():
+    source = FileSource(path="x", model_card="deepseek_v2_lite")
+    card = source.card("x", n_experts=64, top_k=6, layer_numbers=tuple(range(26)))
+    assert card.layer_numbers == tuple(range(1, 27))
 
 
 def test_a_card_file_in_another_encoding_is_refused_in_words(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import FormatError
 from prefetch.sources.specmoe import SpecMoE
 from prefetch.sources.unpickle import unpickle
 
@@ -174,8 +174,3 @@ def changed(n, **fields):
 def test_records_that_do_not_fit_are_refused(collect, tmp_path, value, message):
     with pytest.raises(FormatError, match=rf"a\.pkl.*{message}"):
         collect(SpecMoE(path=write(tmp_path / "a.pkl", value)))
-
-
-def test_an_unknown_stack():
-    with pytest.raises(ConfigError, match="stack"):
-        SpecMoE(path="x", stack="middle")
