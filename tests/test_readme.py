@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import numpy as np
 
 from prefetch.config import choices, stage_names
 from prefetch.trace.parquet import TraceReader
+from prefetch.trace.routing import RoutingTrace
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,44 +24,60 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("python scripts/run.py")]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "scripts").symlink_to(ROOT / "scripts")
-    return folder
-
-
-def test_there_are_commands():
-    assert len(commands()) >= 4
-
-
-@pytest.mark.parametrize("line", commands())
-def test_a_command_runs_as_it_is_written(line, workplace):
+def run(line: str, folder: Path) -> None:
     words = [sys.executable, str(ROOT / "scripts" / "run.py"), *line.split()[2:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         words,
-        cwd=workplace,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         timeout=1200,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
 
 
-def test_the_default_trace_has_what_the_readme_says(workplace):
-    found = [TraceReader(path.parent) for path in workplace.glob("artifacts/trace/*/trace.json")]
+def test_the_commands_run_as_they_are_written_and_the_default_trace_holds_what_is_said(tmp_path):
+    assert len(commands()) >= 4
+    for line in commands():
+        run(line, tmp_path)
+    found = [TraceReader(path.parent) for path in tmp_path.glob("artifacts/trace/*/trace.json")]
     (reader,) = [reader for reader in found if reader.provenance.source == "tiny_moe"]
     trace = reader.load("weights")
     assert reader.provenance.kind == "real" and reader.n_tokens >= 20_000
     assert {"python", "prose", "maths", "cpp", "data"} == set(reader.domains)
     assert set(trace.phase_T.tolist()) == {0, 1}
+    popularity, markov = recalls(trace)
+    assert markov >= 2 * popularity
     metrics = [
-        json.loads(path.read_text()) for path in workplace.glob("outputs/collect/*/metrics.json")
+        json.loads(path.read_text()) for path in tmp_path.glob("outputs/collect/*/metrics.json")
     ]
     assert any(m["tokens"] == reader.n_tokens and m["own_gate_agreement"] == 1.0 for m in metrics)
+
+
+def recalls(trace: RoutingTrace) -> tuple[float, float]:
+    """Recall@K of popularity and of first-order Markov counts, by request 70 to 30, mean over layer pairs."""
+    ids, n_experts, top_k = trace.ids_TLK.astype(int), trace.card.n_experts, trace.card.top_k
+    requests = np.random.default_rng(0).permutation(np.unique(trace.request_T))
+    is_train_T = np.isin(trace.request_T, requests[: int(0.7 * len(requests))])
+    one_TLE = np.zeros((*ids.shape[:2], n_experts))
+    np.put_along_axis(one_TLE, ids, 1.0, axis=2)
+    pairs = []
+    for layer in range(ids.shape[1] - 1):
+        here_TE, there_TE = one_TLE[:, layer], one_TLE[:, layer + 1]
+        popular_E = there_TE[is_train_T].mean(axis=0)
+        counts_EE = here_TE[is_train_T].T @ there_TE[is_train_T] + 0.5 * popular_E
+        chance_EE = counts_EE / (here_TE[is_train_T].sum(axis=0)[:, None] + 0.5)
+        scores = (np.broadcast_to(popular_E, there_TE.shape), here_TE @ chance_EE)
+        guesses = [np.argsort(-score[~is_train_T], axis=1)[:, :top_k] for score in scores]
+        hits = [
+            np.take_along_axis(there_TE[~is_train_T], guess, axis=1).mean() for guess in guesses
+        ]
+        pairs.append(hits)
+    popularity, markov = np.mean(pairs, axis=0)
+    return float(popularity), float(markov)
 
 
 def test_every_stage_and_source_stands_in_the_readme():

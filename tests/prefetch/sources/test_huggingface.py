@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -158,15 +160,14 @@ def test_malformed_text_is_named(saved, tmp_path, collect, content, message):
 
 
 def test_a_dataset_is_read_by_name_and_pinned(saved, monkeypatch, collect):
-    import datasets
-
     from prefetch.sources import huggingface
 
     def load_dataset(name, part, *, split, revision, streaming):
         assert (name, part, split, revision, streaming) == ("me/set", None, "test", "abc", True)
         return [{"text": SENTENCE}, {"text": "the cache"}]
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    stand_in = types.SimpleNamespace(load_dataset=load_dataset)  # the package is optional
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
     monkeypatch.setattr(huggingface, "pinned", lambda *_args, **_kwargs: "abc")
     source = HuggingFace(model=str(saved), dataset="me/set", split="test")
     assert source.settings()["dataset_revision"] == "abc"
