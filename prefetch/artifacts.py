@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -120,7 +120,8 @@ class Store:
         else:
             folder = self.root / recipe.kind / recipe.key
             artifact = self._found(folder) or self._build(recipe, folder)
-            lock_path(artifact.folder).touch()  # when it was last used
+            with suppress(OSError):  # a store that belongs to somebody else can still be read
+                lock_path(artifact.folder).touch()  # when it was last used
         self.used[f"{recipe.kind}/{artifact.key}"] = artifact.manifest["identity"]
         return artifact
 

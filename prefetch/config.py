@@ -78,7 +78,9 @@ def overview() -> str:
         "",
     ]
     groups = [
-        path.name for path in sorted(CONFIGS.iterdir()) if path.is_dir() and path.name != "stage"
+        path.name
+        for path in sorted(CONFIGS.iterdir())
+        if path.name != "stage" and choices(path.name)
     ]
     lines += [
         textwrap.fill(f"{group}: {', '.join(choices(group))}", 100, subsequent_indent="  ")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,8 @@ def run_stage(cfg: DictConfig) -> dict[str, float]:
         return {}
     except PrefetchError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # the other jobs of the sweep go on; Hydra names this one
+            print(f"error in {HydraConfig.get().runtime.output_dir}: {error}", file=sys.stderr)
+            raise  # the other jobs of the sweep go on; Hydra ends with the first that failed
         raise SystemExit(_report(error)) from error
     except BrokenPipeError:
         raise SystemExit(_mute()) from None
@@ -63,6 +65,7 @@ def record(cfg: Config, folder: Path) -> dict[str, float]:
         error = None
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
+        (folder / "error.txt").write_text(error + "\n")  # the console forgets
         raise
     finally:
         outputs.lineage(store.used)
@@ -106,6 +109,7 @@ def guarded(main: Callable[[], Any]) -> int:
         return 0
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         _refuse_words(sys.argv[1:])
         main()
@@ -119,6 +123,11 @@ def guarded(main: Callable[[], Any]) -> int:
         print("interrupted; what was finished is kept, run again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _interrupt(*_: Any) -> None:
+    """What Slurm, `timeout` and `docker stop` send: ends like Ctrl-C, so that nothing half-made stays."""
+    raise KeyboardInterrupt
 
 
 def _mute() -> int:

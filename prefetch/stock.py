@@ -25,6 +25,7 @@ class Entry:
 
     kind: str
     key: str
+    source: str  # of the routing, where the recipe names one
     made_from: tuple[str, ...]
     n_bytes: int
     age_s: float
@@ -48,6 +49,7 @@ def entries(store: Store) -> list[Entry]:
             Entry(
                 kind=folder.parent.name,
                 key=folder.name,
+                source=str(manifest["identity"].get("config", {}).get("source", "")),
                 made_from=tuple(f"{kind}/{key}" for kind, key in upstream.items()),
                 n_bytes=sum(file["bytes"] for file in manifest["files"].values()),
                 age_s=_since(path),
@@ -155,6 +157,7 @@ def _show(held: list[Entry], used: set[str], store: Store) -> None:
     columns: dict[str, Any] = {
         "kind": "left",
         "key": "left",
+        "source": "left",
         "made from": "left",
         "bytes": "right",
         "age": "right",
@@ -165,7 +168,13 @@ def _show(held: list[Entry], used: set[str], store: Store) -> None:
         age = _duration(entry.age_s)
         is_used = "yes" if entry.name in used else "no"
         table.add_row(
-            entry.kind, entry.key, "\n".join(entry.made_from), f"{entry.n_bytes:,}", age, is_used
+            entry.kind,
+            entry.key,
+            entry.source,
+            "\n".join(entry.made_from),
+            f"{entry.n_bytes:,}",
+            age,
+            is_used,
         )
     Console(width=max(110, Console().width)).print(table)
 

@@ -6,7 +6,7 @@ Array names are options with the usual aliases. It knows nothing of the tool tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,13 +21,22 @@ from prefetch.trace.routing import PHASES, trace_of
 from prefetch.trace.writer import TraceWriter
 
 ALIASES = {
-    "expert_ids": ("ids", "topk_ids", "selected_experts", "routed_experts", "experts"),
+    "expert_ids": (
+        "topk_indices",
+        "indices",
+        "ids",
+        "topk_ids",
+        "selected_experts",
+        "routed_experts",
+        "experts",
+    ),
     "weights": ("gate_weights", "topk_weights", "expert_weights", "routing_weights"),
     "request": ("seq_id", "request_id", "sequence", "sample_id", "seq"),
     "position": ("pos", "positions", "token_idx", "token_index"),
     "phase": (),
     "token": ("token_id", "token_ids", "input_ids"),
     "layer_ids": ("layers", "layer_numbers"),
+    "domain": ("dataset_name",),
 }
 BLOCK_ROWS = 1 << 14
 
@@ -36,7 +45,7 @@ BLOCK_ROWS = 1 << 14
 class Arrays(FileSource):
     """One file or many; every file numbers its own requests. Without a request column a file is one request."""
 
-    names: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str | None] = field(default_factory=dict)
     default_phase: str = "prefill"
     no_expert: int = -1
     top_k: int | None = None
@@ -75,13 +84,16 @@ class Arrays(FileSource):
         progress: Progress,
     ) -> None:
         requests, card, first = Requests(), None, 0
-        if "phase" not in self._found(columns):
+        found = self._found(columns)
+        if "phase" not in found:
             writer.note(f"no phase in the file: every row taken as {self.default_phase}")
+        if unread := sorted(set(columns.names) - set(found.values())):
+            writer.note(f"not read: {', '.join(unread)}")
         for block in self._blocks(columns):
             with reading(f"{columns.path}, rows from {first}", "columns of a trace"):
                 ids_TLK = block.pop("expert_ids")
                 if card is None:
-                    numbers = self._layer_numbers(columns, ids_TLK.shape[1])
+                    numbers = self._layer_numbers(columns, ids_TLK.shape)
                     card = self.card(
                         UNNAMED,
                         n_experts=n_experts,
@@ -89,8 +101,18 @@ class Arrays(FileSource):
                         layer_numbers=numbers,
                     )
                     writer.begin(card)
+                domains = block.pop("domain", None)
                 rest = _of_trace(block, ids_TLK.shape, requests, self.default_phase)
                 trace = trace_of(card, ids_TLK, domain=domain, **rest)
+                if domains is not None:
+                    names, codes = np.unique(domains.astype(str), return_inverse=True)
+                    trace = replace(
+                        trace, domains=tuple(names.tolist()), domain_T=codes.astype(np.int32)
+                    )
+                if "phase" not in found and first == 0 and int(trace.position_T[0]) > 0:
+                    writer.note(
+                        "positions start above 0: if these are generated tokens, pass source.default_phase=decode"
+                    )
             writer.append(trace)
             progress.advance(trace.n_tokens)
             first += trace.n_tokens
@@ -123,9 +145,10 @@ class Arrays(FileSource):
         """Our name -> the file's, of everything that it has."""
         found = {}
         for ours, aliases in ALIASES.items():
-            wanted = (self.names[ours],) if ours in self.names else (ours, *aliases)
+            own = self.names.get(ours)
+            wanted = (own,) if own else (ours, *aliases)
             theirs = [name for name in wanted if name in columns.names]
-            if not theirs and (ours in self.names or ours == "expert_ids"):
+            if not theirs and (own or ours == "expert_ids"):
                 raise FormatError(
                     f"{columns.path}: expected an array named {' or '.join(wanted)}, found "
                     f"{', '.join(columns.names)}; pass source.names.{ours}=NAME"
@@ -134,9 +157,14 @@ class Arrays(FileSource):
                 found[ours] = theirs[0]
         return found
 
-    def _layer_numbers(self, columns: Columns, n_layers: int) -> tuple[int, ...]:
-        theirs = self._found(columns).get("layer_ids")
+    def _layer_numbers(self, columns: Columns, shape: tuple[int, ...]) -> tuple[int, ...]:
+        theirs, n_layers = self._found(columns).get("layer_ids"), shape[1]
         if theirs is None:
+            if self.model_card is None and n_layers > max(256, 4 * shape[0]):
+                raise FormatError(
+                    f"expert_ids: {shape[0]} tokens of {n_layers} layers look transposed; expected [token, layer, "
+                    "choice]; if they are right, add an array layer_ids or pass source.model_card=..."
+                )
             return tuple(range(n_layers))
         numbers = columns.whole(theirs)
         if numbers.ndim == 2 and len(numbers):  # Parquet repeats them in every row

@@ -146,7 +146,10 @@ def describe(artifact: Artifact) -> tuple[dict[str, float], list[tuple[str, str]
         ("bytes per expert", _sizes(card.expert_bytes_L, card.expert_precision)),
         ("kind", f"{provenance.kind}, {card.name}, source={provenance.source}"),
         *((f"dropped: {why}", f"{n:,} rows") for why, n in dropped.items()),
-        *((name, f"{value:g}") for name, value in provenance.facts.items()),
+        *(
+            (name, f"{value:,.0f}" if value == int(value) else f"{value:.4g}")
+            for name, value in provenance.facts.items()
+        ),
         *(("note", note) for note in provenance.notes),
         ("seconds", f"{seconds:.1f} ({'made now' if artifact.was_made else 'found'})"),
     ]

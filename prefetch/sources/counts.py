@@ -23,7 +23,7 @@ from prefetch.sources.files import UNNAMED, FileSource
 from prefetch.trace.counts import ExpertCounts
 from prefetch.trace.provenance import Provenance
 
-SHAPES = ("expert_usage_by_layer", "statistics", "all_workloads")
+SHAPES = ("expert_usage_by_layer", "statistics", "all_workloads", "counts")
 ARRAYS = ("counts", "expert_counts", "usage", "frequency")
 
 
@@ -47,6 +47,8 @@ class Counts(FileSource):
     suffixes: ClassVar[tuple[str, ...]] = (".json", ".npz")
 
     def count(self, provenance: Provenance) -> ExpertCounts:
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"source.top_k: expected at least 1, got {self.top_k}")
         files = [self._read(path) for path in self.files().values()]
         notes: list[str] = []
         n_experts = self._n_experts(files, notes)
@@ -121,7 +123,7 @@ class Counts(FileSource):
 def _layers_of(path: Path, layers: Any, about: Mapping[str, Any]) -> Read:
     found: dict[int, dict[int, int]] = {}
     top_ks = set()
-    for key, value in layers.items():
+    for key, value in layers.items() if isinstance(layers, dict) else enumerate(layers):
         counts = value.get("frequency", value) if isinstance(value, dict) else value
         pairs = enumerate(counts) if isinstance(counts, list) else counts.items()
         found[int(key)] = {int(expert): _whole(n, key, expert) for expert, n in pairs}
@@ -134,11 +136,16 @@ def _layers_of(path: Path, layers: Any, about: Mapping[str, Any]) -> Read:
             f"{path}: choices per token differ or are no whole number: {sorted(top_ks)}"
         )
     top_k = int(top_ks.pop()) if top_ks else None
-    return Read(path, dict(sorted(found.items())), about.get("num_experts"), top_k)
+    n_experts = about.get("num_experts")
+    if n_experts is not None and (type(n_experts) is not int or not 1 <= n_experts < 2**16):
+        raise FormatError(
+            f"{path}: num_experts must be a whole number from 1 to 65535, got {n_experts!r}"
+        )
+    return Read(path, dict(sorted(found.items())), n_experts, top_k)
 
 
 def _whole(n: Any, layer: Any, expert: Any) -> int:
-    if isinstance(n, bool) or not isinstance(n, (int, float)) or n != n or int(n) != n or n < 0:
+    if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < 2**53 or int(n) != n:
         raise FormatError(f"layer {layer}, expert {expert}: expected a whole count, got {n!r}")
     return int(n)
 
@@ -177,7 +184,11 @@ def _table(read: Read, first: Read, n_experts: int) -> NDArray[np.int64]:
         )
     counts_LE = np.zeros((len(read.layers), n_experts), np.int64)
     for row, (layer, counts) in enumerate(read.layers.items()):
-        if counts and not 0 <= min(counts) <= max(counts) < n_experts:
+        if counts and min(counts) < 0:
+            raise FormatError(
+                f"{read.path}, layer {layer}: an expert cannot have the number {min(counts)}"
+            )
+        if counts and max(counts) >= n_experts:
             raise FormatError(
                 f"{read.path}, layer {layer}: expert {max(counts)} is out of range for {n_experts} experts; if the "
                 "model has more, pass source.n_experts=..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from prefetch.sources.source import Source
 from prefetch.trace.card import ModelCard
 from prefetch.trace.writer import TraceWriter
 
+log = logging.getLogger(__name__)
 UNNAMED = "unknown model"  # what a card is called where neither the file nor model_card names one
 
 
@@ -55,9 +57,11 @@ class FileSource(Source):
             return self.n_experts
         if self.model_card is not None:
             return load_card(self.model_card).n_experts
-        n_experts = int(np.flatnonzero(used_E)[-1]) + 1 if used_E.any() else 0
+        if not used_E.any():
+            raise FormatError(f"{where}: expected routing, found no expert at all")
+        n_experts = int(np.flatnonzero(used_E)[-1]) + 1
         missing = np.flatnonzero(~used_E[:n_experts])
-        if not n_experts or len(missing):
+        if len(missing):
             raise FormatError(
                 f"{where}: the file does not say how many experts there are; the largest id is {n_experts - 1} and "
                 f"{len(missing)} smaller ids never occur ({missing[:5].tolist()}...): pass source.n_experts=..."
@@ -77,6 +81,11 @@ class FileSource(Source):
             raise ConfigError(
                 f"source.model_card={self.model_card}: it has {lent.n_experts} experts, the file has {n_experts}"
             )
+        if (lent.top_k, lent.n_layers) != (top_k, len(layer_numbers)):
+            log.warning(
+                "model_card=%s has %d layers and top-%d, the file has %d and top-%d: names and sizes are the card's",
+                self.model_card, lent.n_layers, lent.top_k, len(layer_numbers), top_k,
+            )  # fmt: skip
         slots = _slots_of(lent, layer_numbers, self.stack, self.model_card)
         sizes = lent.expert_bytes_L
         read = {

@@ -159,7 +159,8 @@ class HuggingFace(Source):
                 progress.advance(len(rows["token_T"]))
         if not first:
             raise FormatError(
-                f"{loaded.name}: expected text, found none in {self.path or self.dataset}"
+                f"{loaded.name}: expected text, found none in {self.path or self.dataset}; if there is some, the model "
+                "was saved without a tokenizer: pass source.tokenizer=..."
             )
         report(writer, capture, self.scores)
         if self.gate_inputs:

@@ -31,7 +31,9 @@ class LlamaCsv(FileSource):
 
     def record(self, writer: TraceWriter, upstream: Mapping[str, Path]) -> None:
         if self.top_k is None or self.top_k < 1:
-            raise ConfigError("source.top_k: must be given, since the file has no token boundary")
+            raise ConfigError(
+                f"source.top_k={self.top_k}: must be given (at least 1), since the file has no token boundary"
+            )
         logs = {name: read_log(path, self.top_k) for name, path in self.files().items()}
         used_E = np.zeros(2**16, bool)
         for log in logs.values():

@@ -39,6 +39,8 @@ class LlamaServer(FileSource):
     def __post_init__(self) -> None:
         if self.corrupted not in ("refuse", "drop"):
             raise ConfigError(f"corrupted: expected refuse or drop, got {self.corrupted!r}")
+        if self.ubatch < 1:
+            raise ConfigError(f"ubatch: expected at least 1, got {self.ubatch}")
 
     def record(self, writer: TraceWriter, upstream: Mapping[str, Path]) -> None:
         logs = {name: self._read(path) for name, path in self.files().items()}

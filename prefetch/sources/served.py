@@ -105,6 +105,10 @@ def place(
 
     `skipped` prompt rows were not returned; the first `n_cached` were answered from the prefix cache.
     """
+    if min(n_prompt, n_cached, skipped) < 0:
+        raise FormatError(
+            f"expected counts of tokens, got {n_prompt} of the prompt, {n_cached} cached, {skipped} not returned"
+        )
     first = _first_position(len(ids_TLK), n_prompt, n_generated, skipped)
     position_T = np.arange(first, first + len(ids_TLK))
     arguments: dict[str, Any] = {

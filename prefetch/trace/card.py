@@ -75,7 +75,9 @@ class ModelCard:
         }
         for claim, holds in checks.items():
             if not holds:
-                raise FormatError(f"model card {self.name!r}: {claim}; found {self}")
+                raise FormatError(
+                    f"model card {self.name!r}: {claim}; found layers {str(self.layer_numbers)[:80]}, k {self.top_k}"
+                )
 
     @property
     def n_layers(self) -> int:

@@ -48,7 +48,8 @@ class TraceWriter:
     def begin(self, card: ModelCard) -> None:
         if self._card is not None and card != self._card:
             raise FormatError(
-                f"{self._where}: expected the same model in every file; {card} differs from {self._card}"
+                f"{self._where}: expected the same model in every file, but {_difference(self._card, card)}; "
+                "collect it on its own (source.path takes one file, or a glob)"
             )
         self._card = card
         if self._checks is None:
@@ -83,7 +84,7 @@ class TraceWriter:
         assert self._card is not None, "begin(card) comes before append(block)"
         if block.card != self._card:
             raise FormatError(
-                f"{self._where}: the block is about {block.card}, the trace about {self._card}"
+                f"{self._where}: the block is of another model: {_difference(self._card, block.card)}"
             )
         if not block.n_tokens:
             return
@@ -173,6 +174,16 @@ class TraceWriter:
         numbers = self._request + np.cumsum(is_new)
         self._request, self._local = int(numbers[-1]), int(local_T[-1])
         return numbers.astype(np.int32)
+
+
+def _difference(first: ModelCard, card: ModelCard) -> str:
+    one, other = first.to_json(), card.to_json()
+    odd = [
+        f"{name} is {str(other[name])[:60]} after {str(one[name])[:60]}"
+        for name in one
+        if one[name] != other[name]
+    ]
+    return ", ".join(odd)
 
 
 def _is_warm_up(ids_TLK: NDArray[Any], card: ModelCard) -> bool:

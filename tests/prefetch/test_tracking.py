@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -65,37 +66,47 @@ def test_online_without_a_key_is_refused_before_the_client_waits(tmp_path, monke
 
 
 def read_offline(folder: Path):
-    """Config, history, exit code of the one offline run below a folder, read from its log without a server."""
+    """Config, history, run and exit code of the one offline run below a folder.
+
+    The client's service is a process of its own, so the end of the file may come after `finish`.
+    """
+    for _ in range(200):
+        (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+        config, history, run, exit_code = parse_offline(path.read_bytes())
+        if exit_code is not None:
+            return config, history, run, exit_code
+        time.sleep(0.05)
+    raise AssertionError(f"{path}: no exit record after 10 s")
+
+
+def parse_offline(data: bytes):
+    """A leveldb log of protobuf records: blocks of 32 KiB, records in parts with a 7-byte header."""
     from wandb.proto import wandb_internal_pb2 as pb
 
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, at, parts = path.read_bytes(), 7, b""
     config, history, run, exit_code = {}, {}, None, None
-    while at + 7 <= len(
-        data
-    ):  # the leveldb log: blocks of 32 KiB, records in parts with a 7-byte header
+    at, parts = 7, b""
+    while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
+            continue
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts = (
-            data[at + 7 : at + 7 + size] if kind in (1, 2) else parts + data[at + 7 : at + 7 + size]
-        )
+        part = data[at + 7 : at + 7 + size]
+        if kind == 0 or len(part) < size:
+            break  # not written yet
+        parts = part if kind in (1, 2) else parts + part
         at += 7 + size
-        if kind in (1, 4) and parts:
-            record = pb.Record()
-            record.ParseFromString(parts)
-            if record.HasField("run"):
-                run = record.run
-                config |= {item.key: json.loads(item.value_json) for item in run.config.update}
-            if record.HasField("config"):
-                config |= {item.key: json.loads(item.value_json) for item in record.config.update}
-            if record.HasField("history"):
-                history |= {
-                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                    for item in record.history.item
-                }
-            if record.HasField("exit"):
-                exit_code = record.exit.exit_code
+        if kind not in (1, 4):
+            continue
+        record = pb.Record()
+        record.ParseFromString(parts)
+        run = record.run if record.HasField("run") else run
+        for update in (record.run.config.update, record.config.update):
+            config |= {
+                item.key or item.nested_key[0]: json.loads(item.value_json) for item in update
+            }
+        for item in record.history.item:
+            history[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+        exit_code = record.exit.exit_code if record.HasField("exit") else exit_code
     return config, history, run, exit_code
 
 

@@ -29,7 +29,7 @@ def test_tokens_are_groups_of_top_k_rows(tmp_path, collect):
 
 def test_top_k_must_be_given_and_must_fit(tmp_path, collect):
     (tmp_path / "a.csv").write_text(text_of(zipf_passes([20])))
-    with pytest.raises(ConfigError, match=r"source\.top_k: must be given"):
+    with pytest.raises(ConfigError, match=r"source\.top_k=None: must be given"):
         collect(LlamaCsv(path=str(tmp_path), n_experts=160))
     with pytest.raises(
         FormatError, match=r"160 rows of layer 3 are no multiple of source\.top_k=7"
