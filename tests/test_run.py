@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,7 @@ def test_a_sweep_runs_every_job_and_one_bad_job_does_not_stop_the_others(tmp_pat
     assert done.returncode == 2 and "n_experts must be from top_k" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(list(tmp_path.glob("multirun/*/*/metrics.json"))) == 2
+    assert done.stderr.count("error in ") == 2, "every job that failed is named"
 
 
 @pytest.mark.parametrize(
@@ -146,3 +149,30 @@ def test_a_corrupted_artifact_names_the_file(tmp_path):
     shard.write_bytes(content)
     done = run(tmp_path, "stage=collect", *QUICK)
     assert done.returncode == 1 and f"{shard.name}: its sha256 differs" in done.stderr
+
+
+def test_a_name_that_no_alias_fits_can_be_given(tmp_path):
+    import numpy as np
+
+    ids = np.random.default_rng(0).random((60, 4, 16)).argsort(-1)[..., :2]
+    np.savez(tmp_path / "a.npz", mine=ids)
+    words = ("stage=collect", "tracker=none", "source=arrays", "source.path=a.npz")
+    refused = run(tmp_path, *words)
+    assert refused.returncode == 1 and "pass source.names.expert_ids=NAME" in refused.stderr
+    (folder,) = tmp_path.glob("outputs/collect/*")
+    assert "pass source.names" in (folder / "error.txt").read_text()
+    assert run(tmp_path, *words, "source.names.expert_ids=mine").returncode == 0
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_nothing_half_made(tmp_path, stop):
+    words = ("stage=collect", "source=synthetic", "source.n_requests=1000000", "tracker=none")
+    command = [sys.executable, str(ROOT / "scripts" / "run.py"), *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("artifacts/trace/*.building/*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert not [path for path in tmp_path.glob("artifacts/trace/*") if path.is_dir()]

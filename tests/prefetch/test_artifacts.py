@@ -256,3 +256,13 @@ def test_the_list_sweeps_what_a_killed_run_left(tmp_path, capsys):
     run(Cfg(None), store)
     assert not remains.exists() and folder.exists()
     assert lock_path(folder).parent == folder.parent
+
+
+def test_a_store_of_somebody_else_can_be_read(tmp_path, monkeypatch):
+    made = Store(tmp_path).make(recipe())
+
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert Store(tmp_path).make(recipe()).folder == made.folder

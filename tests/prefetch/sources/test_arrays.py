@@ -118,3 +118,34 @@ def test_impossible_options():
         Arrays(path="x", default_phase="both")
     with pytest.raises(ConfigError, match="names"):
         Arrays(path="x", names={"expert": "ids"})
+
+
+def routed(n_tokens: int, n_layers: int = 4, seed: int = 0):
+    return np.random.default_rng(seed).random((n_tokens, n_layers, 16)).argsort(-1)[..., :2]
+
+
+def test_a_domain_column_counts_and_what_is_not_read_is_said(tmp_path, collect):
+    domain = np.array(["law"] * 30 + ["code"] * 30)
+    np.savez(tmp_path / "a.npz", topk_indices=routed(60), domain=domain, is_odd=domain == "law")
+    reader = collect(Arrays(path=str(tmp_path / "a.npz"), n_experts=16))
+    trace = reader.load()
+    assert [trace.domains[code] for code in trace.domain_T] == domain.tolist()
+    assert "not read: is_odd" in reader.provenance.notes
+
+
+def test_layers_first_is_not_taken_for_tokens_first(tmp_path, collect):
+    np.save(tmp_path / "a.npy", routed(300).transpose(1, 0, 2))
+    with pytest.raises(FormatError, match="4 tokens of 300 layers look transposed"):
+        collect(Arrays(path=str(tmp_path / "a.npy"), n_experts=16))
+
+
+def test_positions_above_zero_hint_at_decode(tmp_path, collect):
+    np.savez(tmp_path / "a.npz", expert_ids=routed(40), pos=np.arange(40) + 17)
+    notes = collect(Arrays(path=str(tmp_path / "a.npz"), n_experts=16)).provenance.notes
+    assert any("source.default_phase=decode" in note for note in notes)
+
+
+def test_a_file_without_any_expert_is_refused(tmp_path, collect):
+    np.save(tmp_path / "a.npy", np.full((40, 4, 2), -1))
+    with pytest.raises(FormatError, match="found no expert at all"):
+        collect(Arrays(path=str(tmp_path / "a.npy")))

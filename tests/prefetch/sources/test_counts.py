@@ -31,6 +31,7 @@ def shapes():
     return {
         "dense": {"num_experts": 4, "expert_usage_by_layer": layers()},
         "sparse": {"num_experts": 4, "statistics": layers(sparse=True)},
+        "counts": {"num_experts": 4, "counts": {"1": [3, 0, 5, 4], "3": {"0": 6, "1": 2, "3": 4}}},
         "lists": {"statistics": {"1": [3, 0, 5, 4], "3": [6, 2, 0, 4]}},
         "locality": {"all_workloads": locality, "by_family": {"chat": locality}},
     }
@@ -42,7 +43,7 @@ def write(path, value):
 
 
 @pytest.mark.parametrize(
-    ("shape", "top_k"), [("dense", 1), ("sparse", 1), ("lists", 1), ("locality", 2)]
+    ("shape", "top_k"), [("dense", 1), ("sparse", 1), ("counts", 1), ("lists", 1), ("locality", 2)]
 )
 def test_every_shape(tmp_path, shape, top_k):
     counts = count(Counts(path=write(tmp_path / "a.json", shapes()[shape])))
@@ -103,3 +104,26 @@ def test_files_of_other_layers_do_not_add_up(tmp_path):
     write(tmp_path / "b.json", {"num_experts": 4, "statistics": layers(layers=(1, 5))})
     with pytest.raises(FormatError, match=r"b\.json: expected layers \[1, 3\]"):
         count(Counts(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"num_experts": "2", "counts": {"0": [1, 2]}}, "num_experts must be a whole number"),
+        ({"num_experts": 2.5, "counts": {"0": [1, 2]}}, "num_experts must be a whole number"),
+        ({"num_experts": 10**11, "counts": {"0": {"99999999999": 2}}}, "num_experts must be"),
+        ({"counts": {"0": [1, 10**20]}}, "expected a whole count"),
+        (
+            {"num_experts": 4, "counts": {"0": {"0": 1, "-1": 2}}},
+            "an expert cannot have the number -1",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_in_words(tmp_path, about, message):
+    with pytest.raises(FormatError, match=message):
+        count(Counts(path=write(tmp_path / "a.json", about)))
+
+
+def test_top_k_of_zero_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected at least 1, got 0"):
+        count(Counts(path=write(tmp_path / "a.json", shapes()["dense"]), top_k=0))
