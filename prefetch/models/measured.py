@@ -75,7 +75,7 @@ def score_function(decision: Decision, meaning: str) -> str:
 def _sum_to_one(decision: Decision) -> bool:
     full_N = (decision.routing.ids_NK >= 0).all(dim=1)
     sums_N = decision.routing.weights_NK[full_N].float().sum(dim=1)
-    return bool(((sums_N - 1).abs() < SAME).all())
+    return bool(full_N.any() and ((sums_N - 1).abs() < SAME).all())
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -85,6 +85,11 @@ class Arrays(FileSource):
     ) -> None:
         requests, card, first = Requests(), None, 0
         found = self._found(columns)
+        if long := sorted({"layer", "layer_id"} & set(columns.names)):
+            raise FormatError(
+                f"{columns.path}: a column {long[0]} means one row per token and layer; expected one row per token: "
+                "reshape to [token, layer, choice]"
+            )
         if "phase" not in found:
             writer.note(f"no phase in the file: every row taken as {self.default_phase}")
         if unread := sorted(set(columns.names) - set(found.values())):

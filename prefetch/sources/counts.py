@@ -53,6 +53,8 @@ class Counts(FileSource):
         notes: list[str] = []
         n_experts = self._n_experts(files, notes)
         counts_LE = sum(_table(read, files[0], n_experts) for read in files)
+        if len({read.top_k for read in files}) > 1:
+            raise FormatError(f"{files[0].path}: and the other files differ in choices per token")
         top_k = self.top_k or files[0].top_k
         if top_k is None:
             top_k = 1
@@ -76,7 +78,7 @@ class Counts(FileSource):
             return ExpertCounts(card, np.asarray(counts_LE, np.int64), told)
 
     def _n_experts(self, files: list[Read], notes: list[str]) -> int:
-        if self.n_experts is not None:
+        if self.n_experts is not None and all(read.n_experts is None for read in files):
             return self.n_experts
         if self.model_card is not None:
             return load_card(self.model_card).n_experts

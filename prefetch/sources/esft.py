@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,15 @@ class Esft(FileSource):
             if n_experts is None:  # the first task tells; the ids of the others must fit
                 used_E = used_ids(layer.ids_TK for layer in layers)
                 n_experts = self.experts(used_E, writer, str(files[0][1].parent))
-            self._write(task or None, layers, n_experts, writer)
+            self._write(task or self._task(), layers, n_experts, writer)
+
+    def _task(self) -> str:
+        """The name of the task's own folder, where source.path is that folder or the files in it."""
+        return next(iter(self.files().values())).resolve().parent.name
+
+    def settings(self) -> dict[str, Any]:
+        alone = any(Path(name).parent.name == "" for name in self.files())
+        return {**super().settings(), "task": self._task() if alone else None}
 
     def _layer(self, number: int, path: Path) -> Layer:
         with reading(path, "an ESFT file"):
@@ -102,9 +110,7 @@ class Esft(FileSource):
                 f"{sizes[row]} numbers; if k differs, pass source.top_k=..."
             )
 
-    def _write(
-        self, task: str | None, layers: list[Layer], n_experts: int, writer: TraceWriter
-    ) -> None:
+    def _write(self, task: str, layers: list[Layer], n_experts: int, writer: TraceWriter) -> None:
         path = layers[0].path if len(layers) == 1 else layers[0].path.parent
         writer.file(str(path))
         card = self.card(

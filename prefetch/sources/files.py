@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ class FileSource(Source):
         self, name: str, *, n_experts: int, top_k: int, layer_numbers: tuple[int, ...], **known: Any
     ) -> ModelCard:
         """The card of what was read, with names and sizes lent by `model_card` where it was given."""
+        if self.n_experts not in (None, n_experts):
+            raise ConfigError(f"source.n_experts={self.n_experts}: the file has {n_experts}")
         stacks = (self.stack,) * len(layer_numbers)
         if self.model_card is None:
             return ModelCard(name, n_experts, top_k, layer_numbers, stacks, **known)
@@ -140,10 +143,8 @@ def find_files(path: str | list[str] | None, suffixes: tuple[str, ...]) -> dict[
                 f"source.path={text[:200]}: no such file, folder or glob ({error})"
             ) from error
     real = [file.resolve() for _, file in found]
-    twice = (
-        next((file for file in real if real.count(file) > 1), None) if len(real) < 10_000 else None
-    )
-    if twice is not None:
+    if len(set(real)) < len(real):
+        twice = Counter(real).most_common(1)[0][0]
         raise ConfigError(f"source.path: {twice} is named twice")
     if len({name for name, _ in found}) < len(
         found
@@ -197,6 +198,10 @@ class Requests:
 
     def number(self, names_T: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """(request_T, position_T) of the next block."""
+        if names_T.dtype.kind == "f":
+            raise FormatError(
+                "request: expected whole numbers or names, found fractions (missing values?)"
+            )
         rows = np.arange(len(names_T))
         starts = np.flatnonzero(names_T[1:] != names_T[:-1]) + 1
         if self._rows == 0 or names_T[0] != self._last:

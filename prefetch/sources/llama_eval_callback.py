@@ -46,9 +46,7 @@ class LlamaEvalCallback(FileSource):
         used_E = np.zeros(2**16, bool)
         for log, _ in dumps.values():
             used_E[log.ids_RK] = True
-        n_experts = self.n_experts or (
-            stated.pop() if stated else self.experts(used_E, writer, "source.path")
-        )
+        n_experts = stated.pop() if stated else self.experts(used_E, writer, "source.path")
         for name, (log, _) in dumps.items():
             writer.file(str(log.path))
             domain, top_k = domain_of(name), log.ids_RK.shape[1]
@@ -114,7 +112,8 @@ def _tensors(path: Path, text: str) -> Iterator[tuple[str, int, str, int, NDArra
                 f"{path}, line {line}: expected {int(np.prod(shape))} numbers in {shape}, found {len(numbers)}; "
                 "the dump was cut off"
             )
-        if head.group(1) == "topk" and ((numbers < 0) | (numbers != np.floor(numbers))).any():
+        is_id = (numbers >= 0) & (numbers < 2**16 - 1) & (numbers == np.floor(numbers))
+        if (head.group(1) == "topk" and not is_id.all()) or int(head.group(2)) >= 2**16:
             raise FormatError(
                 f"{path}, line {line}: expected expert ids, found {numbers[:6].tolist()}"
             )

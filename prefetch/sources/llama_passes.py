@@ -35,6 +35,7 @@ class Log:
     pass_R: NDArray[np.int64]
     tokens_P: NDArray[np.int64]  # of every pass
     n_cut: int  # rows after the last whole pass
+    cut_line: int | None = None  # where they begin
 
     @property
     def pass_T(self) -> NDArray[np.int64]:
@@ -155,6 +156,7 @@ def passes(
         token_R=token_R,
         pass_R=pass_R,
         tokens_P=tokens_P,
+        cut_line=int(line_R[start_U[first_U[n_passes]]]) if n_passes < len(first_U) else None,
         n_cut=0 if n_passes == len(first_U) else int(size_U[first_U[-1]]),
     )
 

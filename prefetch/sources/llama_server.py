@@ -84,6 +84,10 @@ class LlamaServer(FileSource):
         writer.drop(CUT, log.n_cut)
         writer.drop(STRIDE, int((~keep_T).sum()))
         writer.note(REQUESTS)
+        if len(log.layers) == 1:
+            writer.note(
+                "one layer only: passes cannot be told apart, all rows are taken as one prompt"
+            )
         writer.append(trace.rows(keep_T))
 
     def _judge(self, log: Log, ids_TLK: NDArray[Any], n_experts: int) -> NDArray[np.bool_]:
@@ -138,10 +142,15 @@ class LlamaServer(FileSource):
         pass_G = np.where(before_G < 0, 0, log.pass_R[np.maximum(before_G, 0)])
         pass_G += (before_G >= 0) & (log.layer_R[np.maximum(before_G, 0)] > layer_G)
         known = np.isin(layer_G, log.layers) & (pass_G < len(log.tokens_P))
+        if log.cut_line is not None:  # what belongs to the pass that was cut off
+            known &= rows.lines_R[rows.named_R] < log.cut_line
         known &= index_G < log.tokens_P[np.minimum(pass_G, len(log.tokens_P) - 1)]
         gates = np.full((n_tokens, len(log.layers), values.shape[1] - 2), np.nan, np.float16)
         token_G = log.first_token_P[pass_G[known]] + index_G[known]
-        gates[token_G, np.searchsorted(log.layers, layer_G[known])] = values[known, 2:]
+        slot_G = np.searchsorted(log.layers, layer_G[known])
+        if len(np.unique(token_G * len(log.layers) + slot_G)) < len(token_G):
+            raise FormatError(f"{log.path}: some token has two gate_input lines of one layer")
+        gates[token_G, slot_G] = values[known, 2:]
         missing = int(np.isnan(gates[:, :, 0]).sum())
         if missing:
             raise FormatError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from prefetch.errors import FormatError, reading
 from prefetch.sources.files import whole_ids
+from prefetch.sources.textscan import MOST_TIMES
 from prefetch.trace.routing import DECODE, NO_TOKEN, PREFILL
 
 AXES = "token, layer, choice"
@@ -31,13 +33,17 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     found = False
     with reading(path, "JSON lines in UTF-8"):
         opened: Any = gzip.open if path.suffix == ".gz" else Path.open
-        file = opened(path, "rb")
+        file, left = opened(path, "rb"), MOST_TIMES * path.stat().st_size + (1 << 20)
     with file:
-        lines = enumerate(file, 1)
-        while True:
+        for number in itertools.count(1):
             with reading(path, "JSON lines in UTF-8"):
-                number, line = next(lines, (0, b""))
-            if not number:
+                line = file.readline(left + 1)
+            left -= len(line)
+            if left < 0:
+                raise FormatError(
+                    f"{path}: inflates to more than {MOST_TIMES} times its size; refused"
+                )
+            if not line:
                 break
             if not line.strip():
                 continue

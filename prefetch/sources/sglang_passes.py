@@ -171,6 +171,10 @@ class Ties:
             self.running = [
                 (request, p + 1) for request, p in zip(requests, positions, strict=True)
             ]
+            if self.chunk is not None and self.chunk[0] in requests:
+                self.chunk = (
+                    None  # it decodes, so its prompt is whole: a prefill there is another's
+                )
         return iter(requests)
 
     def _prefilled(self, start: int, length: int) -> int:

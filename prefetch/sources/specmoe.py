@@ -79,8 +79,10 @@ class SpecMoE(FileSource):
         if sorted(text) != layers:
             raise FormatError(f"expected records of layers {layers}, got {sorted(text)}")
         scores, ids = [], []
+        kinds = set()
         for layer in layers:
             score_SE = _two_axes(text[layer], "target_routing").astype(np.float32)
+            kinds.add(_are_probabilities(score_SE))
             if not _are_probabilities(score_SE):
                 writer.note("target_routing holds logits: softmax was applied")
                 score_SE = np.exp(score_SE - score_SE.max(axis=1, keepdims=True))
@@ -98,6 +100,8 @@ class SpecMoE(FileSource):
             raise FormatError(
                 f"expected target_routing [S, E] and target_top_k [S, k] alike in all layers, got {shapes}"
             )
+        if len(kinds) > 1:
+            raise FormatError("target_routing: some layers hold probabilities and some do not")
         return np.stack(ids, axis=1).astype(np.int64), np.stack(scores, axis=1)
 
 

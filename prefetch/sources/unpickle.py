@@ -52,24 +52,60 @@ class _Restricted(pickle.Unpickler):
         return self.allowed[full]
 
 
+class _Dtype:
+    """Stands for numpy.dtype while loading: plain numbers and text only, whatever state the file sets afterwards.
+
+    A dtype with an object field over raw bytes would make pointers of them.
+    """
+
+    def __init__(self, text: str, *_flags: Any) -> None:
+        self.dtype = np.dtype(text)
+        if self.dtype.kind not in "biufcSU" or self.dtype.fields or self.dtype.subdtype:
+            raise FormatError(f"an array of {text} is not plain numbers: refused")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if tuple(state[2:5]) != (None, None, None):
+            raise FormatError("a structured dtype is not plain numbers: refused")
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """What an array is rebuilt into: its state may only name a dtype that was admitted."""
+
+    def __setstate__(self, state: Any) -> None:
+        version, shape, dtype, is_fortran, data = state
+        super().__setstate__((version, shape, dtype.dtype, is_fortran, data))
+
+
 def _allowed() -> dict[str, Callable[..., Any]]:
     """Full name in the file -> what stands for it here. Rebuilders are taken from a value's own recipe."""
     import torch
 
-    array, number = np.zeros(1), np.float64(0)
-    reconstruct, from_buffer = array.__reduce__()[0], array.__reduce_ex__(5)[0]
+    from_buffer: Any = np.zeros(1).__reduce_ex__(5)[0]
+    rebuild: Any = np.float64(0).__reduce__()[0]
+
+    def reconstruct(*_what: Any) -> Any:
+        return np.ndarray.__new__(_Array, (0,), "u1")
+
+    def buffered(data: Any, dtype: _Dtype, shape: Any, order: Any, *more: Any) -> Any:
+        return from_buffer(data, dtype.dtype, shape, order, *more)
+
+    def scalar(dtype: _Dtype, *data: Any) -> Any:
+        return rebuild(dtype.dtype, *data)
+
     names: dict[str, Any] = {
         "collections.OrderedDict": collections.OrderedDict,
         "_codecs.encode": _latin1,
-        "numpy.ndarray": np.ndarray,
-        "numpy.dtype": np.dtype,
+        "numpy.ndarray": None,  # named as an argument only; calling it is an error
+        "numpy.dtype": _Dtype,
         "torch.storage._load_from_bytes": _storage,
         "torch._utils._rebuild_tensor_v2": torch.zeros(1).__reduce_ex__(2)[0],
     }
     for core in ("numpy.core", "numpy._core"):  # before and since numpy 2
         names[f"{core}.multiarray._reconstruct"] = reconstruct
-        names[f"{core}.numeric._frombuffer"] = from_buffer
-        names[f"{core}.multiarray.scalar"] = _scalar(number.__reduce__()[0])
+        names[f"{core}.numeric._frombuffer"] = buffered
+        names[f"{core}.multiarray.scalar"] = scalar
     return names
 
 
@@ -78,15 +114,6 @@ def _latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise FormatError(f"expected bytes as latin1 text, found {encoding}")
     return text.encode(encoding)
-
-
-def _scalar(rebuild: Any) -> Callable[..., Any]:
-    def scalar(dtype: np.dtype[Any], *data: Any) -> Any:
-        if dtype.hasobject:
-            raise FormatError("a number of numpy cannot be a Python object: refused")
-        return rebuild(dtype, *data)
-
-    return scalar
 
 
 def _storage(data: bytes) -> Any:

@@ -154,7 +154,8 @@ class Vllm(FileSource):
         n_generated = None
         if n_prompt is None:
             n_prompt = usage.get("prompt_tokens") or len(prompt_ids) or self.prompt_tokens
-            n_generated = len(own_ids) or (None if index else usage.get("completion_tokens"))
+            is_only = len(response.get("choices") or [None]) == 1  # usage sums over the choices
+            n_generated = len(own_ids) or (usage.get("completion_tokens") if is_only else None)
         if n_prompt is None:
             raise FormatError(
                 "nothing says how many rows are the prompt's (usage.prompt_tokens, prompt_token_ids): pass "
@@ -162,7 +163,9 @@ class Vllm(FileSource):
             )
         n_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         if n_cached is None:
-            n_cached = response.get("num_cached_tokens", self.cached_tokens) or 0
+            n_cached = response.get("num_cached_tokens")
+        if n_cached is None:
+            n_cached = self.cached_tokens or 0
         return place(
             ids,
             n_prompt=n_prompt,

@@ -149,3 +149,10 @@ def test_a_file_without_any_expert_is_refused(tmp_path, collect):
     np.save(tmp_path / "a.npy", np.full((40, 4, 2), -1))
     with pytest.raises(FormatError, match="found no expert at all"):
         collect(Arrays(path=str(tmp_path / "a.npy")))
+
+
+def test_one_row_per_token_and_layer_is_not_taken_for_one_layer(tmp_path, collect):
+    flat = routed(64).reshape(-1, 2)
+    np.savez(tmp_path / "a.npz", expert_ids=flat, layer=np.tile(np.arange(4), 64))
+    with pytest.raises(FormatError, match="one row per token and layer"):
+        collect(Arrays(path=str(tmp_path / "a.npz"), n_experts=16, top_k=2))

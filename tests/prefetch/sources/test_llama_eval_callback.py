@@ -79,3 +79,11 @@ def test_an_elided_dump_is_refused_with_the_reason(tmp_path, collect):
         FormatError, match=r"line \d+: ffn_moe_topk-1 of 2 x 3 was printed with '\.\.\.'"
     ):
         collect(LlamaEvalCallback(path=str(tmp_path)))
+
+
+def test_an_id_that_cannot_be_is_named_with_its_line(tmp_path, collect):
+    passes = zipf_passes([3], n_experts=16, k=2, layers=LAYERS)
+    passes[0][0][0, 0] = 70000
+    (tmp_path / "a.txt").write_text(dump(passes))
+    with pytest.raises(FormatError, match=r"line \d+: expected expert ids"):
+        collect(LlamaEvalCallback(path=str(tmp_path)))

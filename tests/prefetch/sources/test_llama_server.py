@@ -220,3 +220,18 @@ def test_an_id_twice_and_out_of_range(tmp_path, collect):
 def test_a_path_that_is_not_there(path, collect):
     with pytest.raises(ConfigError, match=r"source\.path"):
         collect(LlamaServer(path=path))
+
+
+def test_gate_inputs_of_a_pass_that_was_cut_off_touch_no_other(tmp_path, collect):
+    text, gates = with_gates(zipf_passes([20, 1, 1]))
+    cut = write(tmp_path, text[:-3])
+    trace = collect(LlamaServer(path=cut, n_experts=160, gate_inputs=True)).load("gate_inputs")
+    np.testing.assert_allclose(trace.gate_inputs_TLD, gates[:21], rtol=1e-3)
+
+
+def test_two_gate_inputs_for_one_token_are_refused(tmp_path, collect):
+    lines = with_gates(zipf_passes([20, 1]))[0].splitlines(keepends=True)
+    lines.insert(1, lines[1])
+    path = write(tmp_path, "".join(lines))
+    with pytest.raises(FormatError, match="two gate_input lines"):
+        collect(LlamaServer(path=path, n_experts=160, gate_inputs=True))

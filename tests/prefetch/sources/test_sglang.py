@@ -84,6 +84,15 @@ def test_equal_positions_keep_the_order_of_the_batch(collect, tmp_path):
         np.testing.assert_array_equal(found, ids[:5])
 
 
+def test_a_prompt_that_the_cache_begins_is_no_chunk_of_a_request_that_decodes(collect, tmp_path):
+    server = Server([20, 24]).run(EXTEND, (0, 16)).run(DECODE, (0, 1))
+    server.at[1] = 16  # the first 16 tokens of request 1 came from the prefix cache
+    server.run(EXTEND, (1, 4)).run(DECODE, (0, 1), (1, 1))
+    trace = collect(Sglang(path=server.save(tmp_path / "a.pt"), ids="logical", n_experts=E)).load()
+    assert np.bincount(trace.request_T).tolist() == [18, 5]
+    assert trace.position_T[trace.request_T == 1].tolist() == list(range(16, 21))
+
+
 def test_a_row_that_could_continue_two_requests_is_refused(collect, tmp_path):
     server = Server([6, 6]).run(EXTEND, (0, 3), (1, 3)).run(DECODE, (1, 1))
     with pytest.raises(FormatError, match=r"a\.pt: pass 6: 1 rows at position 3 .*\[0, 1\]"):

@@ -136,7 +136,15 @@ def test_a_tensor_cannot_smuggle_a_pickle_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "value", [np.array([1, "a", None], object), np.float32(3), b"abc", {1: (2.5, [None])}]
+    "value",
+    [
+        np.arange(6, dtype=">i4").reshape(2, 3),
+        np.asfortranarray(np.ones((2, 3))),
+        np.array(["a", "bc"]),
+        np.float32(3),
+        b"abc",
+        {1: (2.5, [None])},
+    ],
 )
 def test_plain_values_and_numpy_survive(tmp_path, value):
     for protocol in (2, 5):
@@ -174,3 +182,41 @@ def changed(n, **fields):
 def test_records_that_do_not_fit_are_refused(collect, tmp_path, value, message):
     with pytest.raises(FormatError, match=rf"a\.pkl.*{message}"):
         collect(SpecMoE(path=write(tmp_path / "a.pkl", value)))
+
+
+class RawObjects:
+    """An array of objects over raw bytes: the bytes would be used as pointers."""
+
+    def __reduce__(self):
+        return np.ndarray, ((1,), np.dtype("O"), b"AAAAAAAA")
+
+
+class LyingDtype:
+    """A dtype with an object field whose own flags deny it."""
+
+    def __reduce__(self):
+        fields = {"a": (np.dtype("O"), 0)}
+        return np.dtype, ("V8", False, True), (3, "|", None, ("a",), fields, 8, 1, 0)
+
+
+class RawBuffer:
+    def __reduce__(self):
+        from_buffer = np.zeros(1).__reduce_ex__(5)[0]
+        return from_buffer, (b"AAAAAAAA", LyingDtype(), (1,), "C")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        RawObjects(),
+        RawBuffer(),
+        LyingDtype(),
+        np.array([1, "a", None], object),
+        np.zeros(1, "i4,f4"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_an_array_that_is_not_plain_numbers_is_refused(tmp_path, value, protocol):
+    write(tmp_path / "a.pkl", [{"sample_id": value}], protocol)
+    with pytest.raises(FormatError, match=r"a\.pkl"):
+        unpickle(tmp_path / "a.pkl")

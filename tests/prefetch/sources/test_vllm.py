@@ -194,3 +194,24 @@ def test_logs_whose_layers_do_not_align(collect, tmp_path, ids, change, message)
 def test_an_unknown_dtype():
     with pytest.raises(ConfigError, match="dtype"):
         Vllm(path="x", dtype="float32")
+
+
+def test_choices_of_one_response_share_its_usage_without_moving_their_rows(tmp_path, collect, ids):
+    choices = [{"routed_experts": npy64(ids)}, {"routed_experts": npy64(ids[:, :, ::-1])}]
+    response = {"choices": choices, "usage": usage(completion_tokens=2 * G)}
+    trace = collect(Vllm(path=write(tmp_path / "a.jsonl", response), n_experts=E)).load()
+    assert trace.position_T.tolist() == [*range(P + G - 1)] * 2
+    assert trace.phase_T.tolist() == ([0] * P + [1] * (G - 1)) * 2
+
+
+def test_a_null_in_the_place_of_cached_tokens_leaves_the_setting(tmp_path, collect, ids):
+    response = {**forms(ids)["npy"], "num_cached_tokens": None}
+    path = write(tmp_path / "a.jsonl", response)
+    trace = collect(Vllm(path=path, n_experts=E, cached_tokens=3)).load()
+    assert trace.executed_T.tolist() == [False] * 3 + [True] * (P + G - 4)
+
+
+def test_lines_that_inflate_without_measure_are_refused(tmp_path, collect):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b" " * 100_000_000))
+    with pytest.raises(FormatError, match="inflates to more than"):
+        collect(Vllm(path=str(tmp_path / "a.jsonl.gz"), n_experts=E))
