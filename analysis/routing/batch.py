@@ -1,0 +1,158 @@
+"""What every table is fed: the trace in batches of whole requests, layer by layer, each row with the part it plays.
+
+A table over a trace is an accumulator: `add(batch)` in the order of the trace, `merge(later)` with one that saw what
+follows, and methods that turn what was counted into data frames. It knows no table.
+T tokens, L layers, K choices, E experts, R requests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefetch.errors import FormatError
+from prefetch.progress import Progress
+from prefetch.scoring import Split, Survey
+from prefetch.trace.card import ModelCard
+from prefetch.trace.parquet import TraceReader
+from prefetch.trace.routing import RoutingTrace, no_expert
+
+BATCH_ROWS = 1 << 16
+TRAIN_SHARE = 0.7
+Traceable = RoutingTrace | TraceReader | Path | str  # what a notebook may hand to a table
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is known of the whole trace before anything is counted."""
+
+    card: ModelCard
+    survey: Survey
+    split: Split
+    seed: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the trace, executed or not: what `Batch.row_T` counts."""
+        return self.survey.rows
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return self.survey.domains
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The names of the row groups that tables keep apart: all, and each phase where both exist."""
+        decode, rows = self.survey.decode_rows, self.survey.executed_rows
+        return ("all", "prefill", "decode") if 0 < decode < rows else ("all",)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Whole requests, executed rows only."""
+
+    block: RoutingTrace
+    row_T: NDArray[np.int64]  # where each row stands in the whole trace
+    part_T: NDArray[np.uint8]  # scoring.TRAIN, TEST or LEFT_OUT
+    is_template_T: NDArray[np.bool_]
+
+    @cached_property
+    def ids_LTK(self) -> NDArray[Any]:
+        """The choices with the layer first: every layer's own rows lie together."""
+        return np.ascontiguousarray(self.block.ids_TLK.transpose(1, 0, 2))
+
+    @cached_property
+    def starts_R(self) -> NDArray[np.int64]:
+        return self.block.starts_R
+
+    @property
+    def nobody(self) -> int:
+        """The id that means "no expert"."""
+        return no_expert(self.block.card.n_experts)
+
+
+class Accumulator(Protocol):
+    def add(self, batch: Batch) -> None: ...
+    def merge(self, later: Self) -> None: ...
+
+
+def blocks_of(trace: Traceable, *recorded: str, max_rows: int = BATCH_ROWS) -> Iterator[RoutingTrace]:
+    """A trace from memory, from a reader or from its folder, in blocks of whole requests."""
+    if isinstance(trace, RoutingTrace):
+        yield from _cut(trace, max_rows)
+    else:
+        reader = trace if isinstance(trace, TraceReader) else TraceReader(trace)
+        yield from reader.batches(*recorded, max_rows=max_rows)
+
+
+def _cut(trace: RoutingTrace, max_rows: int) -> Iterator[RoutingTrace]:
+    """At the request boundaries that come next after every `max_rows` rows."""
+    starts, first = trace.starts_R, 0
+    while first < trace.n_tokens:
+        later = starts[starts >= first + max_rows]
+        stop = int(later[0]) if len(later) else trace.n_tokens
+        yield trace.rows(slice(first, stop))
+        first = stop
+
+
+def plan_of(
+    trace: Traceable, *, train_share: float = TRAIN_SHARE, seed: int = 0, max_rows: int = BATCH_ROWS
+) -> Plan:
+    survey, card = Survey(), None
+    for block in blocks_of(trace, max_rows=max_rows):
+        survey.add(block)
+        card = block.card
+    if card is None or not survey.executed_rows:
+        raise FormatError("the trace has no executed rows: there is nothing to analyse")
+    return Plan(card, survey, survey.split(train_share, seed), seed)
+
+
+def batches(
+    trace: Traceable, plan: Plan, *recorded: str, max_rows: int = BATCH_ROWS
+) -> Iterator[Batch]:
+    first = 0
+    for block in blocks_of(trace, *recorded, max_rows=max_rows):
+        row_T = np.arange(first, first + block.n_tokens)
+        first += block.n_tokens
+        if not block.executed_T.all():
+            row_T, block = row_T[block.executed_T], block.rows(block.executed_T)
+        if block.n_tokens:
+            yield Batch(block, row_T, plan.split.parts(block, row_T), plan.split.is_template(block))
+
+
+def accumulate(
+    trace: Traceable,
+    plan: Plan,
+    accumulators: Iterable[Accumulator],
+    *recorded: str,
+    title: str = "counting",
+    max_rows: int = BATCH_ROWS,
+) -> None:
+    """One pass over the trace, every batch to everyone."""
+    with Progress(title, plan.survey.executed_rows, "tokens") as progress:
+        for batch in batches(trace, plan, *recorded, max_rows=max_rows):
+            for accumulator in accumulators:
+                accumulator.add(batch)
+            progress.advance(batch.block.n_tokens)
+
+
+def for_layers(work: Callable[[int], Any], n_layers: int) -> list[Any]:
+    """Every layer's work, on all cores: layers share nothing, so the number of threads changes no number."""
+    return list(_pool().map(work, range(n_layers)))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_threads())
+
+
+def n_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,184 @@
+"""Who is scored on what: duplicate requests, the split by request, rows of a shared template, ranks, intervals.
+
+Shared by whoever scores a guess. It knows no predictor and no table. T tokens, R requests, K choices, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from prefetch.trace.routing import DECODE, RoutingTrace, no_expert
+
+TRAIN, TEST, LEFT_OUT = 0, 1, 2  # parts; what is left out repeats an earlier request
+TEMPLATE_AGREEMENT = 0.9  # of the choices of neighbouring requests, at one position
+TEMPLATE_POSITIONS = 512  # a template stands at the start: later positions are not looked at
+TEMPLATE_PAIRS = 3  # fewer pairs of requests agree by chance
+TEMPLATE_LAYERS = 8  # so many layers, evenly spread, tell a shared text from chance
+DUPLICATE_ROWS = 8  # shorter requests are equal by chance
+SMALLEST_SPLIT = 4  # fewer requests are split in time
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Which part every row plays; decided before anything is counted, so that no batch can change it."""
+
+    kind: str  # requests | time
+    test_requests: NDArray[np.int64]
+    duplicate_requests: NDArray[np.int64]
+    first_test_row: int  # only where the split is in time
+    is_template_DP: NDArray[np.bool_]  # [domain, position]; the last domain is "unknown"
+
+    def parts(self, block: RoutingTrace, row_T: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """TRAIN, TEST or LEFT_OUT for every row; `row_T` is where it stands in the whole trace."""
+        if self.kind == "time":
+            parts_T = np.where(row_T >= self.first_test_row, TEST, TRAIN)
+        else:
+            parts_T = np.where(np.isin(block.request_T, self.test_requests), TEST, TRAIN)
+        parts_T[np.isin(block.request_T, self.duplicate_requests)] = LEFT_OUT
+        return parts_T.astype(np.uint8)
+
+    def is_template(self, block: RoutingTrace) -> NDArray[np.bool_]:
+        """Rows whose text the requests share: what is learnt there says nothing about new text."""
+        near_T = (block.position_T >= 0) & (block.position_T < TEMPLATE_POSITIONS)
+        position_T = np.where(near_T, block.position_T, 0)
+        return near_T & self.is_template_DP[block.domain_T, position_T]
+
+
+class Survey:
+    """What must be known of all requests before anything is counted: one light pass over the trace."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.executed_rows = 0
+        self.decode_rows = 0  # executed ones
+        self.domains: tuple[str, ...] = ()
+        self.request_R: list[int] = []
+        self.n_rows_R: list[int] = []
+        self.domain_R: list[int] = []
+        self.digest_R: list[bytes] = []
+        # per domain: shared choices, choices, pairs at every position
+        self._agreement: dict[int, NDArray[np.int64]] = {}
+        self._first: dict[int, RoutingTrace] = {}  # head of the domain's first request
+        self._last: dict[int, RoutingTrace] = {}
+
+    def add(self, block: RoutingTrace) -> None:
+        """`block` holds whole requests."""
+        self.domains = block.domains or self.domains
+        self.rows += block.n_tokens
+        self.executed_rows += int(block.executed_T.sum())
+        self.decode_rows += int((block.executed_T & (block.phase_T == DECODE)).sum())
+        stops = [*block.starts_R[1:].tolist(), block.n_tokens]
+        for start, stop in zip(block.starts_R.tolist(), stops, strict=True):
+            self._request(block, start, stop)
+
+    def _request(self, block: RoutingTrace, start: int, stop: int) -> None:
+        ids_TLK = np.ascontiguousarray(block.ids_TLK[start:stop])
+        domain = int(block.domain_T[start])
+        self.request_R.append(int(block.request_T[start]))
+        self.n_rows_R.append(stop - start)
+        self.domain_R.append(domain)
+        self.digest_R.append(hashlib.blake2b(ids_TLK.data, digest_size=8).digest())
+        self._meet(domain, block.rows(slice(start, min(stop, start + TEMPLATE_POSITIONS))))
+
+    def _meet(self, domain: int, head: RoutingTrace) -> None:
+        """Compares the start of a request with that of the one before it in the same domain."""
+        if domain in self._last:
+            self._compare(domain, self._last[domain], head)
+        self._first.setdefault(domain, head)
+        self._last[domain] = head
+
+    def _compare(self, domain: int, one: RoutingTrace, other: RoutingTrace) -> None:
+        layers = np.unique(np.linspace(0, one.card.n_layers - 1, TEMPLATE_LAYERS).astype(int))
+        positions, rows_one, rows_other = np.intersect1d(
+            one.position_T, other.position_T, assume_unique=True, return_indices=True
+        )
+        near = (positions >= 0) & (positions < TEMPLATE_POSITIONS)
+        here = np.ascontiguousarray(one.ids_TLK[rows_one[near]][:, layers])
+        there = np.ascontiguousarray(other.ids_TLK[rows_other[near]][:, layers])
+        shared_T, of_T = _shared(here, there, no_expert(one.card.n_experts))
+        total = self._agreement.setdefault(domain, np.zeros((3, TEMPLATE_POSITIONS), np.int64))
+        total[:, positions[near]] += np.stack([shared_T, of_T, np.ones_like(of_T)])
+
+    def merge(self, later: Survey) -> None:
+        """`later` surveyed what follows in the same trace."""
+        for domain, head in later._first.items():
+            self._meet(domain, head)
+            self._last[domain] = later._last[domain]
+        for domain, total in later._agreement.items():
+            self._agreement[domain] = self._agreement.get(domain, 0) + total
+        self.domains = later.domains or self.domains
+        for name in ("rows", "executed_rows", "decode_rows", "request_R", "n_rows_R", "domain_R", "digest_R"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+
+    def duplicates(self) -> NDArray[np.int64]:
+        """Requests whose routing an earlier one repeats to the last choice."""
+        seen: set[bytes] = set()
+        repeated = []
+        for request, rows, digest in zip(self.request_R, self.n_rows_R, self.digest_R, strict=True):
+            if rows >= DUPLICATE_ROWS and digest in seen:
+                repeated.append(request)
+            seen.add(digest)
+        return np.array(repeated, np.int64)
+
+    def template(self) -> NDArray[np.bool_]:
+        """[domain, position]: do neighbouring requests agree there, and do most of them reach so far?"""
+        is_template_DP = np.zeros((len(self.domains) + 1, TEMPLATE_POSITIONS), bool)
+        for domain, (shared_P, of_P, pairs_P) in self._agreement.items():
+            most = self.domain_R.count(domain) - 1
+            enough_P = (pairs_P >= TEMPLATE_PAIRS) & (2 * pairs_P >= most)
+            is_template_DP[domain] = enough_P & (shared_P >= TEMPLATE_AGREEMENT * np.maximum(of_P, 1))
+        return is_template_DP
+
+    def split(self, train_share: float, seed: int) -> Split:
+        """By request; in time where there are too few, or where one request is nearly all there is."""
+        duplicates = self.duplicates()
+        unique = np.setdiff1d(np.array(self.request_R, np.int64), duplicates)
+        mixed = np.random.default_rng(seed).permutation(unique)
+        n_train = max(1, int(train_share * len(unique)))
+        in_time = len(unique) < SMALLEST_SPLIT
+        return Split(
+            kind="time" if in_time else "requests",
+            test_requests=mixed[:0] if in_time else np.sort(mixed[n_train:]),
+            duplicate_requests=duplicates,
+            first_test_row=int(train_share * self.rows) if in_time else self.rows,
+            is_template_DP=self.template(),
+        )
+
+
+@njit(cache=True, nogil=True)
+def _shared(one_TLK, other_TLK, nobody):  # type: ignore[no-untyped-def]
+    """How many choices the two have in common in every row, and how many there are."""
+    shared_T = np.zeros(len(one_TLK), np.int64)
+    of_T = np.zeros(len(one_TLK), np.int64)
+    for t in range(one_TLK.shape[0]):
+        for layer in range(one_TLK.shape[1]):
+            for i in range(one_TLK.shape[2]):
+                expert = one_TLK[t, layer, i]
+                if expert == nobody:
+                    continue
+                of_T[t] += 1
+                for j in range(other_TLK.shape[2]):
+                    if other_TLK[t, layer, j] == expert:
+                        shared_T[t] += 1
+    return shared_T, of_T
+
+
+def bootstrap(
+    hits_R: NDArray[Any], of_R: NDArray[Any], *, seed: int, draws: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Interval of a ratio of sums, by drawing requests with replacement."""
+    if len(hits_R) < 2:
+        raise ValueError("an interval over requests needs two of them")
+    rng = np.random.default_rng(seed)
+    ratios = np.empty(draws)
+    for draw in range(draws):
+        chosen = rng.integers(0, len(hits_R), len(hits_R))
+        ratios[draw] = hits_R[chosen].sum() / max(1, of_R[chosen].sum())
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
