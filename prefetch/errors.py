@@ -37,3 +37,7 @@ def reading(where: Path | str, what: str = "") -> Iterator[None]:
     except Exception as error:  # parsers meet damaged bytes with whatever they like
         reason = " ".join(str(error).split())[:200] or "no reason given"
         raise FormatError(f"{where}: expected {what}; {type(error).__name__}: {reason}") from error
+
+
+class MissingData(PrefetchError):
+    """This trace cannot tell that: the message says why, and what would be needed."""

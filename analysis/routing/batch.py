@@ -8,6 +8,7 @@ T tokens, L layers, K choices, E experts, R requests.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,17 +17,19 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
 from prefetch.progress import Progress
 from prefetch.scoring import Split, Survey
 from prefetch.trace.card import ModelCard
-from prefetch.trace.parquet import TraceReader
+from prefetch.trace.parquet import TraceReader, wide_columns
 from prefetch.trace.routing import RoutingTrace, no_expert
 
 BATCH_ROWS = 1 << 16
 TRAIN_SHARE = 0.7
+THREADS = "layers"
 Traceable = RoutingTrace | TraceReader | Path | str  # what a notebook may hand to a table
 
 
@@ -37,7 +40,12 @@ class Plan:
     card: ModelCard
     survey: Survey
     split: Split
+    columns: tuple[str, ...]  # what the trace has recorded
     seed: int = 0
+
+    def recorded(self, *wanted: str) -> tuple[str, ...]:
+        """Those of the wanted columns that there are."""
+        return tuple(name for name in wanted if name in self.columns)
 
     @property
     def n_rows(self) -> int:
@@ -70,6 +78,20 @@ class Batch:
         return np.ascontiguousarray(self.block.ids_TLK.transpose(1, 0, 2))
 
     @cached_property
+    def first_choice_LT(self) -> NDArray[Any]:
+        """The choice of the largest weight; where no weights were read, the first of the row."""
+        weights_TLK = self.block.weights_TLK
+        if weights_TLK is None or self.ids_LTK.shape[2] == 1:
+            return self.ids_LTK[:, :, 0]
+        first_LT = np.empty(self.ids_LTK.shape[:2], self.ids_LTK.dtype)
+        bits_TLK = weights_TLK.view(np.int16)  # numba has no float16; among weights >= 0 bits order alike
+        for_layers(
+            lambda layer: _heaviest(self.ids_LTK[layer], bits_TLK[:, layer], self.nobody, first_LT[layer]),
+            len(first_LT),
+        )
+        return first_LT
+
+    @cached_property
     def starts_R(self) -> NDArray[np.int64]:
         return self.block.starts_R
 
@@ -77,6 +99,15 @@ class Batch:
     def nobody(self) -> int:
         """The id that means "no expert"."""
         return no_expert(self.block.card.n_experts)
+
+
+@njit(cache=True, nogil=True)
+def _heaviest(ids_TK, bits_TK, nobody, first_T):  # type: ignore[no-untyped-def]
+    for t in range(ids_TK.shape[0]):
+        best, first_T[t] = -1, nobody
+        for k in range(ids_TK.shape[1]):
+            if ids_TK[t, k] != nobody and bits_TK[t, k] > best:
+                best, first_T[t] = bits_TK[t, k], ids_TK[t, k]
 
 
 class Accumulator(Protocol):
@@ -107,12 +138,20 @@ def plan_of(
     trace: Traceable, *, train_share: float = TRAIN_SHARE, seed: int = 0, max_rows: int = BATCH_ROWS
 ) -> Plan:
     survey, card = Survey(), None
-    for block in blocks_of(trace, max_rows=max_rows):
-        survey.add(block)
-        card = block.card
+    with Progress("surveying", None, "tokens") as progress:
+        for block in blocks_of(trace, max_rows=max_rows):
+            survey.add(block)
+            card = block.card
+            progress.advance(block.n_tokens)
     if card is None or not survey.executed_rows:
         raise FormatError("the trace has no executed rows: there is nothing to analyse")
-    return Plan(card, survey, survey.split(train_share, seed), seed)
+    return Plan(card, survey, survey.split(train_share, seed), _columns(trace), seed)
+
+
+def _columns(trace: Traceable) -> tuple[str, ...]:
+    if isinstance(trace, RoutingTrace):
+        return tuple(wide_columns(trace))
+    return tuple((trace if isinstance(trace, TraceReader) else TraceReader(trace)).columns)
 
 
 def batches(
@@ -144,14 +183,25 @@ def accumulate(
             progress.advance(batch.block.n_tokens)
 
 
+def layer_columns(card: ModelCard, layers: Any) -> dict[str, Any]:
+    """The columns that name layers in a table; the stack only where there are two."""
+    slots = np.asarray(layers)
+    columns: dict[str, Any] = {"layer": np.array(card.layer_numbers)[slots]}
+    if len(set(card.layer_stacks)) > 1:
+        columns["stack"] = np.array(card.layer_stacks)[slots]
+    return columns
+
+
 def for_layers(work: Callable[[int], Any], n_layers: int) -> list[Any]:
     """Every layer's work, on all cores: layers share nothing, so the number of threads changes no number."""
+    if threading.current_thread().name.startswith(THREADS):
+        return [work(layer) for layer in range(n_layers)]  # a worker that waits for workers waits for ever
     return list(_pool().map(work, range(n_layers)))
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n_threads())
+    return ThreadPoolExecutor(n_threads(), thread_name_prefix=THREADS)
 
 
 def n_threads() -> int:

@@ -1,0 +1,331 @@
+"""From one layer to a later one, and from one token to the next: joint counts, and what they tell in bits.
+
+Counts are kept whole, for train and test requests apart, so that whoever scores a guess can fit on one part. Requests that
+repeat an earlier one are left out. It knows no predictor. L layers, E experts, H horizons, C row classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numba import njit
+from numpy.typing import NDArray
+
+from analysis.routing.batch import (
+    Batch,
+    Plan,
+    Traceable,
+    accumulate,
+    for_layers,
+    layer_columns,
+    plan_of,
+)
+from analysis.routing.pairs import (
+    CONTROL,
+    INFORMATION,
+    SKIP,
+    control,
+    count_pairs,
+    information,
+)
+from analysis.routing.statistics import leading
+from prefetch.errors import MissingData
+from prefetch.scoring import LEFT_OUT, TRAIN
+from prefetch.trace.card import ModelCard
+from prefetch.trace.routing import PHASES
+
+MOST_BYTES = 2 << 30  # dense tables of pair counts; more experts than that fit need fewer horizons
+
+
+class Transitions:
+    """`joint_HCLEE[h][c, l, a, b]`: rows of class c with a at layer l and b at layer l + horizon."""
+
+    def __init__(self, plan: Plan, horizons: tuple[int, ...] = (1,)) -> None:
+        card = plan.card
+        self.plan = plan
+        self.horizons = tuple(h for h in horizons if h < card.n_layers)
+        if not self.horizons:
+            raise MissingData("one layer: there is no later layer to go to")
+        shapes = [(4, card.n_layers - h, card.n_experts, card.n_experts) for h in self.horizons]
+        _check_bytes(sum(4 * int(np.prod(shape)) for shape in shapes), card)
+        self.joint_HCLEE = [np.zeros(shape, np.int32) for shape in shapes]
+        # rows of class c with a at layer l (b at layer l + horizon), of those that have both
+        self.here_HCLE = [np.zeros(shape[:3], np.int64) for shape in shapes]
+        self.there_HCLE = [np.zeros(shape[:3], np.int64) for shape in shapes]
+        self.tokens_HCL = [np.zeros(shape[:2], np.int64) for shape in shapes]
+
+    def add(self, batch: Batch) -> None:
+        class_T = _classes(batch)
+        ids_LTK = batch.ids_LTK
+
+        def count(layer: int) -> None:
+            for h, horizon in enumerate(self.horizons):
+                if layer + horizon < len(ids_LTK):
+                    here, there = ids_LTK[layer], ids_LTK[layer + horizon]
+                    count_pairs(here, there, class_T, batch.nobody, self.joint_HCLEE[h][:, layer])
+                    _count_margins(
+                        here,
+                        there,
+                        class_T,
+                        batch.nobody,
+                        self.here_HCLE[h][:, layer],
+                        self.there_HCLE[h][:, layer],
+                        self.tokens_HCL[h][:, layer],
+                    )
+
+        for_layers(count, len(ids_LTK) - 1)
+
+    def merge(self, later: Transitions) -> None:
+        for name in ("joint_HCLEE", "here_HCLE", "there_HCLE", "tokens_HCL"):
+            for mine, other in zip(getattr(self, name), getattr(later, name), strict=True):
+                mine += other
+
+    def joint(self, horizon: int, phase: str = "all", part: int | None = None) -> NDArray[Any]:
+        """[L - horizon, E, E] pair counts over the rows of a phase and a part."""
+        return self._sum(self.joint_HCLEE, horizon, phase, part)
+
+    def here(self, horizon: int, phase: str = "all", part: int | None = None) -> NDArray[Any]:
+        return self._sum(self.here_HCLE, horizon, phase, part)
+
+    def there(self, horizon: int, phase: str = "all", part: int | None = None) -> NDArray[Any]:
+        return self._sum(self.there_HCLE, horizon, phase, part)
+
+    def tokens(self, horizon: int, phase: str = "all", part: int | None = None) -> NDArray[Any]:
+        return self._sum(self.tokens_HCL, horizon, phase, part)
+
+    def _sum(self, arrays: list[Any], horizon: int, phase: str, part: int | None) -> NDArray[Any]:
+        chosen = arrays[self.horizons.index(horizon)][_chosen(phase, part)]
+        return chosen[0] if len(chosen) == 1 else chosen.sum(axis=0)  # type: ignore[no-any-return]
+
+    def table(self) -> pd.DataFrame:
+        """One row per phase, horizon and layer pair that any token went through."""
+        cells = [(phase, horizon) for phase in self.plan.phases for horizon in self.horizons]
+        return pd.concat([self._rows(phase, horizon) for phase, horizon in cells], ignore_index=True)
+
+    def _rows(self, phase: str, horizon: int) -> pd.DataFrame:
+        joint_LEE = self.joint(horizon, phase)
+        margins = [f(horizon, phase) for f in (self.here, self.there, self.tokens)]
+        rows = informed_rows(joint_LEE, *margins, (self.plan.seed, horizon, len(phase)))
+        card, layers = self.plan.card, np.arange(len(rows))
+        frame = pd.DataFrame(rows).assign(
+            phase=phase, horizon=horizon, later_layer=np.array(card.layer_numbers)[layers + horizon]
+        )
+        frame = frame.assign(**layer_columns(card, layers))
+        return leading(frame[frame.tokens > 0], "phase", "horizon", "layer", "later_layer", "tokens")
+
+    def sparse(self) -> pd.DataFrame:
+        """The counts themselves: a row per horizon, layer and pair of experts that ever met."""
+        return pd.concat(
+            [sparse_rows(self, horizon, self.plan.card) for horizon in self.horizons], ignore_index=True
+        )
+
+
+class NextTokens:
+    """`joint_CLEE[c, l, a, b]`: a at one token and b at the next of the same request, both at layer l."""
+
+    def __init__(self, plan: Plan) -> None:
+        card = plan.card
+        self.plan = plan
+        shape = (4, card.n_layers, card.n_experts, card.n_experts)
+        _check_bytes(4 * int(np.prod(shape)), card)
+        self.joint_CLEE = np.zeros(shape, np.int32)
+        self.here_CLE = np.zeros(shape[:3], np.int64)
+        self.there_CLE = np.zeros(shape[:3], np.int64)
+        self.tokens_CL = np.zeros(shape[:2], np.int64)
+        self.first_changes_CL = np.zeros(shape[:2], np.int64)
+        self.shared_CLK = np.zeros((4, card.n_layers, card.top_k + 1), np.int64)  # tokens by overlap
+
+    def add(self, batch: Batch) -> None:
+        class_T = _classes(batch)[1:]  # of the later token
+        block = batch.block
+        follows_T = (np.diff(block.request_T) == 0) & (np.diff(block.position_T) == 1)
+        class_T = np.where(follows_T, class_T, SKIP).astype(np.uint8)
+        first_LT = batch.first_choice_LT
+
+        def count(layer: int) -> None:
+            ids_TK, first_T = batch.ids_LTK[layer], first_LT[layer]
+            nobody, out = batch.nobody, np.s_[:, layer]
+            count_pairs(ids_TK[:-1], ids_TK[1:], class_T, nobody, self.joint_CLEE[out])
+            margins = self.here_CLE[out], self.there_CLE[out], self.tokens_CL[out]
+            _count_margins(ids_TK[:-1], ids_TK[1:], class_T, nobody, *margins)
+            _count_repeats(
+                ids_TK, first_T, class_T, nobody, self.shared_CLK[out], self.first_changes_CL[out]
+            )
+
+        for_layers(count, len(batch.ids_LTK))
+
+    def merge(self, later: NextTokens) -> None:
+        for name in (
+            "joint_CLEE",
+            "here_CLE",
+            "there_CLE",
+            "tokens_CL",
+            "first_changes_CL",
+            "shared_CLK",
+        ):
+            getattr(self, name).__iadd__(getattr(later, name))
+
+    def table(self) -> pd.DataFrame:
+        """One row per phase (of the later token) and layer.
+
+        repeat_rate: share of a token's choices that the token before made too. transition_rate: share of the S - 1 steps
+        of a request at which the first choice changes; persistence is the rest.
+        """
+        return pd.concat([self._rows(phase) for phase in self.plan.phases], ignore_index=True)
+
+    def _rows(self, phase: str) -> pd.DataFrame:
+        chosen = _chosen(phase, None)
+        arrays = [a[chosen].sum(axis=0) for a in (self.joint_CLEE, self.here_CLE, self.there_CLE)]
+        tokens_L = self.tokens_CL[chosen].sum(axis=0)
+        rows = informed_rows(*arrays, tokens_L, (self.plan.seed, 0, len(phase)))
+        shared_LK = self.shared_CLK[chosen].sum(axis=0)
+        changed_L = self.first_changes_CL[chosen].sum(axis=0)
+        frame = pd.DataFrame(rows).assign(**layer_columns(self.plan.card, np.arange(len(rows))))
+        frame = frame.assign(phase=phase, **_repeats(shared_LK, changed_L, arrays[1], arrays[2], tokens_L))
+        return leading(frame[frame.tokens > 0], "phase", "layer", "tokens", *REPEATS)
+
+    def repeat_rate(self) -> float:
+        """Mean over layers: share of a token's choices that the token before made too; NaN where none follows."""
+        rates = self._rows("all").repeat_rate
+        return float(rates.mean()) if len(rates) else float("nan")
+
+
+REPEATS = ("repeat_rate", "expected_repeat", "transition_rate", "persistence", "jaccard", "same_set")
+
+
+def _repeats(
+    shared_LK: NDArray[Any],
+    changed_L: NDArray[Any],
+    here_LE: NDArray[Any],
+    there_LE: NDArray[Any],
+    tokens_L: NDArray[Any],
+) -> dict[str, NDArray[Any]]:
+    shared_K = np.arange(shared_LK.shape[1])
+    top_k = shared_K[-1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        chosen_L = there_LE.sum(axis=1)
+        transition_L = changed_L / tokens_L
+        return {
+            "repeat_rate": shared_LK @ shared_K / chosen_L,
+            # if the two tokens had nothing to do with each other
+            "expected_repeat": (here_LE * there_LE).sum(axis=1) / tokens_L / chosen_L,
+            "transition_rate": transition_L,
+            "persistence": 1 - transition_L,
+            "jaccard": shared_LK @ (shared_K / (2 * top_k - shared_K)) / tokens_L,
+            "same_set": shared_LK[:, -1] / tokens_L,
+        }
+
+
+def informed_rows(
+    joint_LEE: NDArray[Any],
+    here_LE: NDArray[Any],
+    there_LE: NDArray[Any],
+    tokens_L: NDArray[Any],
+    seed: tuple[int, ...],
+) -> list[dict[str, float]]:
+    """What each layer's joint counts tell, with the control; a row of NaN where no token went."""
+
+    def row(layer: int) -> dict[str, float]:
+        tokens = int(tokens_L[layer])
+        if not tokens:
+            return dict.fromkeys(("tokens", *INFORMATION, *CONTROL), 0.0)
+        rng = np.random.default_rng((*seed, layer))
+        margins = here_LE[layer], there_LE[layer], tokens
+        told = information(joint_LEE[layer], *margins)
+        return {"tokens": tokens, **told, **control(*margins, rng)}
+
+    return for_layers(row, len(joint_LEE))
+
+
+def sparse_rows(counted: Transitions, horizon: int, card: ModelCard) -> pd.DataFrame:
+    joint_LEE = counted.joint(horizon)
+    layer, here, there = np.nonzero(joint_LEE)
+    numbers = np.array(card.layer_numbers, np.int32)
+    frame = pd.DataFrame(
+        {
+            "horizon": np.full(len(layer), horizon, np.int16),
+            **layer_columns(card, layer),
+            "later_layer": numbers[layer + horizon],
+            "expert": here.astype(np.uint16),
+            "later_expert": there.astype(np.uint16),
+            "count": joint_LEE[layer, here, there],
+        }
+    )
+    train_LEE = counted.joint(horizon, part=TRAIN)
+    return frame.assign(train_count=train_LEE[layer, here, there])
+
+
+def _check_bytes(n_bytes: int, card: ModelCard) -> None:
+    if n_bytes > MOST_BYTES:
+        raise MissingData(
+            f"pair counts of {card.n_experts} experts in {card.n_layers} layers would take {n_bytes / 1e9:.1f} GB, more "
+            f"than {MOST_BYTES / 1e9:.1f}; fewer analyze.horizons need less"
+        )
+
+
+def _classes(batch: Batch) -> NDArray[np.uint8]:
+    """Part and phase as one number from 0 to 3; rows that repeat an earlier request are skipped."""
+    class_T = 2 * batch.part_T + batch.block.phase_T
+    return np.where(batch.part_T == LEFT_OUT, SKIP, class_T).astype(np.uint8)
+
+
+def _chosen(phase: str, part: int | None) -> NDArray[np.bool_]:
+    class_C = np.arange(4)
+    chosen = np.ones(4, bool) if part is None else class_C // 2 == part
+    return chosen if phase == "all" else chosen & (class_C % 2 == PHASES.index(phase))
+
+
+@njit(cache=True, nogil=True)
+def _count_margins(here_TK, there_TK, class_T, nobody, here_CE, there_CE, tokens_C):  # type: ignore[no-untyped-def]
+    """Over the rows that have an expert on both sides."""
+    for t in range(here_TK.shape[0]):
+        c = class_T[t]
+        if c >= tokens_C.shape[0]:
+            continue
+        has_here, has_there = False, False
+        for k in range(here_TK.shape[1]):
+            has_here |= here_TK[t, k] != nobody
+            has_there |= there_TK[t, k] != nobody
+        if not (has_here and has_there):
+            continue
+        tokens_C[c] += 1
+        for k in range(here_TK.shape[1]):
+            if here_TK[t, k] != nobody:
+                here_CE[c, here_TK[t, k]] += 1
+            if there_TK[t, k] != nobody:
+                there_CE[c, there_TK[t, k]] += 1
+
+
+@njit(cache=True, nogil=True)
+def _count_repeats(ids_TK, first_T, class_T, nobody, shared_CK, changes_C):  # type: ignore[no-untyped-def]
+    for t in range(ids_TK.shape[0] - 1):
+        c = class_T[t]
+        if c >= shared_CK.shape[0] or first_T[t] == nobody or first_T[t + 1] == nobody:
+            continue
+        shared = 0
+        for i in range(ids_TK.shape[1]):
+            if ids_TK[t, i] == nobody:
+                continue
+            for j in range(ids_TK.shape[1]):
+                if ids_TK[t, i] == ids_TK[t + 1, j]:
+                    shared += 1
+        shared_CK[c, shared] += 1
+        changes_C[c] += first_T[t] != first_T[t + 1]
+
+
+def transitions(trace: Traceable, horizons: tuple[int, ...] = (1, 2, 3, 4)) -> pd.DataFrame:
+    """What a layer's experts tell of those of a later layer, per phase, horizon and layer pair."""
+    plan = plan_of(trace)
+    counted = Transitions(plan, horizons)
+    accumulate(trace, plan, [counted])
+    return counted.table()
+
+
+def next_tokens(trace: Traceable) -> pd.DataFrame:
+    """What a token's experts tell of the next token's in the same layer, per phase."""
+    plan = plan_of(trace)
+    counted = NextTokens(plan)
+    accumulate(trace, plan, [counted], *plan.recorded("weights"))
+    return counted.table()
