@@ -1,0 +1,382 @@
+"""How much of a later layer's routing the best guesses from counts can hold: fitted on train requests, scored on test.
+
+Popularity, the previous token's experts, first-order Markov counts, and Markov counts after shuffling (the control). A second
+pass over the trace: the counts must be complete before anything is scored. It knows no learned predictor.
+L layers, E experts, K choices, W width, C row classes, R requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numba import njit
+from numpy.typing import NDArray
+
+from analysis.routing.batch import (
+    Batch,
+    Plan,
+    Traceable,
+    accumulate,
+    for_layers,
+    layer_columns,
+    plan_of,
+)
+from analysis.routing.pairs import SKIP, shuffled
+from analysis.routing.statistics import Usage, leading
+from analysis.routing.transitions import Transitions
+from prefetch.errors import MissingData
+from prefetch.scoring import TEST, TRAIN, bootstrap
+from prefetch.trace.routing import PHASES
+
+SMOOTHING = 0.5  # how many rows of popularity every expert's row of the Markov table starts with
+PREDICTORS = ("popularity", "previous_token", "markov", "markov_shuffled")
+INTERVALS = PREDICTORS[:3]
+CLASSES = 4  # phase, then template or not
+CONTROL_ROWS = 1 << 14  # so many rows fix the mean of the control to a thousandth; few test rows count repeatedly
+GUIDE = 256  # steps of the table that tells where in a cdf to look
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What of a batch is scored: its class, SKIP for the rest, and the request as a number within the batch."""
+
+    class_T: NDArray[np.uint8]
+    follows_T: NDArray[np.bool_]  # the row before it is the token before it
+    number_T: NDArray[np.int64]
+    is_test_R: NDArray[np.bool_]
+
+    @property
+    def n_requests(self) -> int:
+        return len(self.is_test_R)
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Rows:
+        block = batch.block
+        class_T = np.where(batch.part_T == TEST, 2 * block.phase_T + batch.is_template_T, SKIP)
+        follows_T = np.zeros(len(class_T), bool)
+        follows_T[1:] = (np.diff(block.request_T) == 0) & (np.diff(block.position_T) == 1)
+        lengths_R = np.diff(np.append(batch.starts_R, len(class_T)))
+        number_T = np.repeat(np.arange(len(lengths_R)), lengths_R)
+        is_test_R = np.bincount(number_T, weights=class_T != SKIP) > 0
+        return cls(class_T.astype(np.uint8), follows_T, number_T, is_test_R)
+
+
+class Recall:
+    """`..._CLE[c, l, r]`: choices of test rows of class c that a predictor ranked r-th, a histogram per layer (pair)."""
+
+    def __init__(self, plan: Plan, usage: Usage, counted: Transitions) -> None:
+        card = plan.card
+        self.plan, self.horizons = plan, counted.horizons
+        train_LE = usage.counts(part=TRAIN)
+        if not train_LE.any() or not usage.counts(part=TEST).any():
+            raise MissingData(
+                "one part of the split is empty: a guess needs rows to learn from and others to be scored on"
+            )
+        self.chance = {h: _chances(counted, train_LE, h) for h in self.horizons}
+        self.control = {h: _control(plan, counted, h) for h in self.horizons}
+        self.rank_LE = np.argsort(np.argsort(-train_LE, axis=1, kind="stable"), axis=1, kind="stable")
+        self.control_share = CONTROL_ROWS / max(1, int(usage.tokens(part=TEST).max()))
+        shape = CLASSES, card.n_layers, card.n_experts
+        self.known_PCLE = np.zeros((2, *shape), np.int64)  # at the target layer, whatever the horizon
+        self.markov_HPCLE = np.zeros((len(self.horizons), 2, *shape), np.int64)
+        # per test request and horizon: choices within K guesses by predictor, then choices; for intervals
+        self.request_HPR = np.zeros((len(self.horizons), len(INTERVALS) + 1, 0), np.int64)
+
+    def add(self, batch: Batch) -> None:
+        rows = _Rows.of(batch)
+        if (rows.class_T == SKIP).all():
+            return
+        n_layers = self.plan.card.n_layers
+        known_LPR = np.stack(for_layers(lambda layer: self._rank_known(batch, rows, layer), n_layers))
+        scored_HPR = [
+            self._rank_markov(batch, rows, h, known_LPR[horizon:].sum(axis=0))
+            for h, horizon in enumerate(self.horizons)
+        ]
+        tested_HPR = np.stack(scored_HPR)[:, :, rows.is_test_R]
+        self.request_HPR = np.concatenate([self.request_HPR, tested_HPR], axis=2)
+
+    def _rank_known(self, batch: Batch, rows: _Rows, layer: int) -> NDArray[np.int64]:
+        """Popularity and the previous token; returns what each request scored, then its choices."""
+        request_PR = np.zeros((3, rows.n_requests), np.int64)
+        _rank_known(
+            batch.ids_LTK[layer],
+            rows.follows_T,
+            self.rank_LE[layer],
+            rows.class_T,
+            rows.number_T,
+            batch.nobody,
+            self.known_PCLE[:, :, layer],
+            request_PR,
+        )
+        return request_PR
+
+    def _rank_markov(
+        self, batch: Batch, rows: _Rows, h: int, known_PR: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Markov counts and their control for every layer pair of one horizon."""
+        horizon, nobody = self.horizons[h], batch.nobody
+        control_LEE, rest_LE = self.control[horizon]
+
+        def score(layer: int) -> NDArray[np.int64]:
+            here, there = batch.ids_LTK[layer], batch.ids_LTK[layer + horizon]
+            hits_R = np.zeros(rows.n_requests, np.int64)
+            ranks_PCE = self.markov_HPCLE[h, :, :, layer]
+            chance_EE = self.chance[horizon][layer]
+            _rank_markov(here, there, chance_EE, rows.class_T, rows.number_T, nobody, ranks_PCE[0], hits_R)
+            seed = np.uint64(hash_of(self.plan.seed, horizon, layer))
+            guide = np.searchsorted(rest_LE[layer], np.arange(GUIDE) / GUIDE, side="right")
+            control = control_LEE[layer], rest_LE[layer], guide, batch.row_T, seed, self.control_share
+            _rank_drawn(here, there, *control, rows.class_T, nobody, ranks_PCE[1])
+            return hits_R
+
+        hits_LR = for_layers(score, self.plan.card.n_layers - horizon)
+        return np.stack([known_PR[0], known_PR[1], np.sum(hits_LR, axis=0), known_PR[2]])
+
+    def merge(self, later: Recall) -> None:
+        self.known_PCLE += later.known_PCLE
+        self.markov_HPCLE += later.markov_HPCLE
+        self.request_HPR = np.concatenate([self.request_HPR, later.request_HPR], axis=2)
+
+    def recall(self, predictor: str, horizon: int, width: int, part: str = "all") -> NDArray[np.float64]:
+        """Recall@width of every layer pair; NaN where nothing was scored."""
+        return self._curve(predictor, horizon, part)[:, width - 1]
+
+    def _curve(self, predictor: str, horizon: int, part: str) -> NDArray[np.float64]:
+        h, p = self.horizons.index(horizon), PREDICTORS.index(predictor)
+        known_CLE = self.known_PCLE[p % 2, :, horizon:]
+        ranks_CLE = known_CLE if p < 2 else self.markov_HPCLE[h, p % 2, :, : known_CLE.shape[1]]
+        ranks_LE = ranks_CLE[_chosen(part)].sum(axis=0)
+        total_L = ranks_LE.sum(axis=1, keepdims=True)
+        held_LE = np.cumsum(ranks_LE, axis=1)
+        return np.divide(held_LE, total_L, out=np.full(held_LE.shape, np.nan), where=total_L > 0)
+
+    def interval(self, predictor: str, horizon: int) -> tuple[float, float]:
+        """Of recall@K over all choices, bootstrapped over test requests; NaN with fewer than two."""
+        scored_PR = self.request_HPR[self.horizons.index(horizon)]
+        if scored_PR.shape[1] < 2 or predictor not in INTERVALS:
+            return float("nan"), float("nan")
+        hits_R, of_R = scored_PR[INTERVALS.index(predictor)], scored_PR[-1]
+        return bootstrap(hits_R, of_R, seed=self.plan.seed)
+
+    def parts(self) -> tuple[str, ...]:
+        """Which rows recall is told for: those of a template shared by the requests stand apart."""
+        template = self.plan.split.is_template_DP.any()
+        return (*self.plan.phases, *(("new_text", "template") if template else ()))
+
+    def table(self) -> pd.DataFrame:
+        """One row per part, horizon, layer pair, predictor, and width K, 2K and 4K."""
+        k, n_experts = self.plan.card.top_k, self.plan.card.n_experts
+        widths = sorted({min(n_experts, times * k) for times in (1, 2, 4)})
+        frame = self.curve()
+        return frame[frame.width.isin(widths)].reset_index(drop=True)
+
+    def curve(self) -> pd.DataFrame:
+        """The same for every width."""
+        frames = [
+            self._rows(part, horizon, predictor)
+            for part in self.parts()
+            for horizon in self.horizons
+            for predictor in PREDICTORS
+        ]
+        return pd.concat(frames, ignore_index=True)
+
+    def _rows(self, part: str, horizon: int, predictor: str) -> pd.DataFrame:
+        curve_LW = self._curve(predictor, horizon, part)
+        layers = np.flatnonzero(~np.isnan(curve_LW[:, 0]))
+        slot, width = np.repeat(layers, curve_LW.shape[1]), np.arange(curve_LW.shape[1]) + 1
+        frame = pd.DataFrame(
+            {
+                **layer_columns(self.plan.card, slot),
+                "later_layer": np.array(self.plan.card.layer_numbers)[slot + horizon],
+                "width": np.tile(width, len(layers)),
+                "recall": curve_LW[layers].ravel(),
+            }
+        )
+        frame = frame.assign(part=part, horizon=horizon, predictor=predictor)
+        return leading(frame, "part", "horizon", "predictor")
+
+    def summary(self) -> pd.DataFrame:
+        """Mean over layer pairs at width K, with the interval: one row per part, horizon and predictor."""
+        rows = []
+        for part in self.parts():
+            for horizon in self.horizons:
+                for predictor in PREDICTORS:
+                    recalls_L = self.recall(predictor, horizon, self.plan.card.top_k, part)
+                    known_L = recalls_L[~np.isnan(recalls_L)]
+                    low, high = self.interval(predictor, horizon) if part == "all" else (np.nan, np.nan)
+                    cell = {"part": part, "horizon": horizon, "predictor": predictor}
+                    mean = known_L.mean() if len(known_L) else np.nan
+                    rows.append({**cell, "recall_at_k": mean, "low": low, "high": high})
+        return pd.DataFrame(rows)
+
+
+def _chosen(part: str) -> NDArray[np.bool_]:
+    class_C = np.arange(CLASSES)
+    if part in ("template", "new_text"):
+        return class_C % 2 == (part == "template")
+    return np.ones(CLASSES, bool) if part == "all" else class_C // 2 == PHASES.index(part)
+
+
+def hash_of(*numbers: int) -> int:
+    """The same 64 bits for the same numbers, on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _chances(counted: Transitions, train_LE: NDArray[Any], horizon: int) -> NDArray[np.float32]:
+    return smoothed(counted.joint(horizon, part=TRAIN), train_LE[horizon:])
+
+
+def smoothed(joint_LEE: NDArray[Any], popular_LE: NDArray[Any]) -> NDArray[np.float32]:
+    """P[l, a, b]: chance of b at the later layer given a, every row started with some popularity."""
+    share_LE = popular_LE / np.maximum(popular_LE.sum(axis=1, keepdims=True), 1)
+    above_LEE = joint_LEE + SMOOTHING * share_LE[:, None, :]
+    chance_LEE = above_LEE / (joint_LEE.sum(axis=2, keepdims=True) + SMOOTHING)
+    return chance_LEE.astype(np.float32)  # type: ignore[no-any-return]
+
+
+def _control(
+    plan: Plan, counted: Transitions, horizon: int
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Markov chances and what is left for the test rows (a cdf), had the later layer's rows been permuted over the trace.
+
+    Exactly what a permutation does, without keeping a row: which of the later layer's rows meet the train rows is drawn
+    first, then whom each expert meets among those; the test rows get the rest.
+    """
+    here_LE, there_LE = counted.here(horizon, part=TRAIN), counted.there(horizon)
+    train_L, tokens_L = counted.tokens(horizon, part=TRAIN), counted.tokens(horizon)
+
+    def draw(layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        rng = np.random.default_rng((plan.seed, horizon, layer, 1))
+        there_E, train, tokens = there_LE[layer], int(train_L[layer]), int(tokens_L[layer])
+        met_E = rng.hypergeometric(there_E, tokens - there_E, train) if train else there_E * 0
+        joint_EE = shuffled(here_LE[layer], met_E, train, rng) if train else np.zeros((len(met_E),) * 2)
+        chance_EE = smoothed(joint_EE[None], met_E[None])[0]
+        rest_E = np.cumsum(there_E - met_E)
+        return chance_EE, rest_E / max(1, rest_E[-1])
+
+    drawn = for_layers(draw, len(here_LE))
+    return np.stack([chance_EE for chance_EE, _ in drawn]), np.stack([rest_E for _, rest_E in drawn])
+
+
+@njit(cache=True, nogil=True)
+def _rank_known(there_TK, follows_T, rank_E, class_T, number_T, nobody, ranks_PCE, request_PR):  # type: ignore[no-untyped-def]
+    """Popularity (p = 0), and the previous token's experts, then the most popular others (p = 1)."""
+    n_choices = there_TK.shape[1]
+    for t in range(there_TK.shape[0]):
+        c, request = class_T[t], number_T[t]
+        if c >= ranks_PCE.shape[1]:
+            continue
+        for j in range(n_choices):
+            b = there_TK[t, j]
+            if b == nobody:
+                continue
+            request_PR[-1, request] += 1
+            rank = rank_E[b]
+            ranks_PCE[0, c, rank] += 1
+            request_PR[0, request] += rank < n_choices
+            if follows_T[t]:
+                known, found, more_popular = 0, -1, 0
+                for i in range(n_choices):
+                    a = there_TK[t - 1, i]
+                    if a == nobody:
+                        continue
+                    if a == b:
+                        found = known
+                    more_popular += rank_E[a] < rank_E[b]
+                    known += 1
+                rank = found if found >= 0 else known + rank - more_popular
+            ranks_PCE[1, c, rank] += 1
+            request_PR[1, request] += rank < n_choices
+
+
+@njit(cache=True, nogil=True)
+def _rank_markov(here_TK, there_TK, chance_EE, class_T, number_T, nobody, ranks_CE, hits_R):  # type: ignore[no-untyped-def]
+    n_choices = there_TK.shape[1]
+    score_E = np.zeros(chance_EE.shape[0], np.float32)
+    for t in range(here_TK.shape[0]):
+        c = class_T[t]
+        if c >= ranks_CE.shape[0]:
+            continue
+        _add_up(score_E, chance_EE, here_TK[t], nobody)
+        for j in range(n_choices):
+            if there_TK[t, j] != nobody:
+                rank = _rank(score_E, np.int64(there_TK[t, j]))
+                ranks_CE[c, rank] += 1
+                hits_R[number_T[t]] += rank < n_choices
+
+
+@njit(cache=True, nogil=True)
+def _rank_drawn(  # type: ignore[no-untyped-def]
+    here_TK, there_TK, chance_EE, cdf_E, guide, row_T, seed, share, class_T, nobody, ranks_CE
+):
+    """The same for experts drawn from a cdf, which have nothing to do with this row; a share of the rows will do, or each `share` times."""
+    score_E = np.zeros(chance_EE.shape[0], np.float32)
+    last = len(cdf_E) - 1
+    for t in range(here_TK.shape[0]):
+        c = class_T[t]
+        if c >= ranks_CE.shape[0]:
+            continue
+        state = _mix(seed ^ (np.uint64(row_T[t]) * np.uint64(0x9E3779B97F4A7C15)))
+        if _unit(state) >= share:
+            continue
+        _add_up(score_E, chance_EE, here_TK[t], nobody)
+        for _ in range(max(1, int(share))):
+            for j in range(there_TK.shape[1]):
+                if there_TK[t, j] == nobody:
+                    continue
+                state = _mix(state + np.uint64(0x9E3779B97F4A7C15))
+                u = _unit(state)
+                b = guide[int(u * len(guide))]
+                while b < last and cdf_E[b] <= u:
+                    b += 1
+                ranks_CE[c, _rank(score_E, b)] += 1
+
+
+@njit(cache=True, nogil=True)
+def _unit(bits):  # type: ignore[no-untyped-def]
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+@njit(cache=True, nogil=True)
+def _add_up(score_E, chance_EE, here_K, nobody):  # type: ignore[no-untyped-def]
+    for e in range(score_E.shape[0]):
+        score_E[e] = 0
+    for i in range(here_K.shape[0]):
+        if here_K[i] != nobody:
+            chance_E = chance_EE[here_K[i]]
+            for e in range(score_E.shape[0]):  # spelt out: so it compiles to vector instructions
+                score_E[e] += chance_E[e]
+
+
+@njit(cache=True, nogil=True)
+def _rank(score_E, b):  # type: ignore[no-untyped-def]
+    """How many experts come before b: those with a better score, and of equal ones those with a lower id."""
+    better, as_good, score = np.int32(0), np.int32(0), score_E[b]
+    for e in range(score_E.shape[0]):
+        better += np.int32(score_E[e] > score)
+        as_good += np.int32(score_E[e] >= score)
+    if as_good - better > 1:
+        for e in range(b):
+            better += np.int32(score_E[e] == score)
+    return better
+
+
+@njit(cache=True, nogil=True)
+def _mix(x):  # type: ignore[no-untyped-def]
+    """SplitMix64 (Steele et al. 2014): random bits that depend on the row alone, whatever the batch."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def recall_from_counts(trace: Traceable, horizons: tuple[int, ...] = (1, 2, 3, 4)) -> pd.DataFrame:
+    """Recall of popularity, the previous token and Markov counts, per part, horizon, layer pair and width."""
+    plan = plan_of(trace)
+    usage, counted = Usage(plan), Transitions(plan, horizons)
+    accumulate(trace, plan, [usage, counted])
+    scored = Recall(plan, usage, counted)
+    accumulate(trace, plan, [scored], title="scoring")
+    return scored.table()
