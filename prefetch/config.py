@@ -28,6 +28,15 @@ class CollectConfig:
 
 
 @dataclass
+class AnalyzeConfig:
+    horizon: int = 4  # layers ahead: every pair of layers up to this far apart
+    train_share: float = 0.7  # of the requests; the others are those that guesses are scored on
+    significance: float = 0.01  # false discovery rate of what is called over- or underused, together, dead
+    window_tokens: int = 1024  # tokens of one batch, where balance is judged batch by batch
+    figures: bool = True
+
+
+@dataclass
 class ArtifactsConfig:
     remove: str | None = None  # "unused", or kind/key (a prefix will do); None = only list
     spare_minutes: float = (
@@ -46,6 +55,7 @@ class Config:
     tracker: Any
     makers: dict[str, str]  # artifact kind -> the function that says how to make it
     collect: CollectConfig = field(default_factory=CollectConfig)
+    analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     trace: str | None = None  # folder of a trace to use as it is; None = collect it from `source`
     store: str = "artifacts"  # folder of what runs share
@@ -91,7 +101,12 @@ def overview() -> str:
 
 def check_values(cfg: Config) -> None:
     """What the types of the trunk cannot say."""
+    analyze = cfg.analyze
     claims = {
+        f"analyze.horizon={analyze.horizon}: must be at least 1": analyze.horizon >= 1,
+        f"analyze.train_share={analyze.train_share}: must lie between 0 and 1": 0 < analyze.train_share < 1,
+        f"analyze.significance={analyze.significance}: must lie between 0 and 1": 0 < analyze.significance < 1,
+        f"analyze.window_tokens={analyze.window_tokens}: must be at least 1": analyze.window_tokens >= 1,
         f"seed={cfg.seed}: must not be negative": cfg.seed >= 0,
         f"collect.max_dropped={cfg.collect.max_dropped}: must be a share from 0 to 1": 0
         <= cfg.collect.max_dropped

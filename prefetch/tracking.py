@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd  # slow to import, and not every stage makes a table
 
 log = logging.getLogger(__name__)
+TRACKED_ROWS = 10_000  # W&B shows no more of a table
 MODES = ("offline", "online", "disabled")
 
 
@@ -160,7 +161,12 @@ class Outputs:
         """`name.parquet` and `name.csv`."""
         frame.to_parquet(self.folder / f"{name}.parquet", index=False)
         frame.to_csv(self.folder / f"{name}.csv", index=False)
-        self._tracker.tell("table", name, frame)
+        if len(frame) <= TRACKED_ROWS:
+            self._tracker.tell("table", name, frame)
+
+    def data(self, name: str, frame: pd.DataFrame) -> None:
+        """`name.parquet` only: a table that is read by programs, too long to look at."""
+        frame.to_parquet(self.folder / f"{name}.parquet", index=False)
 
     def figure(self, path: Path) -> None:
         """A picture that stands in the folder already."""

@@ -6,15 +6,18 @@ T tokens, K choices, E experts, C row classes.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from scipy.special import digamma
 
 from analysis.routing.statistics import entropy_bits
 
 SKIP = 255  # class of a row that is not counted
+SMALL_COUNT = 1 << 14  # from here on the asymptotic form is exact to 1e-8
 
 
 @njit(cache=True, nogil=True)
@@ -47,17 +50,18 @@ CONTROL = ("mutual_information_shuffled_bits", "mutual_information_shuffled_plug
 
 
 def information(
-    joint_EE: NDArray[Any], here_E: NDArray[Any], there_E: NDArray[Any], n_tokens: int
+    joint_EE: NDArray[Any], here_E: NDArray[Any], there_E: NDArray[Any]
 ) -> dict[str, float]:
     """Entropies and mutual information in bits between one choice here and one there, both drawn at random.
 
-    `joint_EE` counts pairs over `n_tokens` rows, `here_E` and `there_E` how many of those rows chose each expert.
+    `joint_EE` counts pairs over rows, `here_E` and `there_E` how many of those rows chose each expert.
     """
     if not joint_EE.any():
         return dict.fromkeys(INFORMATION, np.nan)
-    h_here, h_there = entropy_bits(here_E), entropy_bits(there_E)
+    # over pairs: rows that miss some choices count less, on both sides alike
+    h_here, h_there = entropy_bits(joint_EE.sum(axis=1)), entropy_bits(joint_EE.sum(axis=0))
     h_joint = entropy_bits(joint_EE.ravel())
-    bias = _bias(joint_EE, here_E, there_E, n_tokens)
+    bias = _bias(joint_EE, here_E, there_E)
     here, there, joint = h_here + bias[0], h_there + bias[1], h_joint + bias[2]
     return {
         "entropy_bits": float(there),
@@ -70,20 +74,37 @@ def information(
 
 
 def _bias(
-    joint_EE: NDArray[Any], here_E: NDArray[Any], there_E: NDArray[Any], n_tokens: int
+    joint_EE: NDArray[Any], here_E: NDArray[Any], there_E: NDArray[Any]
 ) -> tuple[float, float, float]:
     """Bits to add to the plug-in entropies here, there and of both.
 
-    Miller and Madow's correction (1955) carried over to k choices a row: an expert is in a row or not, so the variance of
-    a count over n rows is n p (1 - p), whatever the number of pairs that a row adds.
+    An expert is in a row or not, so a cell of the joint counts varies like a count of rows, whatever the number of pairs that
+    a row adds: every count goes into the estimator as it is, and k > 1 needs no other formula.
     """
-    k_here, k_there = here_E.sum() / n_tokens, there_E.sum() / n_tokens
-    both, nats = k_here * k_there, 2 * n_tokens * np.log(2)
-    return (
-        float(((here_E > 0).sum() - k_here) / (nats * k_here)),
-        float(((there_E > 0).sum() - k_there) / (nats * k_there)),
-        float(((joint_EE > 0).sum() - both) / (nats * both)),
-    )
+    return _missing_bits(here_E), _missing_bits(there_E), _missing_bits(joint_EE.ravel())
+
+
+def _missing_bits(counts: NDArray[Any]) -> float:
+    """Grassberger's estimate of an entropy (2003, arXiv:physics/0307138, eq. 29) less the plug-in one, in bits.
+
+    At a thousand tokens it errs a third as much as Miller and Madow's (a test holds it to that).
+    """
+    used = counts[counts > 0]
+    total = used.sum()
+    return float((used * (np.log(used) - _expected_log(used))).sum() / (total * np.log(2)))
+
+
+@cache
+def _small_logs() -> NDArray[np.float64]:
+    n = np.arange(1, SMALL_COUNT).astype(float)
+    sign = np.where(n % 2 == 0, 0.5, -0.5)
+    return np.append(0.0, digamma(n) + sign * (digamma((n + 1) / 2) - digamma(n / 2)))
+
+
+def _expected_log(counts: NDArray[Any]) -> NDArray[np.float64]:
+    """G(n), for which E[n G(n)] is nearly m log m where n varies around m."""
+    small = _small_logs()[np.minimum(counts, SMALL_COUNT - 1)]
+    return np.where(counts < SMALL_COUNT, small, np.log(counts) - counts % 2 / counts)
 
 
 def control(
@@ -98,7 +119,7 @@ def control(
     # the deviance: cells are drawn one by one, so their sums vary, which a permutation's do not
     deviance = (joint_EE * np.log(share_EE) - joint_EE + expected_EE).sum()
     plugin = float(deviance / (expected_EE.sum() * np.log(2)))
-    here, there, joint = _bias(joint_EE, here_E, there_E, n_tokens)
+    here, there, joint = _bias(joint_EE, here_E, there_E)
     return dict(zip(CONTROL, (plugin + here + there - joint, plugin), strict=True))
 
 

@@ -233,7 +233,7 @@ def informed_rows(
             return dict.fromkeys(("tokens", *INFORMATION, *CONTROL), 0.0)
         rng = np.random.default_rng((*seed, layer))
         margins = here_LE[layer], there_LE[layer], tokens
-        told = information(joint_LEE[layer], *margins)
+        told = information(joint_LEE[layer], here_LE[layer], there_LE[layer])
         return {"tokens": tokens, **told, **control(*margins, rng)}
 
     return for_layers(row, len(joint_LEE))

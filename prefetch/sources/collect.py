@@ -33,8 +33,7 @@ RECIPE = 1  # raise it when the trace format or its checks change what is writte
 
 def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
     """Collects or finds, prints what there is in a short table, and writes `metrics.json`."""
-    has_rows = cfg.trace is not None or instantiate(cfg.source, "source").gives == "trace"
-    artifact = store.make(trace_recipe(cfg) if has_rows else counts_recipe(cfg))
+    artifact = store.make(routing_recipe(cfg))
     metrics, facts = describe(artifact)
     dropped = metrics["dropped_rows"]
     if dropped > cfg.collect.max_dropped * (dropped + metrics["tokens"]):
@@ -45,6 +44,12 @@ def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
     outputs.metrics(metrics)
     _print(artifact, facts)
     return metrics
+
+
+def routing_recipe(cfg: Config) -> Recipe | Outside:
+    """A trace; counts, where that is all that the source has."""
+    has_rows = cfg.trace is not None or instantiate(cfg.source, "source").gives == "trace"
+    return trace_recipe(cfg) if has_rows else counts_recipe(cfg)
 
 
 def trace_recipe(cfg: Config) -> Recipe | Outside:

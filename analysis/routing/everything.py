@@ -1,0 +1,309 @@
+"""Every table that a trace, or counts, can give: which passes it takes, and why a table is missing.
+
+Three passes at most: what can be counted at once; what needs those counts (guesses, the optimum); and what the router's
+scores and gate inputs tell, in small batches because they are wide. It writes no file and draws nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from analysis.routing import balance, cache, coactivation, domains, families, gates
+from analysis.routing.batch import BATCH_ROWS, Plan, Traceable, accumulate, plan_of
+from analysis.routing.locality import Drift, Gaps, WorkingSets
+from analysis.routing.paths import Paths
+from analysis.routing.recall import Recall
+from analysis.routing.router import RouterStatistics
+from analysis.routing.statistics import Usage, layer_statistics, leading
+from analysis.routing.transitions import NextTokens, Transitions
+from prefetch.errors import MissingData
+from prefetch.scoring import TEST, TRAIN
+from prefetch.trace.counts import ExpertCounts
+
+WIDE_BYTES = 64 << 20  # of scores or gate inputs in one batch
+NO_ORDER = "counts have no order: it takes a trace"
+
+
+@dataclass
+class Settings:
+    """What a user may choose; `prefetch.config.AnalyzeConfig` documents each."""
+
+    horizons: tuple[int, ...] = (1, 2, 3, 4)
+    train_share: float = 0.7
+    significance: float = 0.01
+    window_tokens: int = 1024
+    seed: int = 0
+
+
+@dataclass
+class Findings:
+    """What one analysis found: tables by name, those too long to look at, and what is missing and why."""
+
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    data: dict[str, pd.DataFrame] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    plan: Plan | None = None
+    paths: Paths | None = None
+    usage: Usage | None = None
+    joint_LEE: Any = None  # horizon 1, for the heat map
+
+    @contextmanager
+    def told(self, *names: str) -> Iterator[None]:
+        """Whatever cannot be told inside is missing under these names."""
+        try:
+            yield
+        except MissingData as reason:
+            self.missing.update(dict.fromkeys(names, str(reason)))
+
+    def tell(self, name: str, table: Callable[[], pd.DataFrame], *, long: bool = False) -> None:
+        """A table, unless it has no rows or the trace cannot tell."""
+        with self.told(name):
+            frame = table()
+            if frame.empty:
+                raise MissingData("nothing of the kind occurs in this trace")
+            (self.data if long else self.tables)[name] = frame
+
+
+def analyze_trace(trace: Traceable, settings: Settings, max_rows: int = BATCH_ROWS) -> Findings:
+    """All that the routing of a trace tells."""
+    found = Findings()
+    plan = plan_of(trace, train_share=settings.train_share, seed=settings.seed, max_rows=max_rows)
+    found.plan = plan
+    first = _count(trace, plan, settings, found, max_rows)
+    _tell_counts(found, first, settings)
+    _score(trace, plan, first, found, max_rows)
+    _look_at_gates(trace, plan, settings, found)
+    return found
+
+
+@dataclass
+class _Counted:
+    """The accumulators of the first pass; None where the trace cannot feed one."""
+
+    usage: Usage
+    next_tokens: NextTokens | None
+    transitions: Transitions | None
+    coactivation: coactivation.CoActivation | None
+    domains: domains.Domains | None
+    reuse: cache.ReuseDistances
+    first_uses: cache.FirstUses
+    working_sets: WorkingSets
+    gaps: Gaps
+    drift: Drift
+    windows: balance.Windows
+    paths: Paths
+
+    def all(self) -> list[Any]:
+        return [part for part in vars(self).values() if part is not None]
+
+
+def _count(
+    trace: Traceable, plan: Plan, settings: Settings, found: Findings, max_rows: int
+) -> _Counted:
+    pairs = ("transitions", "recall", "recall_curve", "expert_transitions", "families")
+    parts: dict[str, Any] = dict.fromkeys(("next_tokens", "transitions", "coactivation", "domains"))
+    with found.told(*pairs):
+        parts["transitions"] = Transitions(plan, settings.horizons)
+    with found.told("next_tokens"):
+        parts["next_tokens"] = NextTokens(plan)
+    with found.told("coactivation", "coactivation_summary", "expert_clusters"):
+        parts["coactivation"] = coactivation.CoActivation(plan)
+    with found.told(*DOMAIN_TABLES):
+        parts["domains"] = domains.Domains(plan)
+    counted = _Counted(
+        usage=Usage(plan),
+        reuse=cache.ReuseDistances(plan),
+        first_uses=cache.FirstUses(plan),
+        working_sets=WorkingSets(plan),
+        gaps=Gaps(plan),
+        drift=Drift(plan),
+        windows=balance.Windows(plan, settings.window_tokens),
+        paths=Paths(plan),
+        **parts,
+    )
+    accumulate(trace, plan, counted.all(), *plan.recorded("weights"), max_rows=max_rows)
+    return counted
+
+
+DOMAIN_TABLES = (
+    "domain_usage",
+    "domain_specialisation",
+    "domain_information",
+    "domain_accuracy",
+    "domain_transfer",
+)
+
+
+def _tell_counts(found: Findings, counted: _Counted, settings: Settings) -> None:
+    """Everything that the first pass knows."""
+    usage, card = counted.usage, counted.usage.plan.card
+    found.usage, found.paths = usage, counted.paths
+    found.tell("statistics", usage.table)
+    if counted.transitions is not None:
+        _tell_transitions(found, counted.transitions)
+    if counted.next_tokens is not None:
+        found.tell("next_tokens", counted.next_tokens.table)
+    if counted.coactivation is not None:
+        found.tell("coactivation", counted.coactivation.pairs, long=True)
+        found.tell("coactivation_summary", counted.coactivation.summary)
+        found.tell("expert_clusters", counted.coactivation.clusters)
+    found.tell("reuse_distances", lambda: cache.reuse_distances(counted.reuse), long=True)
+    found.tell("working_sets", counted.working_sets.table)
+    found.tell("gaps", counted.gaps.table)
+    found.tell("gap_histogram", counted.gaps.histogram)
+    found.tell("drift", counted.drift.table)
+    found.tell("usage_timeline", counted.drift.timeline, long=True)
+    tell_balance(
+        found,
+        usage.counts(),
+        usage.tokens(),
+        card,
+        settings,
+        windows=counted.windows,
+        parts=(usage.counts(part=TRAIN), usage.counts(part=TEST)),
+    )
+    found.tell("paths", counted.paths.table, long=True)
+
+
+def _tell_transitions(found: Findings, counted: Transitions) -> None:
+    card = counted.plan.card
+    found.tell("transitions", counted.table)
+    found.tell("expert_transitions", counted.sparse, long=True)
+    if 1 in counted.horizons:
+        found.joint_LEE = counted.joint(1)
+        margins = counted.here(1), counted.there(1), counted.tokens(1)
+        found.tell("families", lambda: families.families(counted.joint(1), *margins, card))
+
+
+def tell_balance(
+    found: Findings,
+    counts_LE: Any,
+    tokens_L: Any,
+    card: Any,
+    settings: Settings,
+    *,
+    windows: balance.Windows | None = None,
+    parts: tuple[Any, Any] | None = None,
+) -> None:
+    """Load and health, from counts alone or with what the windows add."""
+    alpha = settings.significance
+    k = card.top_k
+    found.tell("load", lambda: balance.load(counts_LE, tokens_L, k, card, significance=alpha))
+    found.tell(
+        "health", lambda: balance.health(counts_LE, tokens_L, k, card, windows, significance=alpha)
+    )
+    sets = found.tables.get("working_sets")
+    found.tell("memory", lambda: balance.memory(counts_LE, sets, card))
+    if windows is not None and parts is not None:
+        found.tell("capacity_factors", lambda: balance.capacity_curve(windows))
+        load = found.tables["load"]
+        found.tell("hotspots", lambda: balance.hotspots(load, windows, card))
+        found.tell("remedies", lambda: balance.remedies(*parts, card, windows))
+
+
+def _score(
+    trace: Traceable, plan: Plan, counted: _Counted, found: Findings, max_rows: int
+) -> None:
+    """The second pass: guesses from counts, the optimum, transitions carried to other domains."""
+    optimal = cache.OptimalCurve(plan, counted.first_uses)
+    recall = transfer = None
+    if counted.transitions is not None:
+        with found.told("recall", "recall_curve", "recall_summary"):
+            recall = Recall(plan, counted.usage, counted.transitions)
+    if counted.domains is not None:
+        _tell_domains(found, counted.domains)
+        with found.told("domain_transfer"):
+            transfer = domains.DomainTransfer(plan, counted.domains)
+    parts = [part for part in (optimal, recall, transfer) if part is not None]
+    accumulate(trace, plan, parts, title="scoring", max_rows=max_rows)
+    if recall is not None:
+        found.tell("recall_summary", recall.summary)
+        found.tell("recall", recall.table)
+        found.tell("recall_curve", recall.curve, long=True)
+    if transfer is not None:
+        found.tell("domain_transfer", transfer.table)
+    curves = cache.cache_curves(counted.reuse, optimal)
+    found.tell("cache_curves", lambda: curves, long=True)
+    found.tell("cache_for_90", lambda: cache.capacity_for(curves, 0.9))
+
+
+def _tell_domains(found: Findings, counted: domains.Domains) -> None:
+    found.notes += counted.notes
+    found.tell("domain_usage", counted.usage, long=True)
+    found.tell("domain_specialisation", counted.specialisation)
+    found.tell("domain_information", counted.information)
+    found.tell("domain_accuracy", counted.accuracy)
+
+
+def _look_at_gates(trace: Traceable, plan: Plan, settings: Settings, found: Findings) -> None:
+    """The third pass, over what is wide."""
+    router = distances = lookahead = None
+    with found.told("router", "router_probability"):
+        router = RouterStatistics(plan)
+    with found.told("gate_distances", "gate_distances_by_step", "gate_lookahead"):
+        distances = gates.GateDistances(plan)
+        with found.told("gate_lookahead"):
+            decoder, encoder = gates.recorded_gates(trace)
+            lookahead = gates.Lookahead(plan, decoder, settings.horizons, encoder_weights=encoder)
+    parts = [part for part in (router, distances, lookahead) if part is not None]
+    if not parts:
+        return
+    columns = plan.recorded("weights", "scores", "score_ids", *(("gate_inputs",) if distances else ()))
+    rows = max(256, min(BATCH_ROWS, WIDE_BYTES // _row_bytes(plan, columns)))
+    accumulate(trace, plan, parts, *columns, title="reading scores and gates", max_rows=rows)
+    if router is not None:
+        found.tell("router", router.table)
+        found.tell("router_probability", router.mean_probability, long=True)
+        found.notes += router.notes
+    if distances is not None:
+        found.tell("gate_distances", distances.table)
+        found.tell("gate_distances_by_step", distances.by_step, long=True)
+    if lookahead is not None:
+        found.tell("gate_lookahead", lookahead.table)
+
+
+def _row_bytes(plan: Plan, columns: tuple[str, ...]) -> int:
+    card = plan.card
+    width = {"gate_inputs": card.hidden_size or 4096, "scores": card.n_experts}
+    return sum(2 * card.n_layers * width.get(name, card.top_k) for name in columns) or 1
+
+
+def analyze_counts(counts: ExpertCounts, settings: Settings) -> Findings:
+    """What counts without order allow; whatever needs tokens is missing, and says so."""
+    found, card = Findings(), counts.card
+    frames = [layer_statistics(counts.counts_LE, card).assign(choices="all")]
+    if card.top_k == 1:
+        frames.append(layer_statistics(counts.counts_LE, card).assign(choices="first"))
+    tokens_L = counts.counts_LE.sum(axis=1) // card.top_k
+    table = pd.concat([f.assign(tokens=tokens_L) for f in frames], ignore_index=True)
+    found.tell("statistics", lambda: leading(table.assign(phase="all"), "phase", "choices"))
+    tell_balance(found, counts.counts_LE, tokens_L, card, settings)
+    found.missing |= dict.fromkeys(NEED_A_TRACE, NO_ORDER)
+    return found
+
+
+NEED_A_TRACE = (
+    "transitions",
+    "next_tokens",
+    "recall",
+    "cache_curves",
+    "working_sets",
+    "gaps",
+    "drift",
+    "coactivation",
+    "expert_clusters",
+    "families",
+    *DOMAIN_TABLES,
+    "router",
+    "gate_distances",
+    "gate_lookahead",
+    "capacity_factors",
+    "hotspots",
+    "remedies",
+)

@@ -1,0 +1,191 @@
+"""Joint counts against plain loops, information against a chain whose truth is known, and the control."""
+
+import itertools
+
+import numpy as np
+import pytest
+from routing_traces import chain, odd_traces, random_trace, real_trace
+
+from analysis.routing.batch import accumulate, plan_of
+from analysis.routing.pairs import control, count_pairs, information, shuffled
+from analysis.routing.transitions import NextTokens, Transitions, next_tokens, transitions
+from prefetch.errors import MissingData
+from prefetch.scoring import TEST, TRAIN
+
+RNG = np.random.default_rng(0)
+MATRIX = RNG.dirichlet(np.full(32, 0.2), size=32)
+
+
+def truth(matrix_EE: np.ndarray) -> tuple[float, float, float]:
+    """Entropy of the next layer, conditional entropy, mutual information; the first layer is even."""
+    joint = matrix_EE / len(matrix_EE)
+    there = joint.sum(axis=0)
+    h_joint = -(joint[joint > 0] * np.log2(joint[joint > 0])).sum()
+    h_there, h_here = -(there[there > 0] * np.log2(there[there > 0])).sum(), np.log2(len(matrix_EE))
+    return h_there, h_joint - h_here, h_here + h_there - h_joint
+
+
+def test_a_known_chain_is_measured_within_one_per_cent_at_a_million_tokens():
+    row = transitions(chain(1_000_000, MATRIX), horizons=(1,)).iloc[0]
+    entropy, conditional, mutual = truth(MATRIX)
+    assert row.entropy_bits == pytest.approx(entropy, rel=0.01)
+    assert row.conditional_entropy_bits == pytest.approx(conditional, rel=0.01)
+    assert row.mutual_information_bits == pytest.approx(mutual, rel=0.01)
+    assert abs(row.mutual_information_shuffled_bits) < 0.001
+
+
+def test_the_correction_matters_at_a_thousand_tokens():
+    _, conditional, mutual = truth(MATRIX)
+    tables = [transitions(chain(1000, MATRIX, seed), horizons=(1,)).iloc[0] for seed in range(20)]
+    plain = np.mean([row.mutual_information_plugin_bits for row in tables])
+    corrected = np.mean([row.mutual_information_bits for row in tables])
+    assert plain - mutual > 0.1  # the plug-in estimate finds what is not there
+    assert abs(corrected - mutual) < 0.25 * (plain - mutual)
+    shuffled_plain = np.mean([row.mutual_information_shuffled_plugin_bits for row in tables])
+    shuffled_corrected = np.mean([row.mutual_information_shuffled_bits for row in tables])
+    assert shuffled_plain > 0.4 and abs(shuffled_corrected) < 0.25 * shuffled_plain
+
+
+def joint_by_hand(here: np.ndarray, there: np.ndarray, n_experts: int) -> np.ndarray:
+    joint = np.zeros((n_experts, n_experts), int)
+    for row_here, row_there in zip(here.tolist(), there.tolist(), strict=True):
+        for a, b in itertools.product(row_here, row_there):
+            if a < n_experts and b < n_experts:
+                joint[a, b] += 1
+    return joint
+
+
+@pytest.mark.parametrize("name", ["no expert", "wide ids", "two stacks", "k = 1"])
+def test_counts_are_those_of_a_plain_loop(name):
+    trace = odd_traces()[name]
+    plan, E = plan_of(trace), trace.card.n_experts
+    counted, following = Transitions(plan, (1, 2)), NextTokens(plan)
+    accumulate(trace, plan, [counted, following], max_rows=170)
+    ids = trace.ids_TLK
+    for horizon in (1, 2):
+        for layer in range(4 - horizon):
+            want = joint_by_hand(ids[:, layer], ids[:, layer + horizon], E)
+            assert (counted.joint(horizon)[layer] == want).all()
+    same = np.diff(trace.request_T) == 0
+    for layer in range(4):
+        want = joint_by_hand(ids[:-1][same, layer], ids[1:][same, layer], E)
+        assert (following.joint_CLEE.sum(axis=0)[layer] == want).all()
+
+
+def test_repeats_are_those_of_a_plain_loop():
+    trace = random_trace(1)
+    table = next_tokens(trace)
+    ids = trace.ids_TLK.astype(int)
+    for phase, wanted in (("all", (0, 1)), ("prefill", (0,)), ("decode", (1,))):
+        rows = table[table.phase == phase].set_index("layer")
+        for layer in range(4):
+            shared, changed, steps, jaccard = 0, 0, 0, 0.0
+            for t in range(1, len(ids)):
+                if trace.request_T[t] != trace.request_T[t - 1] or trace.phase_T[t] not in wanted:
+                    continue
+                one, two = set(ids[t - 1, layer]), set(ids[t, layer])
+                steps, shared = steps + 1, shared + len(one & two)
+                changed += ids[t - 1, layer, 0] != ids[t, layer, 0]
+                jaccard += len(one & two) / len(one | two)
+            row = rows.loc[layer]
+            assert row.tokens == steps
+            assert row.repeat_rate == pytest.approx(shared / steps / 3, abs=1e-12)
+            assert row.transition_rate == pytest.approx(changed / steps, abs=1e-12)
+            assert row.persistence == pytest.approx(1 - changed / steps, abs=1e-12)
+            assert row.jaccard == pytest.approx(jaccard / steps, abs=1e-12)
+
+
+def test_what_is_drawn_as_shuffled_is_what_a_permutation_gives():
+    """Mean and spread of every cell, and the information left, over 200 of each."""
+    trace = random_trace(2, n_requests=10)
+    here, there = trace.ids_TLK[:, 0], trace.ids_TLK[:, 1]
+    here_E = np.bincount(here.ravel(), minlength=16)
+    there_E = np.bincount(there.ravel(), minlength=16)
+    rng, zeros = np.random.default_rng(0), np.zeros(400, np.uint8)
+    permuted, bits = [], []
+    for _ in range(200):
+        joint = np.zeros((1, 16, 16), np.int32)
+        count_pairs(here, there[rng.permutation(400)], zeros, 255, joint)
+        permuted.append(joint[0])
+        bits.append(information(joint[0], here_E, there_E)["mutual_information_plugin_bits"])
+    drawn = [shuffled(here_E, there_E, 400, rng) for _ in range(200)]
+    controls = [control(here_E, there_E, 400, rng) for _ in range(200)]
+    spread = np.std(permuted, axis=0)
+    assert np.abs(np.mean(permuted, axis=0) - np.mean(drawn, axis=0)).max() < 0.5 * spread.max()
+    assert np.std(drawn, axis=0).mean() == pytest.approx(spread.mean(), rel=0.05)
+    plugin = np.mean([row["mutual_information_shuffled_plugin_bits"] for row in controls])
+    assert plugin == pytest.approx(np.mean(bits), rel=0.05)
+    corrected = [row["mutual_information_shuffled_bits"] for row in controls]
+    assert abs(np.mean(corrected)) < 0.15 * plugin
+
+
+def test_information_of_the_real_traces_is_that_of_their_readme(real_data):
+    """Plug-in bits, and in brackets the bias: what is left after shuffling."""
+    stated = {
+        "esft-deepseek-v2-lite/esft_deepseek_v2_lite_intent": (0.870, 0.008, 5.60, 0.262),
+        "esft-deepseek-v2-lite/esft_deepseek_v2_lite_law": (0.689, 0.008, 5.76, 0.290),
+        "gpt-oss-20b/gptoss20b_mmlu_dev": (0.526, 0.001, 4.58, 0.432),
+        "gpt-oss-20b/gptoss20b_gpqa_main": (0.503, 0.003, 4.41, 0.458),
+    }
+    for name, (mutual, bias, entropy, repeat) in stated.items():
+        trace = real_trace(real_data / "traces" / f"{name}.npz")
+        table = transitions(trace, horizons=(1,))
+        assert table.mutual_information_plugin_bits.mean() == pytest.approx(mutual, abs=0.002)
+        assert table.mutual_information_shuffled_plugin_bits.mean() == pytest.approx(bias, abs=0.001)
+        assert table.entropy_plugin_bits.mean() == pytest.approx(entropy, abs=0.05)
+        assert next_tokens(trace).repeat_rate.mean() == pytest.approx(repeat, abs=0.001)
+
+
+@pytest.mark.parametrize("max_rows", [1, 40, 400, 5000])
+def test_batches_and_merging_change_nothing(max_rows):
+    trace = random_trace(3)
+    plan = plan_of(trace)
+    whole = Transitions(plan, (1, 2)), NextTokens(plan)
+    accumulate(trace, plan, whole)
+    cut = Transitions(plan, (1, 2)), NextTokens(plan)
+    accumulate(trace, plan, cut, max_rows=max_rows)
+    for one, two in zip(whole, cut, strict=True):
+        assert one.table().equals(two.table())
+    assert whole[0].sparse().equals(cut[0].sparse())
+
+
+def test_merged_halves_are_the_whole():
+    trace = random_trace(4)
+    plan = plan_of(trace)
+    whole, one, two = (Transitions(plan, (1,)) for _ in range(3))
+    from analysis.routing.batch import batches
+
+    parts = list(batches(trace, plan, max_rows=600))
+    assert len(parts) == 2
+    for part, accumulator in zip(parts, (one, two), strict=True):
+        whole.add(part)
+        accumulator.add(part)
+    one.merge(two)
+    assert one.table().equals(whole.table())
+
+
+def test_the_sparse_counts_are_the_counts():
+    trace = random_trace(5)
+    plan = plan_of(trace)
+    counted = Transitions(plan, (1, 3))
+    accumulate(trace, plan, [counted])
+    rows = counted.sparse()
+    dense = np.zeros((3, 16, 16), int)
+    near = rows[rows.horizon == 1]
+    dense[near.layer, near.expert, near.later_expert] = near["count"]
+    assert (dense == counted.joint(1)).all()
+    assert (rows.later_layer - rows.layer == rows.horizon).all()
+    assert rows.train_count.sum() == sum(counted.joint(h, part=TRAIN).sum() for h in (1, 3))
+    assert counted.joint(1, part=TEST).sum() > 0
+
+
+def test_one_layer_has_no_later_one():
+    with pytest.raises(MissingData, match="one layer"):
+        transitions(random_trace(n_layers=1))
+
+
+@pytest.mark.parametrize("name", [name for name in odd_traces() if name not in ("one layer", "one of one")])
+def test_odd_traces_have_transitions(name):
+    table = transitions(odd_traces()[name])
+    assert (table.tokens > 0).all() and len(table)
+    assert (table.mutual_information_plugin_bits > -1e-9).all()

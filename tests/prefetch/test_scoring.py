@@ -1,0 +1,108 @@
+"""Splits, duplicates and template rows are decided by the requests alone, in whatever batches they come."""
+
+import numpy as np
+import pytest
+
+from prefetch.scoring import LEFT_OUT, TEST, TRAIN, Survey, bootstrap
+from prefetch.trace.card import plain_card
+from prefetch.trace.routing import RoutingTrace, trace_of
+
+CARD = plain_card("x", n_experts=16, top_k=2, layer_numbers=(0, 1, 2))
+
+
+def trace(lengths: list[int], seed: int = 0, **known: object) -> RoutingTrace:
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permuted(np.arange(16))[:2] for _ in range(sum(lengths) * 3)])
+    request_T = np.repeat(np.arange(len(lengths)), lengths)
+    return trace_of(CARD, ids.reshape(-1, 3, 2), request_T=request_T, **known)
+
+
+def survey(block: RoutingTrace, cuts: tuple[int, ...] = ()) -> Survey:
+    found = Survey()
+    for first, stop in zip((0, *cuts), (*cuts, block.n_tokens), strict=True):
+        found.add(block.rows(slice(first, stop)))
+    return found
+
+
+def test_the_split_is_by_request_and_the_one_that_the_readme_of_the_traces_states():
+    block = trace([10] * 20)
+    split = survey(block).split(0.7, 0)
+    mixed = np.random.default_rng(0).permutation(np.arange(20))
+    assert split.kind == "requests"
+    assert split.test_requests.tolist() == sorted(mixed[14:])
+    parts_T = split.parts(block, np.arange(200))
+    assert set(zip(block.request_T.tolist(), parts_T.tolist(), strict=True)) == {
+        (r, TEST if r in split.test_requests else TRAIN) for r in range(20)
+    }
+
+
+def test_few_requests_are_split_in_time():
+    block = trace([10, 10, 10])
+    split = survey(block).split(0.7, 0)
+    parts_T = split.parts(block, np.arange(30))
+    assert split.kind == "time" and parts_T.tolist() == [TRAIN] * 21 + [TEST] * 9
+
+
+def test_a_repeated_request_is_left_out_and_a_short_one_is_not():
+    block = trace([10] * 6)
+    ids = block.ids_TLK.copy()
+    ids[50:60] = ids[0:10]
+    found = survey(trace_of(CARD, ids, request_T=block.request_T))
+    assert found.duplicates().tolist() == [5]
+    assert (found.split(0.7, 0).parts(block, np.arange(60))[50:] == LEFT_OUT).all()
+    short = np.concatenate([ids[:7], ids[:7]])
+    assert survey(trace_of(CARD, short, request_T=[0] * 7 + [1] * 7)).duplicates().size == 0
+
+
+def test_positions_that_neighbouring_requests_share_are_a_template():
+    block = trace([30] * 12)
+    ids = block.ids_TLK.copy().reshape(12, 30, 3, 2)
+    ids[:, :7] = ids[0, :7]
+    block = trace_of(CARD, ids.reshape(-1, 3, 2), request_T=block.request_T)
+    split = survey(block).split(0.7, 0)
+    assert np.flatnonzero(split.is_template_DP[-1]).tolist() == list(range(7))
+    assert split.is_template(block).sum() == 12 * 7
+
+
+def test_a_template_of_one_domain_is_none_of_another():
+    one = trace([30] * 8, domain="a")
+    ids = one.ids_TLK.reshape(8, 30, 3, 2).copy()
+    ids[:, :5] = ids[0, :5]
+    found = Survey()
+    block = trace_of(CARD, ids.reshape(-1, 3, 2), request_T=one.request_T, domain="a")
+    found.add(RoutingTrace(**{**vars(block), "domains": ("a", "b")}))
+    other = trace([30] * 8, seed=1, domain="b")
+    moved = {"domains": ("a", "b"), "domain_T": other.domain_T + 1, "request_T": other.request_T + 8}
+    found.add(RoutingTrace(**{**vars(other), **moved}))
+    is_template_DP = found.split(0.7, 0).is_template_DP
+    assert is_template_DP.sum(axis=1).tolist() == [5, 0, 0]
+
+
+@pytest.mark.parametrize("cuts", [(50,), (10, 20, 30, 40, 50)])
+def test_batches_and_merging_change_nothing(cuts):
+    block = trace([10] * 6)
+    whole, cut = survey(block), survey(block, cuts)
+    merged = survey(block.rows(slice(0, 20)))
+    merged.merge(survey(block.rows(slice(20, 60))))
+    for other in (cut, merged):
+        assert other.digest_R == whole.digest_R and other.rows == whole.rows
+        assert (other.template() == whole.template()).all()
+        one, two = other.split(0.7, 3), whole.split(0.7, 3)
+        assert (one.test_requests == two.test_requests).all()
+
+
+def test_rows_never_run_are_not_counted_as_executed():
+    block = trace([10] * 4, executed_T=np.arange(40) % 2 == 0, phase_T=1)
+    found = survey(block)
+    assert (found.rows, found.executed_rows, found.decode_rows) == (40, 20, 20)
+
+
+def test_an_interval_holds_the_ratio_and_needs_two_requests():
+    rng = np.random.default_rng(0)
+    of_R = rng.integers(50, 100, 40)
+    hits_R = rng.binomial(of_R, 0.3)
+    low, high = bootstrap(hits_R, of_R, seed=0)
+    assert low < hits_R.sum() / of_R.sum() < high and high - low < 0.06
+    assert bootstrap(hits_R, of_R, seed=0) == (low, high)
+    with pytest.raises(ValueError, match="two"):
+        bootstrap(hits_R[:1], of_R[:1], seed=0)
