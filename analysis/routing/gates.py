@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numba import njit
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+from threadpoolctl import ThreadpoolController
 
 from analysis.routing.batch import (
     Batch,
@@ -26,7 +26,7 @@ from analysis.routing.batch import (
     layer_columns,
     plan_of,
 )
-from analysis.routing.router import Sums, ratio
+from analysis.routing.sums import Sums, ratio
 from prefetch.errors import FormatError, MissingData
 from prefetch.scoring import LEFT_OUT
 from prefetch.trace.card import ModelCard

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numba import njit
 from numpy.typing import NDArray
 
+from analysis.routing import scores
 from analysis.routing.batch import (
     Batch,
     Plan,
@@ -22,6 +22,8 @@ from analysis.routing.batch import (
     layer_columns,
     plan_of,
 )
+from analysis.routing.scores import LOGITS, LOST, OVERRULED, PROBABILITIES, SHARES
+from analysis.routing.sums import Sums, ratio
 from prefetch.errors import FormatError, MissingData
 from prefetch.trace.routing import PHASES
 
@@ -29,65 +31,8 @@ BINS = 1000  # of the quantiles, over 0 to 1
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 CHUNK_SCORES = 1 << 19  # of one layer that are float64 at a time
 SUM_TOLERANCE = 0.01  # float16 probabilities sum to one within it
-CONFIDENCE, MARGIN, BOUNDARY, MASS, ENTROPY, Z_LOSS, OVERRULED, LOST = range(8)
+CONFIDENCE, MARGIN, BOUNDARY, MASS, ENTROPY, Z_LOSS = range(6)  # then OVERRULED and LOST
 SPREAD = ("confidence", "margin", "boundary_margin", "topk_mass")  # the first four have quantiles
-LOGITS, PROBABILITIES, SHARES = "logits", "probabilities", "shares"
-
-
-class Sums:
-    """[G, L, N] totals that no batching changes: what an addition rounds away is carried along (Knuth's TwoSum).
-
-    NaN is left out and not counted.
-    """
-
-    def __init__(self, *shape: int) -> None:
-        self.count = np.zeros(shape, np.int64)
-        self.total = np.zeros(shape)
-        self.carry = np.zeros(shape)
-
-    def add(self, layer: int, values_TN: NDArray[np.float64], group_T: NDArray[Any]) -> None:
-        sums = self.count[:, layer], self.total[:, layer], self.carry[:, layer]
-        _add_rows(values_TN, group_T, *sums)
-
-    def merge(self, later: Sums) -> None:
-        total = self.total + later.total
-        part = total - self.total
-        self.carry += later.carry + (self.total - (total - part)) + (later.total - part)
-        self.count += later.count
-        self.total = total
-
-    def counts(self, groups: slice) -> NDArray[np.int64]:
-        return self.count[groups].sum(axis=0)
-
-    def sums(self, groups: slice) -> NDArray[np.float64]:
-        return self.total[groups].sum(axis=0) + self.carry[groups].sum(axis=0)
-
-    def means(self, groups: slice) -> NDArray[np.float64]:
-        """[L, N]; NaN where nothing was counted."""
-        return ratio(self.sums(groups), self.counts(groups))
-
-
-def ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float64]:
-    """NaN where there is nothing below."""
-    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
-
-
-@njit(cache=True, nogil=True)
-def _add(total_N, carry_N, n, x):  # type: ignore[no-untyped-def]
-    total = total_N[n] + x
-    part = total - total_N[n]
-    carry_N[n] += (total_N[n] - (total - part)) + (x - part)
-    total_N[n] = total
-
-
-@njit(cache=True, nogil=True)
-def _add_rows(values_TN, group_T, count_GN, total_GN, carry_GN):  # type: ignore[no-untyped-def]
-    for t in range(values_TN.shape[0]):
-        group = group_T[t]
-        for n in range(values_TN.shape[1]):
-            if not np.isnan(values_TN[t, n]):
-                count_GN[group, n] += 1
-                _add(total_GN[group], carry_GN[group], n, values_TN[t, n])
 
 
 class RouterStatistics:
@@ -154,7 +99,7 @@ class RouterStatistics:
             weights_TK += recorded_TLK[rows, layer]
         sums = self._weight.total[:, layer], self._weight.carry[:, layer]
         load = batch.block.phase_T[rows], batch.nobody, self.choices_GLE[:, layer]
-        _add_choices(ids_TK, weights_TK, *load, *sums)
+        scores.add_choices(ids_TK, weights_TK, *load, *sums)
 
     def _describe(
         self, batch: Batch, layer: int, rows: slice, scores_TM: NDArray[np.float64]
@@ -170,7 +115,7 @@ class RouterStatistics:
         if self.has_scores and self.width >= self.plan.card.top_k:
             who_TM = self._score_ids(batch, layer, rows)[has_run_T]
             chosen = ids_TK, batch.nobody, self.has_all
-            _compare(scores_TM, who_TM, probability_TM, best_TN, *chosen, values_TN)
+            scores.compare(scores_TM, who_TM, probability_TM, best_TN, *chosen, values_TN)
         self._values.add(layer, values_TN, phase_T)
         for n in range(len(SPREAD)):
             self.bins_GLNB[:, layer, n] += _binned(values_TN[:, n], phase_T)
@@ -188,9 +133,9 @@ class RouterStatistics:
         """Probabilities, the best k + 1 of them, and [T, N] what they tell; NaN where this level cannot."""
         top_k, reading = self.plan.card.top_k, self._reading
         values_TN = np.full((len(scores_TM), 8), np.nan)
-        probability_TM = _probabilities(scores_TM, reading)
+        probability_TM = scores.probabilities(scores_TM, reading)
         best_TN = np.full((len(scores_TM), min(top_k + 1, self.width)), np.nan)
-        _best(probability_TM, best_TN)
+        scores.best(probability_TM, best_TN)
         n_best = best_TN.shape[1]
         if self.has_scores or reading == PROBABILITIES or top_k > 1:
             values_TN[:, CONFIDENCE] = best_TN[:, 0]
@@ -201,9 +146,9 @@ class RouterStatistics:
         if n_best >= top_k and (self.has_all or reading == PROBABILITIES):
             values_TN[:, MASS] = np.add.accumulate(best_TN[:, :top_k], axis=1)[:, -1]
         if self.has_all:
-            _entropy(probability_TM, values_TN[:, ENTROPY])
+            scores.entropy(probability_TM, values_TN[:, ENTROPY])
         if self.has_all and self.meaning == LOGITS:
-            _z_loss(scores_TM, values_TN[:, Z_LOSS])
+            scores.z_loss(scores_TM, values_TN[:, Z_LOSS])
         return probability_TM, best_TN, values_TN
 
     def merge(self, later: RouterStatistics) -> None:
@@ -244,7 +189,7 @@ class RouterStatistics:
         load_LE, probability_LE = self._load(groups), self._probability.means(groups)
         loss_L = self.plan.card.n_experts * (load_LE * probability_LE).sum(axis=1)
         bits_L = np.empty(len(loss_L))
-        _entropy(probability_LE, bits_L)
+        scores.entropy(probability_LE, bits_L)
         return {
             "switch_loss": loss_L,  # Fedus et al. 2022, equation 4, with f over all k choices
             "excess": loss_L - 1,
@@ -377,128 +322,6 @@ def _correlation(x_LE: NDArray[np.float64], y_LE: NDArray[np.float64]) -> NDArra
     for v_LE in (x, y):
         v_LE[np.ptp(v_LE, axis=1) < 1e-12] = 0
     return ratio((x * y).sum(axis=1), np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1)))
-
-
-def _probabilities(scores_TM: NDArray[np.float64], reading: str) -> NDArray[np.float64]:
-    probability_TM = np.full(scores_TM.shape, np.nan)
-    if reading == "softmax":
-        _softmax(scores_TM, probability_TM)
-    elif reading == "sigmoid":
-        _divide_by_sum(_sigmoid(scores_TM), probability_TM)
-    elif reading == SHARES:
-        _divide_by_sum(scores_TM, probability_TM)
-    elif reading == PROBABILITIES:
-        probability_TM[:] = scores_TM
-    return probability_TM
-
-
-# numpy rounds exp by where a value stands in its array: these loops do not, so that batches cannot matter
-@njit(cache=True, nogil=True)
-def _softmax(scores_TM, probability_TM):  # type: ignore[no-untyped-def]
-    for t in range(scores_TM.shape[0]):
-        top, total = scores_TM[t].max(), 0.0
-        for m in range(scores_TM.shape[1]):
-            probability_TM[t, m] = np.exp(scores_TM[t, m] - top)
-            total += probability_TM[t, m]
-        probability_TM[t] /= total
-
-
-@njit(cache=True, nogil=True)
-def _sigmoid(scores_TM):  # type: ignore[no-untyped-def]
-    return 1 / (1 + np.exp(-scores_TM))
-
-
-@njit(cache=True, nogil=True)
-def _divide_by_sum(scores_TM, probability_TM):  # type: ignore[no-untyped-def]
-    for t in range(scores_TM.shape[0]):
-        total = 0.0
-        for m in range(scores_TM.shape[1]):
-            total += scores_TM[t, m]
-        if total > 0:
-            probability_TM[t] = scores_TM[t] / total
-
-
-@njit(cache=True, nogil=True)
-def _z_loss(logits_TE, loss_T):  # type: ignore[no-untyped-def]
-    """Zoph et al. 2022, equation 5."""
-    for t in range(logits_TE.shape[0]):
-        top, total = logits_TE[t].max(), 0.0
-        for e in range(logits_TE.shape[1]):
-            total += np.exp(logits_TE[t, e] - top)
-        loss_T[t] = (top + np.log(total)) ** 2
-
-
-@njit(cache=True, nogil=True)
-def _entropy(probability_TE, bits_T):  # type: ignore[no-untyped-def]
-    for t in range(probability_TE.shape[0]):
-        bits_T[t] = 0.0
-        for e in range(probability_TE.shape[1]):
-            p = probability_TE[t, e]
-            if p != 0:
-                bits_T[t] -= p * np.log2(p)
-
-
-@njit(cache=True, nogil=True)
-def _best(probability_TM, best_TN):  # type: ignore[no-untyped-def]
-    """The largest of every row in descending order; a row of NaN stays NaN."""
-    last = best_TN.shape[1] - 1
-    for t in range(probability_TM.shape[0]):
-        if not np.isnan(probability_TM[t, 0]):
-            best_TN[t] = -1
-        for m in range(probability_TM.shape[1]):
-            p, n = probability_TM[t, m], last
-            if not p > best_TN[t, last]:
-                continue
-            while n > 0 and best_TN[t, n - 1] < p:
-                best_TN[t, n] = best_TN[t, n - 1]
-                n -= 1
-            best_TN[t, n] = p
-
-
-@njit(cache=True, nogil=True)
-def _compare(  # type: ignore[no-untyped-def]
-    scores_TM, who_TM, probability_TM, best_TN, ids_TK, nobody, has_all, values_TN
-):
-    """Did a better score lose to one that was chosen? Equal scores are no difference: float16 makes many."""
-    for t in range(ids_TK.shape[0]):
-        worst, other, kept, found = np.inf, -np.inf, 0.0, 0
-        for m in range(scores_TM.shape[1]):
-            if _stands_in(who_TM[t, m], ids_TK[t]):
-                worst, kept = min(worst, scores_TM[t, m]), kept + probability_TM[t, m]
-                found += who_TM[t, m] != nobody
-            else:
-                other = max(other, scores_TM[t, m])
-        n_chosen = 0
-        for k in range(ids_TK.shape[1]):
-            n_chosen += ids_TK[t, k] != nobody
-        if n_chosen:
-            is_overruled = found < n_chosen or worst < other
-            values_TN[t, OVERRULED] = is_overruled
-            if has_all:
-                values_TN[t, LOST] = (best_TN[t, :n_chosen].sum() - kept) * is_overruled
-
-
-@njit(cache=True, nogil=True)
-def _stands_in(expert, ids_K):  # type: ignore[no-untyped-def]
-    found = False
-    for k in range(ids_K.shape[0]):
-        found |= ids_K[k] == expert
-    return found
-
-
-@njit(cache=True, nogil=True)
-def _add_choices(  # type: ignore[no-untyped-def]
-    ids_TK, weights_TK, phase_T, nobody, choices_GE, total_GN, carry_GN
-):
-    n_experts = choices_GE.shape[1]
-    for t in range(ids_TK.shape[0]):
-        group = phase_T[t]
-        for k in range(ids_TK.shape[1]):
-            expert, weight = ids_TK[t, k], weights_TK[t, k]
-            if expert != nobody:
-                choices_GE[group, expert] += 1
-                _add(total_GN[group], carry_GN[group], expert, weight)
-                _add(total_GN[group], carry_GN[group], n_experts + expert, weight * weight)
 
 
 def router_statistics(trace: Traceable) -> pd.DataFrame:

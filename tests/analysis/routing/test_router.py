@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from analysis.routing import router
 from analysis.routing.batch import batches, plan_of
-from analysis.routing.router import QUANTILES, RouterStatistics, Sums, router_statistics
+from analysis.routing.router import QUANTILES, RouterStatistics, router_statistics
+from analysis.routing.sums import Sums
 from prefetch.errors import FormatError, MissingData
 from prefetch.trace.card import plain_card
 from prefetch.trace.routing import trace_of

@@ -1,0 +1,65 @@
+"""Sums of fractions that no batching changes. It knows no table. G groups, L layers, N values, T tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+
+class Sums:
+    """[G, L, N] totals that no batching changes: what an addition rounds away is carried along (Knuth's TwoSum).
+
+    NaN is left out and not counted.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        self.count = np.zeros(shape, np.int64)
+        self.total = np.zeros(shape)
+        self.carry = np.zeros(shape)
+
+    def add(self, layer: int, values_TN: NDArray[np.float64], group_T: NDArray[Any]) -> None:
+        sums = self.count[:, layer], self.total[:, layer], self.carry[:, layer]
+        _add_rows(values_TN, group_T, *sums)
+
+    def merge(self, later: Sums) -> None:
+        total = self.total + later.total
+        part = total - self.total
+        self.carry += later.carry + (self.total - (total - part)) + (later.total - part)
+        self.count += later.count
+        self.total = total
+
+    def counts(self, groups: slice) -> NDArray[np.int64]:
+        return self.count[groups].sum(axis=0)
+
+    def sums(self, groups: slice) -> NDArray[np.float64]:
+        return self.total[groups].sum(axis=0) + self.carry[groups].sum(axis=0)
+
+    def means(self, groups: slice) -> NDArray[np.float64]:
+        """[L, N]; NaN where nothing was counted."""
+        return ratio(self.sums(groups), self.counts(groups))
+
+
+def ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float64]:
+    """NaN where there is nothing below."""
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+
+
+@njit(cache=True, nogil=True)
+def add_to(total_N, carry_N, n, x):  # type: ignore[no-untyped-def]
+    total = total_N[n] + x
+    part = total - total_N[n]
+    carry_N[n] += (total_N[n] - (total - part)) + (x - part)
+    total_N[n] = total
+
+
+@njit(cache=True, nogil=True)
+def _add_rows(values_TN, group_T, count_GN, total_GN, carry_GN):  # type: ignore[no-untyped-def]
+    for t in range(values_TN.shape[0]):
+        group = group_T[t]
+        for n in range(values_TN.shape[1]):
+            if not np.isnan(values_TN[t, n]):
+                count_GN[group, n] += 1
+                add_to(total_GN[group], carry_GN[group], n, values_TN[t, n])

@@ -1,0 +1,322 @@
+"""Exact hits of an LRU cache and of an optimal one, at every capacity, from one pass over the events of each layer.
+
+It knows no trace, no clock and no bytes: experts are integers; every event has a class that its counts are kept under.
+An event is one token at one layer: the set of its K experts, needed at the same time. All of them are looked up in what
+stands before the event; then they move up in row order, later = more recent. This holds for capacities >= K.
+T events, L layers, K choices, E experts, C classes, D distances: hits at a capacity are the counts of all distances
+below it, and the last distance, E, stands for "never before".
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from prefetch.errors import FormatError
+
+NEVER = np.int32(2**31 - 1)  # the next use of an expert that no later event needs
+MOST_EVENTS = int(NEVER)
+LANES = 8  # members moved in one sweep over the ranks: each takes a vector register
+LINE = 64  # bytes; sweeps over whole lines need no remainder
+
+
+class _Recency(NamedTuple):
+    """One layer's stack, as every expert's rank in it: an access is a comparison and an addition over all ranks.
+
+    The experts of rank below `n_seen` have been used. They are also listed in the order of their first use, so that a
+    part of a trace can be put behind what it did not see.
+    """
+
+    hist_CD: NDArray[np.int64]
+    rank_E: NDArray[Any]
+    n_seen: NDArray[np.int64]  # one number, in an array because it changes
+    first_E: NDArray[np.uint16]
+    class_E: NDArray[np.uint8]
+    before_E: NDArray[np.int32]  # how many had been used before that event
+
+
+class LruStacks:
+    """How deep in its layer's recency stack every event finds its members (Mattson et al. 1970)."""
+
+    def __init__(self, n_layers: int, n_experts: int, top_k: int, n_classes: int = 2) -> None:
+        ranks = np.arange(-(-n_experts // LINE) * LINE)
+        ranks = ranks.astype(np.uint8 if len(ranks) <= 256 else np.uint16)
+        # Room for one event more: an expert named twice is noticed when the event is over.
+        log = (n_layers, n_experts + top_k)
+        self.n_experts = n_experts
+        self.hist_LCD = np.zeros((n_layers, n_classes, n_experts + 1), np.int64)
+        self._state = _Recency(
+            self.hist_LCD,
+            np.tile(ranks, (n_layers, 1)),
+            np.zeros((n_layers, 1), np.int64),
+            np.zeros(log, np.uint16),
+            np.zeros(log, np.uint8),
+            np.zeros(log, np.int32),
+        )
+
+    def replay(
+        self, layer: int, ids_TK: NDArray[Any], class_T: NDArray[np.uint8], nobody: int
+    ) -> None:
+        """The next events of a layer; ids equal to `nobody` name no expert. Layers share nothing."""
+        bad = _replay_lru(ids_TK, class_T, nobody, self._layer(layer))
+        if bad >= 0:
+            raise _not_distinct(ids_TK[bad])
+
+    def merge(self, later: LruStacks) -> None:
+        """`later` replayed what follows here, beginning with empty stacks: its first uses are looked up in these."""
+        for layer in range(len(self.hist_LCD)):
+            _append(self._layer(layer), later._layer(layer), self.n_experts)
+
+    def _layer(self, layer: int) -> _Recency:
+        return _Recency(*(array[layer] for array in self._state))
+
+
+@njit(cache=True, nogil=True)
+def _replay_lru(ids_TK, class_T, nobody, stack):  # type: ignore[no-untyped-def]
+    """The first event that names an expert twice, or -1."""
+    never_before = stack.hist_CD.shape[1] - 1
+    rank_E = stack.rank_E.copy()  # two threads must not write to one line of memory
+    for t in range(ids_TK.shape[0]):
+        known = stack.n_seen[0]
+        for k in range(ids_TK.shape[1]):
+            expert = ids_TK[t, k]
+            if expert == nobody:
+                continue
+            if rank_E[expert] < known:
+                stack.hist_CD[class_T[t], rank_E[expert]] += 1
+            else:
+                stack.hist_CD[class_T[t], never_before] += 1
+                _log(stack, expert, class_T[t], known)
+        for first in range(0, ids_TK.shape[1], LANES):
+            _move_to_front(rank_E, ids_TK, t, first, nobody)
+        if not _is_in_front(rank_E, ids_TK, t, nobody):
+            return t
+    stack.rank_E[:] = rank_E
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _log(stack, expert, row_class, before):  # type: ignore[no-untyped-def]
+    at = stack.n_seen[0]
+    stack.first_E[at], stack.class_E[at], stack.before_E[at] = expert, row_class, before
+    stack.n_seen[0] += 1
+
+
+@njit(cache=True, nogil=True)
+def _move_to_front(rank_E, ids_TK, t, first, nobody):  # type: ignore[no-untyped-def]
+    """In one sweep: everyone moves down by the number of members that stood below."""
+    a, b = _rank(rank_E, ids_TK, t, first, nobody), _rank(rank_E, ids_TK, t, first + 1, nobody)
+    c, d = _rank(rank_E, ids_TK, t, first + 2, nobody), _rank(rank_E, ids_TK, t, first + 3, nobody)
+    e, f = _rank(rank_E, ids_TK, t, first + 4, nobody), _rank(rank_E, ids_TK, t, first + 5, nobody)
+    g, h = _rank(rank_E, ids_TK, t, first + 6, nobody), _rank(rank_E, ids_TK, t, first + 7, nobody)
+    for i in range(len(rank_E)):
+        rank = rank_E[i]
+        below = (rank < a) + (rank < b) + (rank < c) + (rank < d)
+        below += (rank < e) + (rank < f) + (rank < g) + (rank < h)
+        rank_E[i] = rank + below
+    front = 0
+    for k in range(min(first + LANES, ids_TK.shape[1]) - 1, first - 1, -1):
+        if ids_TK[t, k] != nobody:
+            rank_E[ids_TK[t, k]] = front
+            front += 1
+
+
+@njit(cache=True, nogil=True)
+def _rank(rank_E, ids_TK, t, k, nobody):  # type: ignore[no-untyped-def]
+    """Where there is no member: 0, which moves nobody."""
+    if k >= ids_TK.shape[1] or ids_TK[t, k] == nobody:
+        return rank_E.dtype.type(0)
+    return rank_E[ids_TK[t, k]]
+
+
+@njit(cache=True, nogil=True)
+def _is_in_front(rank_E, ids_TK, t, nobody):  # type: ignore[no-untyped-def]
+    """Are the members now first, in their order? They are not where one is named twice."""
+    front = 0
+    for k in range(ids_TK.shape[1] - 1, -1, -1):
+        if ids_TK[t, k] != nobody:
+            if rank_E[ids_TK[t, k]] != front:
+                return False
+            front += 1
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _append(stack, later, n_experts):  # type: ignore[no-untyped-def]
+    """The parallel reuse distances of PARDA (Niu et al. 2012), where members of one event do not see each other."""
+    never_before, known = stack.hist_CD.shape[1] - 1, stack.n_seen[0]
+    stack.hist_CD[:] += later.hist_CD
+    new_before = np.zeros(
+        later.n_seen[0] + 1, np.int64
+    )  # of the first i experts of `later`, those new here
+    for i in range(later.n_seen[0]):
+        expert, row_class, before = later.first_E[i], later.class_E[i], later.before_E[i]
+        rank = stack.rank_E[expert]
+        new_before[i + 1] = new_before[i] + (rank >= known)
+        if rank >= known:
+            _log(stack, expert, row_class, known + new_before[before])
+            continue
+        distance = rank + before
+        for j in range(before):
+            distance -= stack.rank_E[later.first_E[j]] < rank
+        stack.hist_CD[row_class, never_before] -= 1
+        stack.hist_CD[row_class, distance] += 1
+    _put_in_front(stack.rank_E, later.rank_E, later.n_seen[0], n_experts)
+
+
+@njit(cache=True, nogil=True)
+def _put_in_front(rank_E, later_E, n_later, n_experts):  # type: ignore[no-untyped-def]
+    """Whoever was used later, in that order, then the others in theirs."""
+    in_order_E = np.empty(n_experts, np.int64)
+    for expert in range(n_experts):
+        in_order_E[rank_E[expert]] = expert
+    place = n_later
+    for expert in in_order_E:
+        if later_E[expert] < n_later:
+            rank_E[expert] = later_E[expert]
+        else:
+            rank_E[expert] = place
+            place += 1
+
+
+class _Priority(NamedTuple):
+    """One layer's stack, as the next uses of the experts in it.
+
+    Who they are does not matter: the members of an event are those whose next use is now.
+    """
+
+    hist_CD: NDArray[np.int64]
+    next_D: NDArray[np.int32]
+    n_seen: NDArray[np.int64]
+
+
+class OptimalStacks:
+    """The same for the cache with the most hits: it evicts whoever is needed last (Belady 1966).
+
+    Every member of an event is admitted. For one expert per event this is Mattson's priority stack; for K of them the
+    content at capacity C is the event and the C - K others that are needed first, which again contains that at C - 1.
+    """
+
+    def __init__(self, coming_LE: NDArray[np.int32], n_classes: int = 2) -> None:
+        """`coming_LE`: the first event that needs each expert, or NEVER."""
+        n_layers, n_experts = coming_LE.shape
+        self.hist_LCD = np.zeros((n_layers, n_classes, n_experts + 1), np.int64)
+        self._coming_LE = coming_LE.copy()
+        self._next_LD = np.full((n_layers, n_experts), NEVER, np.int32)
+        self._n_seen_L = np.zeros((n_layers, 1), np.int64)
+
+    def replay(
+        self,
+        layer: int,
+        ids_TK: NDArray[Any],
+        class_T: NDArray[np.uint8],
+        nobody: int,
+        *,
+        first_event: int,
+        coming_E: NDArray[np.int32],
+    ) -> None:
+        """The next events of a layer, numbered from `first_event`; `coming_E`: who is needed when after them."""
+        before_E, next_TK = coming_E.copy(), np.empty(ids_TK.shape, np.int32)
+        bad = _look_ahead(ids_TK, nobody, first_event, before_E, next_TK)
+        if bad >= 0:
+            raise _not_distinct(ids_TK[bad])
+        if not np.array_equal(before_E, self._coming_LE[layer]):
+            raise ValueError("these are not the events that the first pass has seen")
+        self._coming_LE[layer] = coming_E
+        stack = _Priority(self.hist_LCD[layer], self._next_LD[layer], self._n_seen_L[layer])
+        _replay_optimal(ids_TK, class_T, nobody, first_event, next_TK, stack)
+
+
+def first_uses(ids_TK: NDArray[Any], n_experts: int, nobody: int) -> NDArray[np.int32]:
+    """The first of these events that needs each expert, numbered from 0, or NEVER."""
+    first_E = np.full(n_experts, NEVER, np.int32)
+    _mark_first_uses(ids_TK, nobody, first_E)
+    return first_E
+
+
+@njit(cache=True, nogil=True)
+def _mark_first_uses(ids_TK, nobody, first_E):  # type: ignore[no-untyped-def]
+    for t in range(ids_TK.shape[0] - 1, -1, -1):
+        for k in range(ids_TK.shape[1]):
+            if ids_TK[t, k] != nobody:
+                first_E[ids_TK[t, k]] = t
+
+
+@njit(cache=True, nogil=True)
+def _look_ahead(ids_TK, nobody, first_event, coming_E, next_TK):  # type: ignore[no-untyped-def]
+    """Backward: when every member is needed again. The event that names an expert twice, or -1."""
+    for t in range(ids_TK.shape[0] - 1, -1, -1):
+        event = np.int32(first_event + t)
+        for k in range(ids_TK.shape[1]):
+            if ids_TK[t, k] != nobody:
+                next_TK[t, k] = coming_E[ids_TK[t, k]]
+                if next_TK[t, k] == event:
+                    return t
+                coming_E[ids_TK[t, k]] = event
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _replay_optimal(ids_TK, class_T, nobody, first_event, next_TK, stack):  # type: ignore[no-untyped-def]
+    waiting_K = np.empty(ids_TK.shape[1], np.int32)
+    member_K = np.empty(ids_TK.shape[1], np.int32)
+    for t in range(ids_TK.shape[0]):
+        size = 0
+        for k in range(ids_TK.shape[1]):
+            if ids_TK[t, k] != nobody:
+                member_K[size] = next_TK[t, k]
+                size += 1
+        _percolate(np.int32(first_event + t), class_T[t], member_K, size, waiting_K, stack)
+
+
+@njit(cache=True, nogil=True)
+def _percolate(event, row_class, member_K, size, waiting_K, stack):  # type: ignore[no-untyped-def]
+    """The members take the first places; those displaced go down, and at each place the one needed first stays.
+
+    A place is free where the event finds a member. Below the last of them nothing changes.
+    """
+    hist_CD, next_D, n_seen = stack.hist_CD, stack.next_D, stack.n_seen[0]
+    found, waiting = 0, 0
+    for d in range(min(size, n_seen)):
+        if next_D[d] == event:
+            hist_CD[row_class, d] += 1
+            found += 1
+        else:
+            waiting = _wait(waiting_K, waiting, next_D[d])
+    for d in range(size):
+        next_D[d] = member_K[d]
+    d = size
+    while found < size and d < n_seen:
+        due, soonest = next_D[d], waiting_K[waiting - 1]
+        if due == event:
+            hist_CD[row_class, d] += 1
+            found += 1
+            next_D[d] = soonest
+            waiting -= 1
+        elif due > soonest:
+            next_D[d] = soonest
+            waiting = _wait(waiting_K, waiting - 1, due)
+        d += 1
+    hist_CD[row_class, -1] += size - found
+    for i in range(waiting):
+        next_D[d + i] = waiting_K[waiting - 1 - i]
+    if found < size:  # else the line of memory that other layers share is not written
+        stack.n_seen[0] = max(n_seen, d + waiting)
+
+
+@njit(cache=True, nogil=True)
+def _wait(waiting_K, waiting, due):  # type: ignore[no-untyped-def]
+    """Joins the queue, whose last is needed first."""
+    at = waiting
+    while at > 0 and waiting_K[at - 1] < due:
+        waiting_K[at] = waiting_K[at - 1]
+        at -= 1
+    waiting_K[at] = due
+    return waiting + 1
+
+
+def _not_distinct(row_K: NDArray[Any]) -> FormatError:
+    return FormatError(f"expected the experts of an event to be distinct, got {row_K.tolist()}")
