@@ -134,7 +134,10 @@ def _usage_json(card: ModelCard, counts_LE: Any) -> dict[str, Any]:
         "num_experts": card.n_experts,
         "num_layers": card.n_layers,
         "layers": names,
-        "statistics": {name: dict(zip(map(str, range(len(row))), row, strict=True)) for name, row in rows.items()},
+        "statistics": {
+            name: dict(zip(map(str, range(len(row))), row, strict=True))
+            for name, row in rows.items()
+        },
         "layer_summaries": {
             name: {
                 "active_experts": sum(count > 0 for count in row),

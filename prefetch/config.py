@@ -31,7 +31,9 @@ class CollectConfig:
 class AnalyzeConfig:
     horizon: int = 4  # layers ahead: every pair of layers up to this far apart
     train_share: float = 0.7  # of the requests; the others are those that guesses are scored on
-    significance: float = 0.01  # false discovery rate of what is called over- or underused, together, dead
+    significance: float = (
+        0.01  # false discovery rate of what is called over- or underused, together, dead
+    )
     window_tokens: int = 1024  # tokens of one batch, where balance is judged batch by batch
     figures: bool = True
 
@@ -104,9 +106,14 @@ def check_values(cfg: Config) -> None:
     analyze = cfg.analyze
     claims = {
         f"analyze.horizon={analyze.horizon}: must be at least 1": analyze.horizon >= 1,
-        f"analyze.train_share={analyze.train_share}: must lie between 0 and 1": 0 < analyze.train_share < 1,
-        f"analyze.significance={analyze.significance}: must lie between 0 and 1": 0 < analyze.significance < 1,
-        f"analyze.window_tokens={analyze.window_tokens}: must be at least 1": analyze.window_tokens >= 1,
+        f"analyze.train_share={analyze.train_share}: must lie between 0 and 1": 0
+        < analyze.train_share
+        < 1,
+        f"analyze.significance={analyze.significance}: must lie between 0 and 1": 0
+        < analyze.significance
+        < 1,
+        f"analyze.window_tokens={analyze.window_tokens}: must be at least 1": analyze.window_tokens
+        >= 1,
         f"seed={cfg.seed}: must not be negative": cfg.seed >= 0,
         f"collect.max_dropped={cfg.collect.max_dropped}: must be a share from 0 to 1": 0
         <= cfg.collect.max_dropped

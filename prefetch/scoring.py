@@ -113,7 +113,15 @@ class Survey:
         for domain, total in later._agreement.items():
             self._agreement[domain] = self._agreement.get(domain, 0) + total
         self.domains = later.domains or self.domains
-        for name in ("rows", "executed_rows", "decode_rows", "request_R", "n_rows_R", "domain_R", "digest_R"):
+        for name in (
+            "rows",
+            "executed_rows",
+            "decode_rows",
+            "request_R",
+            "n_rows_R",
+            "domain_R",
+            "digest_R",
+        ):
             setattr(self, name, getattr(self, name) + getattr(later, name))
 
     def duplicates(self) -> NDArray[np.int64]:
@@ -132,7 +140,9 @@ class Survey:
         for domain, (shared_P, of_P, pairs_P) in self._agreement.items():
             most = self.domain_R.count(domain) - 1
             enough_P = (pairs_P >= TEMPLATE_PAIRS) & (2 * pairs_P >= most)
-            is_template_DP[domain] = enough_P & (shared_P >= TEMPLATE_AGREEMENT * np.maximum(of_P, 1))
+            is_template_DP[domain] = enough_P & (
+                shared_P >= TEMPLATE_AGREEMENT * np.maximum(of_P, 1)
+            )
         return is_template_DP
 
     def split(self, train_share: float, seed: int) -> Split:

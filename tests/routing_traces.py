@@ -26,7 +26,9 @@ def random_trace(
     noise = rng.gumbel(size=(n, n_layers, n_experts)) - skew * np.log(np.arange(1, n_experts + 1))
     ids = np.argsort(-noise, axis=2)[:, :, :top_k]
     phase = np.repeat([PREFILL, DECODE], [tokens // 2, tokens - tokens // 2])
-    card = plain_card("random", n_experts=n_experts, top_k=top_k, layer_numbers=tuple(range(n_layers)))
+    card = plain_card(
+        "random", n_experts=n_experts, top_k=top_k, layer_numbers=tuple(range(n_layers))
+    )
     given = {"phase_T": np.tile(phase, n_requests), **known}
     return trace_of(card, ids, request_T=np.repeat(np.arange(n_requests), tokens), **given)
 

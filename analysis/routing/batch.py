@@ -84,9 +84,13 @@ class Batch:
         if weights_TLK is None or self.ids_LTK.shape[2] == 1:
             return self.ids_LTK[:, :, 0]
         first_LT = np.empty(self.ids_LTK.shape[:2], self.ids_LTK.dtype)
-        bits_TLK = weights_TLK.view(np.int16)  # numba has no float16; among weights >= 0 bits order alike
+        bits_TLK = weights_TLK.view(
+            np.int16
+        )  # numba has no float16; among weights >= 0 bits order alike
         for_layers(
-            lambda layer: _heaviest(self.ids_LTK[layer], bits_TLK[:, layer], self.nobody, first_LT[layer]),
+            lambda layer: _heaviest(
+                self.ids_LTK[layer], bits_TLK[:, layer], self.nobody, first_LT[layer]
+            ),
             len(first_LT),
         )
         return first_LT
@@ -115,7 +119,9 @@ class Accumulator(Protocol):
     def merge(self, later: Self) -> None: ...
 
 
-def blocks_of(trace: Traceable, *recorded: str, max_rows: int = BATCH_ROWS) -> Iterator[RoutingTrace]:
+def blocks_of(
+    trace: Traceable, *recorded: str, max_rows: int = BATCH_ROWS
+) -> Iterator[RoutingTrace]:
     """A trace from memory, from a reader or from its folder, in blocks of whole requests."""
     if isinstance(trace, RoutingTrace):
         yield from _cut(trace, max_rows)
@@ -185,7 +191,7 @@ def accumulate(
 
 def layer_columns(card: ModelCard, layers: Any) -> dict[str, Any]:
     """The columns that name layers in a table; the stack only where there are two."""
-    slots = np.asarray(layers)
+    slots = np.asarray(layers, np.int64)
     columns: dict[str, Any] = {"layer": np.array(card.layer_numbers)[slots]}
     if len(set(card.layer_stacks)) > 1:
         columns["stack"] = np.array(card.layer_stacks)[slots]
@@ -195,7 +201,9 @@ def layer_columns(card: ModelCard, layers: Any) -> dict[str, Any]:
 def for_layers(work: Callable[[int], Any], n_layers: int) -> list[Any]:
     """Every layer's work, on all cores: layers share nothing, so the number of threads changes no number."""
     if threading.current_thread().name.startswith(THREADS):
-        return [work(layer) for layer in range(n_layers)]  # a worker that waits for workers waits for ever
+        return [
+            work(layer) for layer in range(n_layers)
+        ]  # a worker that waits for workers waits for ever
     return list(_pool().map(work, range(n_layers)))
 
 

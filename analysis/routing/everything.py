@@ -207,9 +207,7 @@ def tell_balance(
         found.tell("remedies", lambda: balance.remedies(*parts, card, windows))
 
 
-def _score(
-    trace: Traceable, plan: Plan, counted: _Counted, found: Findings, max_rows: int
-) -> None:
+def _score(trace: Traceable, plan: Plan, counted: _Counted, found: Findings, max_rows: int) -> None:
     """The second pass: guesses from counts, the optimum, transitions carried to other domains."""
     optimal = cache.OptimalCurve(plan, counted.first_uses)
     recall = transfer = None
@@ -254,7 +252,9 @@ def _look_at_gates(trace: Traceable, plan: Plan, settings: Settings, found: Find
     parts = [part for part in (router, distances, lookahead) if part is not None]
     if not parts:
         return
-    columns = plan.recorded("weights", "scores", "score_ids", *(("gate_inputs",) if distances else ()))
+    columns = plan.recorded(
+        "weights", "scores", "score_ids", *(("gate_inputs",) if distances else ())
+    )
     rows = max(256, min(BATCH_ROWS, WIDE_BYTES // _row_bytes(plan, columns)))
     accumulate(trace, plan, parts, *columns, title="reading scores and gates", max_rows=rows)
     if router is not None:

@@ -1,4 +1,4 @@
-"""The few numbers of an analysis that runs are compared by: `metrics.json`. Means over layers; absent where not known."""
+"""The few numbers of an analysis that runs are compared by, `metrics.json`: means over layers, absent where unknown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pandas as pd
 
 from analysis.routing.everything import Findings
 
+SPELT = {"markov_shuffled": "markov_recall_at_k_shuffled"}
+
 
 def metrics(found: Findings, top_k: int, n_experts: int) -> dict[str, float]:
     """Flat, finite numbers only: what a trace cannot tell is not there."""
@@ -16,7 +18,11 @@ def metrics(found: Findings, top_k: int, n_experts: int) -> dict[str, float]:
     numbers |= _of_usage(tables)
     if "transitions" in tables:
         rows = _where(tables["transitions"], phase="all", horizon=1)
-        for name in ("conditional_entropy_bits", "mutual_information_bits", "mutual_information_shuffled_bits"):
+        for name in (
+            "conditional_entropy_bits",
+            "mutual_information_bits",
+            "mutual_information_shuffled_bits",
+        ):
             numbers[name] = rows[name].mean()
     if "recall_summary" in tables:
         numbers |= _of_recall(tables["recall_summary"])
@@ -54,17 +60,14 @@ def _of_recall(summary: pd.DataFrame) -> dict[str, float]:
     numbers = {}
     rows = _where(summary, part="all")
     shortest = rows.horizon.min()
-    for row in rows.itertuples():
-        suffix = "" if row.horizon == shortest else f"_horizon_{row.horizon}"
-        name = {"markov_shuffled": "markov_recall_at_k_shuffled"}.get(
-            row.predictor, f"{row.predictor}_recall_at_k"
-        )
-        numbers[f"{name}{suffix}"] = row.recall_at_k
+    cells = zip(rows.predictor, rows.horizon, rows.recall_at_k, strict=True)
+    for predictor, horizon, recall in cells:
+        suffix = "" if horizon == shortest else f"_horizon_{horizon}"
+        name = SPELT.get(predictor, f"{predictor}_recall_at_k")
+        numbers[f"{name}{suffix}"] = float(recall)
     markov = _where(rows, horizon=shortest, predictor="markov")
-    return numbers | {
-        "markov_recall_at_k_low": markov.low.iloc[0],
-        "markov_recall_at_k_high": markov.high.iloc[0],
-    }
+    low, high = float(markov.low.iloc[0]), float(markov.high.iloc[0])
+    return numbers | {"markov_recall_at_k_low": low, "markov_recall_at_k_high": high}
 
 
 def _of_cache(curves: pd.DataFrame, n_experts: int) -> dict[str, float]:

@@ -78,8 +78,8 @@ def _bias(
 ) -> tuple[float, float, float]:
     """Bits to add to the plug-in entropies here, there and of both.
 
-    An expert is in a row or not, so a cell of the joint counts varies like a count of rows, whatever the number of pairs that
-    a row adds: every count goes into the estimator as it is, and k > 1 needs no other formula.
+    An expert is in a row or not, so a cell of the joint counts varies like a count of rows, however many pairs a row
+    adds: every count goes into the estimator as it is, and k > 1 needs no other formula.
     """
     return _missing_bits(here_E), _missing_bits(there_E), _missing_bits(joint_EE.ravel())
 
@@ -110,7 +110,7 @@ def _expected_log(counts: NDArray[Any]) -> NDArray[np.float64]:
 def control(
     here_E: NDArray[Any], there_E: NDArray[Any], n_tokens: int, rng: np.random.Generator
 ) -> dict[str, float]:
-    """The same estimate where the rows there are shuffled: what is left of the information is the estimator's own error."""
+    """The same estimate where the rows there are shuffled: what is left is the estimator's own error."""
     if not here_E.any() or not there_E.any():
         return dict.fromkeys(CONTROL, np.nan)
     joint_EE = shuffled(here_E, there_E, n_tokens, rng)
@@ -128,8 +128,8 @@ def shuffled(
 ) -> NDArray[np.int64]:
     """Joint counts as they would be had the rows there been permuted: each cell's own distribution, exactly.
 
-    Of the n rows, there_b hold b; the rows that hold a here meet here_a of the n at random: a hypergeometric count. Drawn
-    cell by cell, so that no row need be kept; a test holds it against real permutations.
+    Of the n rows, there_b hold b; the rows that hold a here meet here_a of the n at random: a hypergeometric count.
+    Drawn cell by cell, so that no row need be kept; a test holds it against real permutations.
     """
     good_EE = np.broadcast_to(there_E[None, :], (len(here_E), len(there_E)))
     drawn: NDArray[np.int64] = rng.hypergeometric(good_EE, n_tokens - good_EE, here_E[:, None])

@@ -1,7 +1,7 @@
 """How much of a later layer's routing the best guesses from counts can hold: fitted on train requests, scored on test.
 
-Popularity, the previous token's experts, first-order Markov counts, and Markov counts after shuffling (the control). A second
-pass over the trace: the counts must be complete before anything is scored. It knows no learned predictor.
+Popularity, the previous token's experts, first-order Markov counts, and Markov counts after shuffling (the control).
+A second pass over the trace: the counts must be complete before anything is scored. It knows no learned predictor.
 L layers, E experts, K choices, W width, C row classes, R requests.
 """
 
@@ -35,7 +35,9 @@ SMOOTHING = 0.5  # how many rows of popularity every expert's row of the Markov 
 PREDICTORS = ("popularity", "previous_token", "markov", "markov_shuffled")
 INTERVALS = PREDICTORS[:3]
 CLASSES = 4  # phase, then template or not
-CONTROL_ROWS = 1 << 14  # so many rows fix the mean of the control to a thousandth; few test rows count repeatedly
+CONTROL_ROWS = (
+    1 << 14
+)  # so many rows fix the mean of the control to a thousandth; few test rows count repeatedly
 GUIDE = 256  # steps of the table that tells where in a cdf to look
 
 
@@ -65,7 +67,7 @@ class _Rows:
 
 
 class Recall:
-    """`..._CLE[c, l, r]`: choices of test rows of class c that a predictor ranked r-th, a histogram per layer (pair)."""
+    """`..._CLE[c, l, r]`: choices of test rows of class c that a predictor ranked r-th, per layer (pair)."""
 
     def __init__(self, plan: Plan, usage: Usage, counted: Transitions) -> None:
         card = plan.card
@@ -77,10 +79,14 @@ class Recall:
             )
         self.chance = {h: _chances(counted, train_LE, h) for h in self.horizons}
         self.control = {h: _control(plan, counted, h) for h in self.horizons}
-        self.rank_LE = np.argsort(np.argsort(-train_LE, axis=1, kind="stable"), axis=1, kind="stable")
+        self.rank_LE = np.argsort(
+            np.argsort(-train_LE, axis=1, kind="stable"), axis=1, kind="stable"
+        )
         self.control_share = CONTROL_ROWS / max(1, int(usage.tokens(part=TEST).max()))
         shape = CLASSES, card.n_layers, card.n_experts
-        self.known_PCLE = np.zeros((2, *shape), np.int64)  # at the target layer, whatever the horizon
+        self.known_PCLE = np.zeros(
+            (2, *shape), np.int64
+        )  # at the target layer, whatever the horizon
         self.markov_HPCLE = np.zeros((len(self.horizons), 2, *shape), np.int64)
         # per test request and horizon: choices within K guesses by predictor, then choices; for intervals
         self.request_HPR = np.zeros((len(self.horizons), len(INTERVALS) + 1, 0), np.int64)
@@ -90,7 +96,9 @@ class Recall:
         if (rows.class_T == SKIP).all():
             return
         n_layers = self.plan.card.n_layers
-        known_LPR = np.stack(for_layers(lambda layer: self._rank_known(batch, rows, layer), n_layers))
+        known_LPR = np.stack(
+            for_layers(lambda layer: self._rank_known(batch, rows, layer), n_layers)
+        )
         scored_HPR = [
             self._rank_markov(batch, rows, h, known_LPR[horizon:].sum(axis=0))
             for h, horizon in enumerate(self.horizons)
@@ -125,10 +133,19 @@ class Recall:
             hits_R = np.zeros(rows.n_requests, np.int64)
             ranks_PCE = self.markov_HPCLE[h, :, :, layer]
             chance_EE = self.chance[horizon][layer]
-            _rank_markov(here, there, chance_EE, rows.class_T, rows.number_T, nobody, ranks_PCE[0], hits_R)
+            _rank_markov(
+                here, there, chance_EE, rows.class_T, rows.number_T, nobody, ranks_PCE[0], hits_R
+            )
             seed = np.uint64(hash_of(self.plan.seed, horizon, layer))
             guide = np.searchsorted(rest_LE[layer], np.arange(GUIDE) / GUIDE, side="right")
-            control = control_LEE[layer], rest_LE[layer], guide, batch.row_T, seed, self.control_share
+            control = (
+                control_LEE[layer],
+                rest_LE[layer],
+                guide,
+                batch.row_T,
+                seed,
+                self.control_share,
+            )
             _rank_drawn(here, there, *control, rows.class_T, nobody, ranks_PCE[1])
             return hits_R
 
@@ -140,7 +157,9 @@ class Recall:
         self.markov_HPCLE += later.markov_HPCLE
         self.request_HPR = np.concatenate([self.request_HPR, later.request_HPR], axis=2)
 
-    def recall(self, predictor: str, horizon: int, width: int, part: str = "all") -> NDArray[np.float64]:
+    def recall(
+        self, predictor: str, horizon: int, width: int, part: str = "all"
+    ) -> NDArray[np.float64]:
         """Recall@width of every layer pair; NaN where nothing was scored."""
         return self._curve(predictor, horizon, part)[:, width - 1]
 
@@ -206,7 +225,9 @@ class Recall:
                 for predictor in PREDICTORS:
                     recalls_L = self.recall(predictor, horizon, self.plan.card.top_k, part)
                     known_L = recalls_L[~np.isnan(recalls_L)]
-                    low, high = self.interval(predictor, horizon) if part == "all" else (np.nan, np.nan)
+                    low, high = (
+                        self.interval(predictor, horizon) if part == "all" else (np.nan, np.nan)
+                    )
                     cell = {"part": part, "horizon": horizon, "predictor": predictor}
                     mean = known_L.mean() if len(known_L) else np.nan
                     rows.append({**cell, "recall_at_k": mean, "low": low, "high": high})
@@ -234,13 +255,13 @@ def smoothed(joint_LEE: NDArray[Any], popular_LE: NDArray[Any]) -> NDArray[np.fl
     share_LE = popular_LE / np.maximum(popular_LE.sum(axis=1, keepdims=True), 1)
     above_LEE = joint_LEE + SMOOTHING * share_LE[:, None, :]
     chance_LEE = above_LEE / (joint_LEE.sum(axis=2, keepdims=True) + SMOOTHING)
-    return chance_LEE.astype(np.float32)  # type: ignore[no-any-return]
+    return chance_LEE.astype(np.float32)
 
 
 def _control(
     plan: Plan, counted: Transitions, horizon: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Markov chances and what is left for the test rows (a cdf), had the later layer's rows been permuted over the trace.
+    """Markov chances and what is left for the test rows (a cdf), had the later layer's rows been permuted.
 
     Exactly what a permutation does, without keeping a row: which of the later layer's rows meet the train rows is drawn
     first, then whom each expert meets among those; the test rows get the rest.
@@ -252,13 +273,17 @@ def _control(
         rng = np.random.default_rng((plan.seed, horizon, layer, 1))
         there_E, train, tokens = there_LE[layer], int(train_L[layer]), int(tokens_L[layer])
         met_E = rng.hypergeometric(there_E, tokens - there_E, train) if train else there_E * 0
-        joint_EE = shuffled(here_LE[layer], met_E, train, rng) if train else np.zeros((len(met_E),) * 2)
+        joint_EE = (
+            shuffled(here_LE[layer], met_E, train, rng) if train else np.zeros((len(met_E),) * 2)
+        )
         chance_EE = smoothed(joint_EE[None], met_E[None])[0]
         rest_E = np.cumsum(there_E - met_E)
         return chance_EE, rest_E / max(1, rest_E[-1])
 
     drawn = for_layers(draw, len(here_LE))
-    return np.stack([chance_EE for chance_EE, _ in drawn]), np.stack([rest_E for _, rest_E in drawn])
+    return np.stack([chance_EE for chance_EE, _ in drawn]), np.stack(
+        [rest_E for _, rest_E in drawn]
+    )
 
 
 @njit(cache=True, nogil=True)
@@ -312,7 +337,10 @@ def _rank_markov(here_TK, there_TK, chance_EE, class_T, number_T, nobody, ranks_
 def _rank_drawn(  # type: ignore[no-untyped-def]
     here_TK, there_TK, chance_EE, cdf_E, guide, row_T, seed, share, class_T, nobody, ranks_CE
 ):
-    """The same for experts drawn from a cdf, which have nothing to do with this row; a share of the rows will do, or each `share` times."""
+    """The same for experts drawn from a cdf, which have nothing to do with this row.
+
+    A share of the rows will do; of few rows, each counts `share` times.
+    """
     score_E = np.zeros(chance_EE.shape[0], np.float32)
     last = len(cdf_E) - 1
     for t in range(here_TK.shape[0]):

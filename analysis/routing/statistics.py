@@ -95,18 +95,18 @@ class Usage:
     ) -> NDArray[np.int64]:
         """[L, E] over the rows of a phase and a part."""
         counts_CLE = self.first_CLE if first else self.counts_CLE
-        return counts_CLE[_chosen(phase, part)].sum(axis=0)  # type: ignore[no-any-return]
+        return counts_CLE[_chosen(phase, part)].sum(axis=0)
 
     def tokens(self, phase: str = "all", *, part: int | None = None) -> NDArray[np.int64]:
         """[L]: rows with an expert at that layer."""
-        return self.tokens_CL[_chosen(phase, part)].sum(axis=0)  # type: ignore[no-any-return]
+        return self.tokens_CL[_chosen(phase, part)].sum(axis=0)
 
     def table(self) -> pd.DataFrame:
         """One row per phase, choices (all k, or the first) and layer."""
         frames = [
-            layer_statistics(
-                self.counts(phase, first=choices == "first"), self.plan.card
-            ).assign(phase=phase, choices=choices, tokens=self.tokens(phase))
+            layer_statistics(self.counts(phase, first=choices == "first"), self.plan.card).assign(
+                phase=phase, choices=choices, tokens=self.tokens(phase)
+            )
             for phase in self.plan.phases
             for choices in CHOICES
         ]

@@ -1,7 +1,7 @@
 """From one layer to a later one, and from one token to the next: joint counts, and what they tell in bits.
 
-Counts are kept whole, for train and test requests apart, so that whoever scores a guess can fit on one part. Requests that
-repeat an earlier one are left out. It knows no predictor. L layers, E experts, H horizons, C row classes.
+Counts are kept whole, for train and test requests apart, so that whoever scores a guess can fit on one part. Requests
+that repeat an earlier one are left out. It knows no predictor. L layers, E experts, H horizons, C row classes.
 """
 
 from __future__ import annotations
@@ -97,28 +97,35 @@ class Transitions:
 
     def _sum(self, arrays: list[Any], horizon: int, phase: str, part: int | None) -> NDArray[Any]:
         chosen = arrays[self.horizons.index(horizon)][_chosen(phase, part)]
-        return chosen[0] if len(chosen) == 1 else chosen.sum(axis=0)  # type: ignore[no-any-return]
+        total: NDArray[Any] = chosen[0] if len(chosen) == 1 else chosen.sum(axis=0)
+        return total
 
     def table(self) -> pd.DataFrame:
         """One row per phase, horizon and layer pair that any token went through."""
         cells = [(phase, horizon) for phase in self.plan.phases for horizon in self.horizons]
-        return pd.concat([self._rows(phase, horizon) for phase, horizon in cells], ignore_index=True)
+        return pd.concat(
+            [self._rows(phase, horizon) for phase, horizon in cells], ignore_index=True
+        )
 
     def _rows(self, phase: str, horizon: int) -> pd.DataFrame:
         joint_LEE = self.joint(horizon, phase)
-        margins = [f(horizon, phase) for f in (self.here, self.there, self.tokens)]
-        rows = informed_rows(joint_LEE, *margins, (self.plan.seed, horizon, len(phase)))
+        here_LE, there_LE = self.here(horizon, phase), self.there(horizon, phase)
+        tokens_L, seed = self.tokens(horizon, phase), (self.plan.seed, horizon, len(phase))
+        rows = informed_rows(joint_LEE, here_LE, there_LE, tokens_L, seed)
         card, layers = self.plan.card, np.arange(len(rows))
         frame = pd.DataFrame(rows).assign(
             phase=phase, horizon=horizon, later_layer=np.array(card.layer_numbers)[layers + horizon]
         )
         frame = frame.assign(**layer_columns(card, layers))
-        return leading(frame[frame.tokens > 0], "phase", "horizon", "layer", "later_layer", "tokens")
+        return leading(
+            frame[frame.tokens > 0], "phase", "horizon", "layer", "later_layer", "tokens"
+        )
 
     def sparse(self) -> pd.DataFrame:
         """The counts themselves: a row per horizon, layer and pair of experts that ever met."""
         return pd.concat(
-            [sparse_rows(self, horizon, self.plan.card) for horizon in self.horizons], ignore_index=True
+            [sparse_rows(self, horizon, self.plan.card) for horizon in self.horizons],
+            ignore_index=True,
         )
 
 
@@ -135,7 +142,9 @@ class NextTokens:
         self.there_CLE = np.zeros(shape[:3], np.int64)
         self.tokens_CL = np.zeros(shape[:2], np.int64)
         self.first_changes_CL = np.zeros(shape[:2], np.int64)
-        self.shared_CLK = np.zeros((4, card.n_layers, card.top_k + 1), np.int64)  # tokens by overlap
+        self.shared_CLK = np.zeros(
+            (4, card.n_layers, card.top_k + 1), np.int64
+        )  # tokens by overlap
 
     def add(self, batch: Batch) -> None:
         class_T = _classes(batch)[1:]  # of the later token
@@ -170,20 +179,25 @@ class NextTokens:
     def table(self) -> pd.DataFrame:
         """One row per phase (of the later token) and layer.
 
-        repeat_rate: share of a token's choices that the token before made too. transition_rate: share of the S - 1 steps
-        of a request at which the first choice changes; persistence is the rest.
+        repeat_rate: share of a token's choices that the token before made too. transition_rate: share of the S - 1
+        steps of a request at which the first choice changes; persistence is the rest.
         """
         return pd.concat([self._rows(phase) for phase in self.plan.phases], ignore_index=True)
 
     def _rows(self, phase: str) -> pd.DataFrame:
         chosen = _chosen(phase, None)
-        arrays = [a[chosen].sum(axis=0) for a in (self.joint_CLEE, self.here_CLE, self.there_CLE)]
+        here_LE, there_LE = self.here_CLE[chosen].sum(axis=0), self.there_CLE[chosen].sum(axis=0)
         tokens_L = self.tokens_CL[chosen].sum(axis=0)
-        rows = informed_rows(*arrays, tokens_L, (self.plan.seed, 0, len(phase)))
+        joint_LEE = self.joint_CLEE[chosen].sum(axis=0)
+        rows = informed_rows(
+            joint_LEE, here_LE, there_LE, tokens_L, (self.plan.seed, 0, len(phase))
+        )
         shared_LK = self.shared_CLK[chosen].sum(axis=0)
         changed_L = self.first_changes_CL[chosen].sum(axis=0)
         frame = pd.DataFrame(rows).assign(**layer_columns(self.plan.card, np.arange(len(rows))))
-        frame = frame.assign(phase=phase, **_repeats(shared_LK, changed_L, arrays[1], arrays[2], tokens_L))
+        frame = frame.assign(
+            phase=phase, **_repeats(shared_LK, changed_L, here_LE, there_LE, tokens_L)
+        )
         return leading(frame[frame.tokens > 0], "phase", "layer", "tokens", *REPEATS)
 
     def repeat_rate(self) -> float:
@@ -192,7 +206,14 @@ class NextTokens:
         return float(rates.mean()) if len(rates) else float("nan")
 
 
-REPEATS = ("repeat_rate", "expected_repeat", "transition_rate", "persistence", "jaccard", "same_set")
+REPEATS = (
+    "repeat_rate",
+    "expected_repeat",
+    "transition_rate",
+    "persistence",
+    "jaccard",
+    "same_set",
+)
 
 
 def _repeats(
@@ -260,8 +281,8 @@ def sparse_rows(counted: Transitions, horizon: int, card: ModelCard) -> pd.DataF
 def _check_bytes(n_bytes: int, card: ModelCard) -> None:
     if n_bytes > MOST_BYTES:
         raise MissingData(
-            f"pair counts of {card.n_experts} experts in {card.n_layers} layers would take {n_bytes / 1e9:.1f} GB, more "
-            f"than {MOST_BYTES / 1e9:.1f}; fewer analyze.horizons need less"
+            f"pair counts of {card.n_experts} experts in {card.n_layers} layers would take {n_bytes / 1e9:.1f} GB, "
+            f"more than {MOST_BYTES / 1e9:.1f}; fewer analyze.horizons need less"
         )
 
 

@@ -51,7 +51,9 @@ def _origin(found: Findings, card: ModelCard, provenance: Provenance) -> Iterato
     yield f"{provenance.kind.capitalize()} routing, source {provenance.source}; {shape}."
     if found.plan is not None:
         survey, split = found.plan.survey, found.plan.split
-        phases = f"{survey.decode_rows:,} of them generated" if survey.decode_rows else "all of prompts"
+        phases = (
+            f"{survey.decode_rows:,} of them generated" if survey.decode_rows else "all of prompts"
+        )
         yield f"{survey.executed_rows:,} tokens of {len(survey.request_R):,} requests, {phases}."
         how = {
             "requests": f"Guesses are learnt on some requests and scored on {len(split.test_requests):,} others.",
@@ -71,7 +73,7 @@ def _findings(found: Findings, card: ModelCard, numbers: Numbers) -> Iterator[st
 
 def _use(found: Findings, card: ModelCard, numbers: Numbers) -> str:
     rows = _where(found.tables["statistics"], phase="all", choices="all")
-    busiest = rows.loc[rows.max_over_mean.idxmax()]
+    busiest = rows.sort_values("max_over_mean").iloc[-1]
     return (
         f"**Use**: the busiest expert of a layer takes {rows.max_over_mean.mean():.2f} times its even share on average "
         f"({busiest.max_over_mean:.1f} times in layer {busiest.layer}); half of the choices go to "
@@ -138,13 +140,13 @@ def _cache(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "lru_hit_rate_25" not in numbers:
         return None
     return (
-        f"**Cache**: with room for a quarter of every layer's experts ({card.n_experts // 4} of {card.n_experts}) LRU hits "
-        f"{_share(numbers['lru_hit_rate_25'])} of the accesses, and no policy that loads what it needs hits more than "
-        f"{_share(numbers['optimal_hit_rate_25'])}. {_ninety(found, card)}"
+        f"**Cache**: with room for a quarter of every layer's experts ({card.n_experts // 4} of {card.n_experts}) LRU "
+        f"hits {_share(numbers['lru_hit_rate_25'])} of the accesses, and no policy that loads only on demand hits more "
+        f"than {_share(numbers['optimal_hit_rate_25'])}. {_ninety(found)}"
     )
 
 
-def _ninety(found: Findings, card: ModelCard) -> str:
+def _ninety(found: Findings) -> str:
     if "cache_for_90" not in found.tables:
         return ""
     rows = _where(found.tables["cache_for_90"], phase="all")
@@ -152,8 +154,14 @@ def _ninety(found: Findings, card: ModelCard) -> str:
     for policy, column in (("LRU", "lru_capacity"), ("the optimum", "optimal_capacity")):
         reached = rows[column].dropna()
         never = len(rows) - len(reached)
-        words = f"{reached.mean():.1f} experts a layer for {policy}" if len(reached) else f"no size for {policy}"
-        parts.append(words + (f" ({never} layers never reach it)" if never and len(reached) else ""))
+        words = (
+            f"{reached.mean():.1f} experts a layer for {policy}"
+            if len(reached)
+            else f"no size for {policy}"
+        )
+        parts.append(
+            words + (f" ({never} layers never reach it)" if never and len(reached) else "")
+        )
     return f"To hold 90 % takes {' and '.join(parts)} (means over layers)."
 
 
@@ -176,8 +184,8 @@ def _drift(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     table = found.tables["drift"]
     return (
         f"**Drift**: a {1 / table.slice.nunique():.1%} slice of the trace differs from the rest by "
-        f"{table.divergence.mean():.3f} bits (Jensen-Shannon) on average, where draws from one popularity would differ by "
-        f"{table.divergence_even.mean():.3f}."
+        f"{table.divergence.mean():.3f} bits (Jensen-Shannon) on average, where draws from one popularity would differ "
+        f"by {table.divergence_even.mean():.3f}."
     )
 
 
@@ -186,7 +194,11 @@ def _balance(found: Findings, card: ModelCard, numbers: Numbers) -> str:
     over, under = int(health.overused.sum()), int(health.underused.sum())
     dead, unused = int(health.dead_experts.sum()), int(health.unused_experts.sum())
     total = card.n_layers * card.n_experts
-    silent = f"; {unused} were never used, and {dead} of them can be called dead" if unused else "; every one was used"
+    silent = (
+        f"; {unused} were never used, and {dead} of them can be called dead"
+        if unused
+        else "; every one was used"
+    )
     return f"**Balance**: of {total:,} experts {over} are overused and {under} underused beyond chance{silent}."
 
 
@@ -195,8 +207,8 @@ def _together(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
         return None
     rows = found.tables["coactivation_summary"]
     return (
-        f"**Together**: {int(rows.pairs_significant.sum()):,} of {int(rows.pairs_possible.sum()):,} pairs of experts of "
-        f"one layer are chosen together more or less often than chance, in both halves of the requests."
+        f"**Together**: {int(rows.pairs_significant.sum()):,} of {int(rows.pairs_possible.sum()):,} pairs of experts "
+        f"of one layer are chosen together more or less often than chance, in both halves of the requests."
     )
 
 
@@ -243,21 +255,30 @@ def _router(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "router" not in found.tables:
         return None
     rows = _where(found.tables["router"], phase="all")
-    text = f"**Router**: its first choice has {_share(rows.confidence_mean.mean())} of the weight on average ({rows.level.iloc[0]})"
+    confidence, level = rows.confidence_mean.mean(), rows.level.iloc[0]
+    text = (
+        f"**Router**: its first choice has {_share(confidence)} of the weight on average ({level})"
+    )
     if rows.switch_loss.notna().any():
-        text += f"; the balancing loss is {rows.switch_loss.mean():.3f} per layer, where 1 is balance"
+        text += (
+            f"; the balancing loss is {rows.switch_loss.mean():.3f} per layer, where 1 is balance"
+        )
     return text + "."
 
 
 def _template(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
-    if found.plan is None or not found.plan.split.is_template_DP.any() or "recall_summary" not in found.tables:
+    if (
+        found.plan is None
+        or not found.plan.split.is_template_DP.any()
+        or "recall_summary" not in found.tables
+    ):
         return None
     rows = found.tables["recall_summary"]
     rows = rows[(rows.horizon == rows.horizon.min()) & (rows.predictor == "markov")]
     parts = rows.set_index("part").recall_at_k
     return (
-        f"**Template**: {int(found.plan.split.is_template_DP.sum())} positions hold a text that the requests share; counts "
-        f"hold {_share(parts['template'])} of the choices there and {_share(parts['new_text'])} everywhere else."
+        f"**Template**: {int(found.plan.split.is_template_DP.sum())} positions hold a text that the requests share; "
+        f"counts hold {_share(parts['template'])} of the choices there and {_share(parts['new_text'])} everywhere else."
     )
 
 
@@ -291,8 +312,8 @@ def _doubts(found: Findings, card: ModelCard, provenance: Provenance) -> Iterato
     if len(even) and card.top_k < card.n_experts:
         layers = ", ".join(map(str, even.layer[:8]))
         yield (
-            f"layers {layers}{' ...' if len(even) > 8 else ''}: use is more even than chance would make it; a logger that "
-            "writes ranks instead of choices does that"
+            f"layers {layers}{' ...' if len(even) > 8 else ''}: use is more even than chance would make it; a logger "
+            "that writes ranks instead of choices does that"
         )
     collapsed = health[health.is_collapsed.astype(bool)]
     if len(collapsed):

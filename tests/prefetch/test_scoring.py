@@ -72,7 +72,11 @@ def test_a_template_of_one_domain_is_none_of_another():
     block = trace_of(CARD, ids.reshape(-1, 3, 2), request_T=one.request_T, domain="a")
     found.add(RoutingTrace(**{**vars(block), "domains": ("a", "b")}))
     other = trace([30] * 8, seed=1, domain="b")
-    moved = {"domains": ("a", "b"), "domain_T": other.domain_T + 1, "request_T": other.request_T + 8}
+    moved = {
+        "domains": ("a", "b"),
+        "domain_T": other.domain_T + 1,
+        "request_T": other.request_T + 8,
+    }
     found.add(RoutingTrace(**{**vars(other), **moved}))
     is_template_DP = found.split(0.7, 0).is_template_DP
     assert is_template_DP.sum(axis=1).tolist() == [5, 0, 0]

@@ -13,7 +13,9 @@ from prefetch.scoring import TEST, TRAIN
 from prefetch.trace.routing import RoutingTrace
 
 
-def scored(trace: RoutingTrace, horizons: tuple[int, ...] = (1,), max_rows: int = 1 << 16) -> Recall:
+def scored(
+    trace: RoutingTrace, horizons: tuple[int, ...] = (1,), max_rows: int = 1 << 16
+) -> Recall:
     plan = plan_of(trace)
     usage, counted = Usage(plan), Transitions(plan, horizons)
     accumulate(trace, plan, [usage, counted], max_rows=max_rows)
@@ -77,7 +79,9 @@ def by_hand(trace: RoutingTrace, plan: Plan, horizon: int) -> dict[str, np.ndarr
         }
         for name, score in scores.items():
             guess = np.argsort(-score[test].round(6), axis=1, kind="stable")[:, :K]
-            recalls[name].append(np.take_along_axis(there[test], guess, axis=1).sum() / there[test].sum())
+            recalls[name].append(
+                np.take_along_axis(there[test], guess, axis=1).sum() / there[test].sum()
+            )
     return {name: np.array(values) for name, values in recalls.items()}
 
 
@@ -88,7 +92,9 @@ def test_recall_is_that_of_plain_sorting(name, horizon):
     recall = scored(trace, (1, 3))
     for predictor, want in by_hand(trace, recall.plan, horizon).items():
         got = recall.recall(predictor, horizon, trace.card.top_k)
-        assert got == pytest.approx(want, abs=2e-3), predictor  # float32 sums order near ties otherwise
+        assert got == pytest.approx(want, abs=2e-3), (
+            predictor
+        )  # float32 sums order near ties otherwise
 
 
 def test_a_chain_is_predicted_and_its_shuffled_counts_are_not():
@@ -112,7 +118,9 @@ def test_the_control_is_the_recall_of_really_permuted_rows():
     for seed in range(8):
         ids = trace.ids_TLK.copy()
         ids[:, 1] = ids[np.random.default_rng(seed).permutation(len(ids)), 1]
-        permuted.append(scored(RoutingTrace(**{**vars(trace), "ids_TLK": ids})).recall("markov", 1, 3)[0])
+        permuted.append(
+            scored(RoutingTrace(**{**vars(trace), "ids_TLK": ids})).recall("markov", 1, 3)[0]
+        )
     assert control[0] == pytest.approx(np.mean(permuted), abs=4 * np.std(permuted) + 0.003)
 
 

@@ -123,7 +123,11 @@ def test_classes_add_up_and_the_first_choice_is_that_of_the_largest_weight():
     trace = random_trace()
     weights = np.random.default_rng(1).random(trace.ids_TLK.shape).astype(np.float16)
     trace = trace_of(
-        trace.card, trace.ids_TLK, request_T=trace.request_T, phase_T=trace.phase_T, weights_TLK=weights
+        trace.card,
+        trace.ids_TLK,
+        request_T=trace.request_T,
+        phase_T=trace.phase_T,
+        weights_TLK=weights,
     )
     plan = plan_of(trace)
     usage = Usage(plan)
