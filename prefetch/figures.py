@@ -6,18 +6,17 @@ user's own matplotlib settings. N lines, P points, E bars.
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis as DrawnAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
@@ -29,9 +28,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.transforms import Bbox, ScaledTranslation
 from numpy.typing import ArrayLike, NDArray
 
 # Okabe and Ito's eight (2008): told apart by every kind of colour vision
@@ -44,15 +42,15 @@ FEW_POINTS = 16
 UNDER_LABELS = 0.42  # inches from the axes to a legend under them
 MOST_CELLS = 256  # in a row; more are too thin for pixels, and their mean is shown
 DPI = 120
+Dash = Literal["-", "--", ":", "none"]
 PAD = 0.08  # inches round what stands above and below the panels
 BAND = 0.18  # opacity
 MOST_LABELS = 12  # on one axis
 ROUND = (1, 2, 2.5, 5, 10)  # ticks are multiples of these
 LONGEST_NAME = 15  # characters of a name on an axis
 HOUSE = {
-    "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8,
+    "font.size": 7,
     "text.parse_math": False,  # names come from users and may hold a dollar sign
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -60,16 +58,12 @@ HOUSE = {
     "axes.labelsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
     "legend.fontsize": 8,
     "legend.frameon": False,
     "figure.dpi": DPI,
     "svg.fonttype": "none",
     "svg.hashsalt": "expert-prefetch",
 }
-
-Dash = Literal["-", "--", ":", "none"]
 
 
 @dataclass(frozen=True)
@@ -171,6 +165,9 @@ class Lines:
             level(mark.value, color=GREY, linestyle=mark.dash, linewidth=0.9, zorder=1.5)
         for line in self.lines:
             _paint_line(axes, line)
+        if self.y.low is not None:  # leaves air above the data, not only below
+            axes.dataLim.update_from_data_y(np.array([self.y.low]), ignore=False)
+            axes.autoscale_view()
         axes.set(title=plain(self.title), xlabel=plain(self.x.label), ylabel=plain(self.y.label))
         axes.set(xlim=(self.x.low, self.x.high), ylim=(self.y.low, self.y.high))
         _paint_ticks(axes.xaxis, self.x, upright=max(map(len, self.x.names), default=0) > 3)
@@ -194,8 +191,8 @@ class Bars(Lines):
         kind_E, n = np.asarray(self.kind_E), len(self.heights_E)
         edges = (np.arange(n)[:, None] + [-0.4, 0.4]).ravel()
         for kind in self.kinds:  # one shape each: hundreds take long to draw
-            steps = np.zeros(2 * n - 1)
-            steps[::2] = np.where(kind_E == kind.label, self.heights_E, 0)
+            steps = np.full(2 * n - 1, np.nan)
+            steps[::2] = np.where(kind_E == kind.label, self.heights_E, np.nan)
             axes.stairs(steps, edges, fill=True, color=kind.colour, linewidth=0)
         super().paint(axes)
 
@@ -212,21 +209,17 @@ class HeatMap(Lines):
         blur = "nearest" if max(self.values.shape) <= MOST_CELLS else "auto"
         shades, norm = self.colours.shades, self.colours.norm
         axes.imshow(self.values, cmap=shades, norm=norm, interpolation=blur, aspect="auto")
-        for cut in self.cuts:
-            axes.axvline(cut, color=GREY, linewidth=0.4)
-            axes.axhline(cut, color=GREY, linewidth=0.4)
+        for cut, line in itertools.product(self.cuts, (axes.axvline, axes.axhline)):
+            line(cut, color=BLACK, linewidth=0.6)
         axes.spines[:].set_visible(True)
         super().paint(axes)
 
 
 def graded(x_P: ArrayLike, y_NP: NDArray[Any], colours: Colours) -> list[Line]:
     """Many lines of one kind, told apart by the shade of their place: a colour bar stands for their legend."""
-    shades = colours.shades(np.linspace(0, 1, len(y_NP)))
     dots = None if len(y_NP) <= 8 else False
-    return [
-        Line(x_P, y_P, "", to_hex(shade), dots=dots, width=0.9)
-        for y_P, shade in zip(y_NP, shades, strict=True)
-    ]
+    shades = [to_hex(shade) for shade in colours.shades(np.linspace(0, 1, len(y_NP)))]
+    return [Line(x_P, y, "", c, dots=dots, width=0.9) for y, c in zip(y_NP, shades, strict=True)]
 
 
 def draw(
@@ -255,7 +248,7 @@ def draw(
 
 
 def compose(
-    figure: Figure, places: Sequence[Axes], panels: Sequence[Lines], title: str, note: str
+    figure: Figure, places: list[Axes], panels: Sequence[Lines], title: str, note: str
 ) -> None:
     """Title above, panels, then the shared legend and the note below, each in a strip of its own."""
     for axes, panel in zip(places, panels, strict=True):
@@ -268,12 +261,14 @@ def compose(
     above, key_height, below = (_inches(part) for part in (heading, legend, foot))
     whole = height + above + key_height + below
     figure.set_size_inches(width, whole)
-    heading.set_position((PAD / width, 1 - PAD / whole))
-    foot.set_position((PAD / width, PAD / whole))
+    heading.set(x=PAD / width, y=1 - PAD / whole)
+    foot.set(x=PAD / width, y=PAD / whole)
     if legend is not None:
         legend.set_bbox_to_anchor((0.5, (below + PAD) / whole), figure.transFigure)
     room = (0.0, (below + key_height) / whole, 1.0, height / whole)
     ConstrainedLayoutEngine(rect=room, w_pad=0.06, h_pad=0.06).execute(figure)
+    for axes in figure.axes:  # the layout's last digits differ from run to run
+        axes.set_position(Bbox(axes.get_position(original=True).get_points().round(6)))
 
 
 def write(figure: Figure, stem: Path) -> list[Path]:
@@ -282,58 +277,52 @@ def write(figure: Figure, stem: Path) -> list[Path]:
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     for image in figure.findobj(AxesImage):
         image.set_interpolation("none")  # the matrix itself, not what 72 dots per inch leave of it
-    canvas = FigureCanvasSVG(figure)
-    canvas.print_svg(svg, metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     return [svg, png]
 
 
 def plain(text: str) -> str:
     """One line, with a box for every character that the font lacks."""
-    known, words = _characters(), " ".join(text.split())
-    return "".join(c if c.isprintable() and ord(c) in known else "\u25a1" for c in words)
+    font, words = get_font(findfont("DejaVu Sans")), " ".join(text.split())
+    has = {c: c.isprintable() and font.get_char_index(ord(c)) for c in set(words)}
+    return "".join(c if has[c] else "\u25a1" for c in words)
 
 
-@cache
-def _characters() -> frozenset[int]:
-    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
-
-
-def _inches(part: Text | Legend | None) -> float:
+def _inches(part: Any) -> float:
     """How high a strip it needs; the layout of the panels need not think of it."""
-    if part is None or (isinstance(part, Text) and not part.get_text()):
+    if part is None:
         return 0.0
     part.set_in_layout(False)
-    return part.get_window_extent().height / DPI + 1.5 * PAD
+    return float(part.get_window_extent().height / DPI + 1.5 * PAD)
 
 
 def _paint_line(axes: Axes, line: Line) -> None:
-    x, y = np.asarray(line.x), np.asarray(line.y, float)
+    is_short = np.size(line.y) <= FEW_POINTS
     if line.low is not None and line.high is not None:
-        axes.fill_between(x, line.low, line.high, color=line.colour, alpha=BAND, linewidth=0)
+        axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=BAND, linewidth=0)
     axes.plot(
-        x,
-        y,
+        line.x,
+        line.y,
         color=to_rgba(line.colour, line.alpha),
         linestyle=line.dash,
         linewidth=line.width,
         drawstyle="steps-mid" if line.steps else "default",
-        marker="o" if line.dots or (line.dots is None and len(y) <= FEW_POINTS) else "none",
+        marker="o" if line.dots or (line.dots is None and is_short) else "none",
         markersize=3.0,
         markeredgewidth=0,
         markerfacecolor=line.colour,
     )
 
 
-def _paint_ticks(axis: DrawnAxis, wanted: Axis, upright: bool = False) -> None:
+def _paint_ticks(axis: Any, wanted: Axis, upright: bool = False) -> None:
     if wanted.names:
         places = thinned(wanted.names)
         names = [_shortened(wanted.names[place]) for place in places]
         axis.set_ticks(places, names, rotation=90 if upright else 0)
     else:
         axis.set_major_locator(MaxNLocator(7, steps=ROUND, integer=wanted.whole, min_n_ticks=1))
-        formatter = ScalarFormatter(useOffset=False)
-        formatter.set_scientific(False)
-        axis.set_major_formatter(formatter)
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))
+        axis.get_major_formatter().set_scientific(False)
 
 
 def thinned(names: Sequence[str], most: int = MOST_LABELS) -> list[int]:
@@ -346,8 +335,7 @@ def thinned(names: Sequence[str], most: int = MOST_LABELS) -> list[int]:
 
 
 def _shortened(name: str) -> str:
-    name = plain(name)
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    return plain(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…")
 
 
 def _paint_colour_bars(figure: Figure, places: Sequence[Axes], panels: Sequence[Lines]) -> None:
@@ -376,13 +364,11 @@ def _lie_together(group: Sequence[Axes], places: Sequence[Axes]) -> bool:
     return int(within.all(axis=1).sum()) == len(group)
 
 
-def _paint_legends(
-    figure: Figure, places: Sequence[Axes], panels: Sequence[Lines]
-) -> Legend | None:
+def _paint_legends(figure: Figure, places: Sequence[Axes], panels: Sequence[Lines]) -> Any:
     """One under all panels; where one look means two things, what only one panel has stands under that one."""
     often = Counter(key for panel in panels for key in panel.keys)
     looks = {(key.colour, key.dash, key.shape == "bar") for key in often}
-    shared = [key for key, times in often.items() if times > 1 or len(looks) == len(often)]
+    shared = [key for key in often if often[key] > 1 or len(looks) == len(often)]
     for axes, panel in zip(places, panels, strict=True):
         if own := [key for key in panel.keys if key not in shared]:
             under = axes.transAxes + ScaledTranslation(0, -UNDER_LABELS, figure.dpi_scale_trans)
@@ -412,5 +398,5 @@ def _handle(key: Key) -> Any:
 
 
 def _wrap(text: str, width: float, size: float) -> str:
-    """Lines that fit the width in inches: a character of the font is about 0.62 of its size wide."""
-    return "\n".join(textwrap.wrap(plain(text), max(20, int(width * 72 / (0.62 * size)))))
+    """Lines that fit the width in inches: a character of the font is at most 0.68 of its size wide, by and large."""
+    return "\n".join(textwrap.wrap(plain(text), max(20, int(width * 72 / (0.68 * size)))))

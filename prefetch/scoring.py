@@ -135,14 +135,16 @@ class Survey:
         return np.array(repeated, np.int64)
 
     def template(self) -> NDArray[np.bool_]:
-        """[domain, position]: do neighbouring requests agree there, and do most of them reach so far?"""
+        """[domain, position]: do neighbouring requests agree there, and do most of them reach so far?
+
+        Where they agree at every position there is no template but a router that hardly varies.
+        """
         is_template_DP = np.zeros((len(self.domains) + 1, TEMPLATE_POSITIONS), bool)
         for domain, (shared_P, of_P, pairs_P) in self._agreement.items():
             most = self.domain_R.count(domain) - 1
             enough_P = (pairs_P >= TEMPLATE_PAIRS) & (2 * pairs_P >= most)
-            is_template_DP[domain] = enough_P & (
-                shared_P >= TEMPLATE_AGREEMENT * np.maximum(of_P, 1)
-            )
+            agree_P = enough_P & (shared_P >= TEMPLATE_AGREEMENT * np.maximum(of_P, 1))
+            is_template_DP[domain] = agree_P & (agree_P != enough_P).any()
         return is_template_DP
 
     def split(self, train_share: float, seed: int) -> Split:

@@ -28,6 +28,7 @@ from analysis.routing.batch import (
     plan_of,
 )
 from analysis.routing.statistics import leading
+from analysis.routing.sums import ratio
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
 
@@ -189,7 +190,7 @@ class _Compared:
         variance_LN = expected_LN * absent_LE[:, one_N] * absent_LE[:, other_N]
         z_LN = z_values(count_LN, expected_LN, variance_LN)
         p_LN = np.where(expected_LN >= ENOUGH, erfc(np.abs(z_LN) / np.sqrt(2)), np.nan)
-        lift_LN = lift_of(count_LN, expected_LN)
+        lift_LN = ratio(count_LN, expected_LN)
         return cls(count_LN, expected_LN, lift_LN, z_LN, q_values(p_LN))
 
 
@@ -229,11 +230,6 @@ def factors(partners_LE: NDArray[Any]) -> NDArray[np.float64]:
     return np.where(partners_LE > 0, x_LE, 0.0)
 
 
-def lift_of(count: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
-    """How many times chance; NaN where chance gives none."""
-    return np.divide(count, expected, out=np.full(expected.shape, np.nan), where=expected > 0)
-
-
 def z_values(
     count: NDArray[Any], expected: NDArray[Any], variance: NDArray[Any]
 ) -> NDArray[np.float64]:
@@ -262,7 +258,7 @@ def _agreed(train: _Compared, test: _Compared) -> NDArray[np.bool_]:
 def _strength(all_: _Compared) -> NDArray[np.float64]:
     """Mean |log2 lift|, every pair as often as it was chosen; NaN where none was."""
     bits_LN = np.abs(np.log2(all_.lift_LN, out=np.zeros(all_.z_LN.shape), where=all_.count_LN > 0))
-    return lift_of((bits_LN * all_.count_LN).sum(axis=1), all_.count_LN.sum(axis=1).astype(float))
+    return ratio((bits_LN * all_.count_LN).sum(axis=1), all_.count_LN.sum(axis=1))
 
 
 def _where(is_known: Any, values: NDArray[Any]) -> Any:

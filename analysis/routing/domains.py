@@ -8,7 +8,6 @@ D domains, L layers, E experts, K choices, R sampled requests, C = 2 * part + te
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,18 +28,17 @@ from analysis.routing.batch import (
     layer_columns,
     plan_of,
 )
-from analysis.routing.coactivation import lift_of, q_values
+from analysis.routing.coactivation import q_values
 from analysis.routing.pairs import SKIP, count_pairs
-from analysis.routing.recall import SMOOTHING
+from analysis.routing.recall import smoothed
 from analysis.routing.statistics import entropy_bits
+from analysis.routing.sums import ratio
 from prefetch.errors import MissingData
 from prefetch.scoring import LEFT_OUT, TEST, TRAIN
 
 MOST_REQUESTS = 4000  # whose usage is kept one by one
-MOST_BYTES = 400_000_000  # of pair counts
-SCORED_ROWS = (
-    8192  # test rows per domain that transitions are scored on: a third of a per cent of recall
-)
+MOST_BYTES = 400_000_000  # of pair counts and the chances made of them
+SCORED_ROWS = 4096  # test rows per domain to score transitions on: recall to tenths of a per cent
 FOLDS = 5
 SHUFFLES = 5
 WILSON_Z = 1.959964  # 95 %
@@ -84,7 +82,7 @@ class Domains:
     def _carried(self) -> int:
         """Of how many domains the transitions can be kept."""
         card, n = self.plan.card, len(self.kept)
-        each = 4 * max(1, card.n_layers - 1) * card.n_experts**2
+        each = 8 * max(1, card.n_layers - 1) * card.n_experts**2
         fit = min(n, MOST_BYTES // each)
         if fit < n:
             self.notes.append(
@@ -150,14 +148,14 @@ class Domains:
     def usage(self) -> pd.DataFrame:
         """One row per domain, layer and expert that it used; `share` is of the domain's choices at that layer."""
         count_DLE = self.usage_CDLE.sum(axis=0)
-        total_DLE = np.broadcast_to(count_DLE.sum(axis=2, keepdims=True), count_DLE.shape)
+        share_DLE = ratio(count_DLE, count_DLE.sum(axis=2, keepdims=True))
         domain, layer, expert = np.nonzero(count_DLE)
         columns = {
             "domain": np.array(self.domains)[domain],
             **layer_columns(self.plan.card, layer),
             "expert": expert.astype(np.uint16),
             "count": count_DLE[domain, layer, expert],
-            "share": lift_of(count_DLE, total_DLE)[domain, layer, expert],
+            "share": share_DLE[domain, layer, expert],
         }
         return pd.DataFrame(columns)
 
@@ -183,9 +181,7 @@ class Domains:
             "count": used_LE[layer, expert],
             "domain": np.array(self.domains)[best_LE[layer, expert]],
             "lift": lift_DLE.max(axis=0)[layer, expert],
-            "specialisation": lift_of(told_LE, np.broadcast_to(most_L[:, None], told_LE.shape))[
-                layer, expert
-            ],
+            "specialisation": ratio(told_LE, most_L[:, None])[layer, expert],
             "q_value": q_LE[layer, expert],
         }
         return pd.DataFrame(columns)
@@ -205,7 +201,7 @@ class Domains:
             spread_E = ((count_RE - of_R * share_RE) ** 2).sum(axis=0)
             binomial_E = (of_R * share_RE * (1 - share_RE)).sum(axis=0)
             freedom = (n_requests - n_domains) / n_requests
-            return np.maximum(1, lift_of(spread_E, binomial_E * freedom))
+            return np.maximum(1, ratio(spread_E, binomial_E * freedom))
 
         return np.stack(for_layers(effect, self.usage_RLE.shape[1]))
 
@@ -248,32 +244,29 @@ class Domains:
                 "it takes two of each domain, one to learn from and one to be asked"
             )
         usage_RF = usage_RF.reshape(len(told_R), -1)
-        mixed_R = np.random.default_rng((self.plan.seed, 2)).permutation(domain_R)
+        rng = np.random.default_rng((self.plan.seed, 2))
+        mixed = [rng.permutation(domain_R) for _ in range(SHUFFLES)]
         guesses = {
-            "naive_bayes": (domain_R, self._guess(usage_RF, domain_R)),
-            "majority": (domain_R, np.full(len(domain_R), sizes.argmax())),
-            "shuffled_labels": (mixed_R, self._guess(usage_RF, mixed_R)),
+            "naive_bayes": [(domain_R, self._guess(usage_RF, domain_R))],
+            "majority": [(domain_R, np.full_like(domain_R, sizes.argmax()))],
+            "shuffled_labels": [(mixed_R, self._guess(usage_RF, mixed_R)) for mixed_R in mixed],
         }
-        rows = [{"classifier": name, **_scored(*pair)} for name, pair in guesses.items()]
-        return pd.DataFrame(rows)
+        return pd.DataFrame([{"classifier": name, **_scored(of)} for name, of in guesses.items()])
 
     def _guess(self, usage_RF: NDArray[Any], domain_R: NDArray[np.int64]) -> NDArray[np.int64]:
         """The domain of every request, told by a model that has not seen it."""
-        guess_R = np.empty_like(domain_R)
-        for train, test in self._folds(domain_R):
-            sizes_D = np.bincount(domain_R[train])
-            model = MultinomialNB(class_prior=sizes_D / sizes_D.sum())
+        guess_R, sizes_D = np.empty_like(domain_R), np.bincount(domain_R)
+        usage_DF = _by_domain(usage_RF, domain_R, len(sizes_D))
+        n_folds = min(FOLDS, int(sizes_D.min()))
+        folds = StratifiedKFold(n_folds, shuffle=True, random_state=self.plan.seed)
+        for _, test in folds.split(domain_R, domain_R):
+            known_D = sizes_D - np.bincount(domain_R[test], minlength=len(sizes_D))
+            known_DF = usage_DF - _by_domain(usage_RF[test], domain_R[test], len(sizes_D))
             # the model of a domain's requests is that of their sum: it keeps nothing else of them
-            model.fit(
-                _by_domain(usage_RF[train], domain_R[train], len(sizes_D)), np.arange(len(sizes_D))
-            )
+            model = MultinomialNB(class_prior=known_D / known_D.sum())
+            model.fit(known_DF, np.arange(len(sizes_D)))
             guess_R[test] = model.predict(usage_RF[test].astype(np.float64))
         return guess_R
-
-    def _folds(self, domain_R: NDArray[np.int64]) -> Iterator[tuple[Any, Any]]:
-        n_folds = min(FOLDS, int(np.bincount(domain_R).min()))
-        folds = StratifiedKFold(n_folds, shuffle=True, random_state=self.plan.seed)
-        yield from folds.split(domain_R, domain_R)
 
 
 class DomainTransfer:
@@ -292,10 +285,13 @@ class DomainTransfer:
             )
         n = len(domains.pairs_DLEE)
         self.share = SCORED_ROWS / np.maximum(domains.test_rows_D[:n], 1)
-        self.partners_DLE = domains.pairs_DLEE.sum(axis=3, dtype=np.int64)
+        self.chances = [
+            smoothed(pairs_LEE, train_LE[1:])
+            for pairs_LEE, train_LE in zip(domains.pairs_DLEE, self.train_DLE, strict=False)
+        ]
         shape = (n, n, plan.card.n_layers - 1)
         self.hits_DDL = np.zeros(shape, np.int64)  # [counted on, scored on, earlier layer]
-        self.choices_DL = np.zeros(shape[1:], np.int64)
+        self.choices_DDL = np.zeros(shape, np.int64)
         self.rows_D = np.zeros(n, np.int64)
 
     def add(self, batch: Batch) -> None:
@@ -310,34 +306,26 @@ class DomainTransfer:
 
         def score(layer: int) -> None:
             here_TK, there_TK = batch.ids_LTK[layer, rows], batch.ids_LTK[layer + 1, rows]
-            popular_DE = self.train_DLE[:, layer + 1].astype(np.float32)
-            popular_DE /= np.maximum(popular_DE.sum(axis=1, keepdims=True), 1)
-            _score(
-                here_TK,
-                there_TK,
-                domain_T,
-                batch.nobody,
-                self.domains.pairs_DLEE[:, layer],
-                self.partners_DLE[:, layer],
-                popular_DE,
-                self.hits_DDL[:, :, layer],
-                self.choices_DL[:, layer],
-            )
+            given = here_TK, there_TK, domain_T, batch.nobody
+            for chance_LEE, hits_DL, of_DL in zip(
+                self.chances, self.hits_DDL, self.choices_DDL, strict=True
+            ):
+                _score(*given, chance_LEE[layer], hits_DL[:, layer], of_DL[:, layer])
 
         for_layers(score, len(batch.ids_LTK) - 1)
 
     def merge(self, later: DomainTransfer) -> None:
-        for name in ("hits_DDL", "choices_DL", "rows_D"):
+        for name in ("hits_DDL", "choices_DDL", "rows_D"):
             getattr(self, name).__iadd__(getattr(later, name))
 
     def table(self) -> pd.DataFrame:
         """Recall of k guesses, counted on train requests of one domain, scored on test requests of another.
 
-        Mean over layer pairs. Popularity is scored on all test rows, Markov counts on about 8192 of each domain.
+        Mean over layer pairs. Popularity is scored on all test rows, Markov counts on about 4096 of each domain.
         """
         popular_DDL = _popular_recall(self.train_DLE, self.test_DLE, self.plan.card.top_k)
-        markov_DDL = lift_of(self.hits_DDL, np.broadcast_to(self.choices_DL, self.hits_DDL.shape))
-        markov_DDL[~self.partners_DLE.any(axis=2).any(axis=1)] = np.nan
+        markov_DDL = ratio(self.hits_DDL, self.choices_DDL)
+        markov_DDL[~self.domains.pairs_DLEE.any(axis=(1, 2, 3))] = np.nan
         frames = [
             self._rows("popularity", popular_DDL[:, :, 1:], self.domains.test_rows_D),
             self._rows("markov", markov_DDL, self.rows_D),
@@ -347,7 +335,7 @@ class DomainTransfer:
     def _rows(self, measure: str, recall_DDL: NDArray[Any], rows_D: NDArray[Any]) -> pd.DataFrame:
         known_DDL = ~np.isnan(recall_DDL)
         total_DD = np.where(known_DDL, recall_DDL, 0).sum(axis=2)
-        recall_DD = lift_of(total_DD, known_DDL.sum(axis=2).astype(float))
+        recall_DD = ratio(total_DD, known_DDL.sum(axis=2))
         train, test = np.nonzero(~np.isnan(recall_DD))
         names = np.array(self.domains.domains)
         columns = {
@@ -404,12 +392,13 @@ def _information(
     plugin_L = entropy_bits(count_LD) + entropy_bits(count_LE) - entropy_bits(joint_LC)
     cells_L = (joint_LC > 0).sum(axis=1) - (count_LE > 0).sum(axis=1)
     free_L = cells_L - top_k * ((count_LD > 0).sum(axis=1) - 1)
-    return plugin_L, lift_of(free_L, 2 * np.log(2) * count_LD.sum(axis=1))
+    return plugin_L, ratio(free_L, 2 * np.log(2) * count_LD.sum(axis=1))
 
 
-def _scored(domain_R: NDArray[np.int64], guess_R: NDArray[np.int64]) -> dict[str, float]:
-    """Accuracy with the interval of Wilson (1927)."""
-    n, share, z = len(domain_R), float((domain_R == guess_R).mean()), WILSON_Z
+def _scored(guesses: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> dict[str, float]:
+    """Mean accuracy over guesses of the same requests, with the interval (Wilson 1927) that one guess has."""
+    n, z = len(guesses[0][0]), WILSON_Z
+    share = float(np.mean([domain_R == guess_R for domain_R, guess_R in guesses]))
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     reach = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return {
@@ -417,8 +406,8 @@ def _scored(domain_R: NDArray[np.int64], guess_R: NDArray[np.int64]) -> dict[str
         "low": max(0.0, middle - reach),
         "high": min(1.0, middle + reach),
         "requests": n,
-        "classes": len(np.unique(domain_R)),
-        "balanced_accuracy": float(balanced_accuracy_score(domain_R, guess_R)),
+        "classes": len(np.unique(guesses[0][0])),
+        "balanced_accuracy": float(np.mean([balanced_accuracy_score(*pair) for pair in guesses])),
     }
 
 
@@ -430,7 +419,7 @@ def _popular_recall(
     is_best_DLE = np.zeros(train_DLE.shape, np.int64)
     np.put_along_axis(is_best_DLE, best_DLK, 1, axis=2)
     hits_DDL = np.einsum("ale,ble->abl", is_best_DLE, test_DLE)
-    recall_DDL = lift_of(hits_DDL, np.broadcast_to(test_DLE.sum(axis=2), hits_DDL.shape))
+    recall_DDL = ratio(hits_DDL, test_DLE.sum(axis=2))
     recall_DDL[train_DLE.sum(axis=2)[:, None].repeat(len(test_DLE), 1) == 0] = np.nan
     return recall_DDL
 
@@ -450,45 +439,41 @@ def _count_usage(ids_TK, class_T, domain_T, row_T, nobody, usage_CDE, usage_RE):
 
 
 @njit(cache=True, nogil=True)
-def _score(here_TK, there_TK, domain_T, nobody, pairs_DEE, partners_DE, popular_DE, hits_DD, of_D):  # type: ignore[no-untyped-def]
-    """Of the choices there, how many are among the k best guesses from those here, by every domain's counts."""
+def _score(here_TK, there_TK, domain_T, nobody, chance_EE, hits_D, of_D):  # type: ignore[no-untyped-def]
+    """Of the choices there, how many are among the k best guesses from those here."""
     n_choices = there_TK.shape[1]
-    score_E = np.zeros(pairs_DEE.shape[2], np.float32)
+    score_E = np.zeros(chance_EE.shape[0], np.float32)
     for t in range(here_TK.shape[0]):
-        for d in range(pairs_DEE.shape[0]):
-            if not _guess(here_TK[t], nobody, pairs_DEE[d], partners_DE[d], popular_DE[d], score_E):
-                continue
-            for j in range(n_choices):
-                b = there_TK[t, j]
-                if b != nobody:
-                    of_D[domain_T[t]] += d == 0
-                    hits_DD[d, domain_T[t]] += _rank(score_E, b) < n_choices
+        is_known = False
+        score_E[:] = 0
+        for i in range(n_choices):
+            if here_TK[t, i] != nobody:
+                is_known, chance_E = True, chance_EE[here_TK[t, i]]
+                for e in range(
+                    score_E.shape[0]
+                ):  # spelt out: so it compiles to vector instructions
+                    score_E[e] += chance_E[e]
+        for j in range(n_choices):
+            if is_known and there_TK[t, j] != nobody:
+                of_D[domain_T[t]] += 1
+                hits_D[domain_T[t]] += _is_guessed(score_E, np.int64(there_TK[t, j]), n_choices)
 
 
 @njit(cache=True, nogil=True)
-def _guess(here_K, nobody, pairs_EE, partners_E, popular_E, score_E):  # type: ignore[no-untyped-def]
-    """P[a, b] = (pairs + popularity / 2) / (partners + 1 / 2), added over the experts here; False if there are none."""
-    start, is_known = np.float32(SMOOTHING), False
-    score_E[:] = 0
-    for i in range(here_K.shape[0]):
-        a = here_K[i]
-        if a != nobody:
-            is_known = True
-            weight, pairs_E = np.float32(1) / (np.float32(partners_E[a]) + start), pairs_EE[a]
-            for e in range(len(score_E)):
-                score_E[e] += (np.float32(pairs_E[e]) + start * popular_E[e]) * weight
-    return is_known
-
-
-@njit(cache=True, nogil=True)
-def _rank(score_E, b):  # type: ignore[no-untyped-def]
-    """How many experts are guessed before b; of equal scores the lower id comes first."""
-    before, score = np.int32(0), score_E[b]
-    for e in range(b):
-        before += np.int32(score_E[e] >= score)
-    for e in range(b + 1, len(score_E)):
-        before += np.int32(score_E[e] > score)
-    return before
+def _is_guessed(score_E, b, n_guesses):  # type: ignore[no-untyped-def]
+    """Do fewer than so many come before b? Of equal scores the lower id does."""
+    before, equal, score = np.int32(0), np.int32(0), score_E[b]
+    for e in range(score_E.shape[0]):
+        before = np.int32(
+            before + np.int32(score_E[e] > score)
+        )  # kept at 32 bits: three times as fast
+    if before < n_guesses:
+        for e in range(score_E.shape[0]):
+            equal = np.int32(equal + np.int32(score_E[e] == score))
+        if before + equal > n_guesses:
+            for e in range(b):
+                before += score_E[e] == score
+    return before < n_guesses
 
 
 def _counted(trace: Traceable) -> Domains:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.routing import balance, cache, coactivation, domains, families, gates
+from analysis.routing import balance, cache, coactivation, domains, families, gates, remedies
 from analysis.routing.batch import BATCH_ROWS, Plan, Traceable, accumulate, plan_of
 from analysis.routing.locality import Drift, Gaps, WorkingSets
 from analysis.routing.paths import Paths
@@ -21,6 +21,7 @@ from analysis.routing.recall import Recall
 from analysis.routing.router import RouterStatistics
 from analysis.routing.statistics import Usage, layer_statistics, leading
 from analysis.routing.transitions import NextTokens, Transitions
+from analysis.routing.windows import Windows, capacity_curve
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
 from prefetch.trace.counts import ExpertCounts
@@ -96,7 +97,7 @@ class _Counted:
     working_sets: WorkingSets
     gaps: Gaps
     drift: Drift
-    windows: balance.Windows
+    windows: Windows
     paths: Paths
 
     def all(self) -> list[Any]:
@@ -123,7 +124,7 @@ def _count(
         working_sets=WorkingSets(plan),
         gaps=Gaps(plan),
         drift=Drift(plan),
-        windows=balance.Windows(plan, settings.window_tokens),
+        windows=Windows(plan, settings.window_tokens),
         paths=Paths(plan),
         **parts,
     )
@@ -188,7 +189,7 @@ def tell_balance(
     card: Any,
     settings: Settings,
     *,
-    windows: balance.Windows | None = None,
+    windows: Windows | None = None,
     parts: tuple[Any, Any] | None = None,
 ) -> None:
     """Load and health, from counts alone or with what the windows add."""
@@ -199,12 +200,12 @@ def tell_balance(
         "health", lambda: balance.health(counts_LE, tokens_L, k, card, windows, significance=alpha)
     )
     sets = found.tables.get("working_sets")
-    found.tell("memory", lambda: balance.memory(counts_LE, sets, card))
+    found.tell("memory", lambda: remedies.memory(counts_LE, sets, card))
     if windows is not None and parts is not None:
-        found.tell("capacity_factors", lambda: balance.capacity_curve(windows))
+        found.tell("capacity_factors", lambda: capacity_curve(windows))
         load = found.tables["load"]
-        found.tell("hotspots", lambda: balance.hotspots(load, windows, card))
-        found.tell("remedies", lambda: balance.remedies(*parts, card, windows))
+        found.tell("hotspots", lambda: balance.hotspots(load, windows, card, significance=alpha))
+        found.tell("remedies", lambda: remedies.remedies(*parts, card, windows))
 
 
 def _score(trace: Traceable, plan: Plan, counted: _Counted, found: Findings, max_rows: int) -> None:

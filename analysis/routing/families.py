@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from analysis.routing.batch import Traceable, accumulate, layer_columns, plan_of
-from analysis.routing.coactivation import ENOUGH, SIGNIFICANCE, lift_of, q_values, z_values
+from analysis.routing.coactivation import ENOUGH, SIGNIFICANCE, q_values, z_values
+from analysis.routing.sums import ratio, share_of
 from analysis.routing.transitions import Transitions
 from prefetch.errors import MissingData
 from prefetch.trace.card import ModelCard
@@ -42,9 +43,7 @@ def families(
             f"a family spans {SHORTEST} layers or more; the trace has {card.n_layers}"
         )
     lift_LEE, next_LE = _links(joint_LEE, here_LE, there_LE, tokens_L, min_lift)
-    used_LE = np.concatenate([here_LE, there_LE[-1:]])
-    total_LE = np.broadcast_to(used_LE.sum(axis=1, keepdims=True), used_LE.shape)
-    share_LE = lift_of(used_LE, total_LE)
+    share_LE = share_of(np.concatenate([here_LE, there_LE[-1:]]))
     rows = []
     for family, chain in enumerate(_chains(next_LE)):
         for layer, expert in chain:
@@ -76,7 +75,7 @@ def _links(
     is_tested = expected_LEE >= ENOUGH
     p_LEE = np.where(is_tested, ndtr(-z_LEE), np.nan)  # of meeting more often than by chance
     q_LEE = q_values(p_LEE.reshape(len(p_LEE), -1)).reshape(p_LEE.shape)
-    lift_LEE = lift_of(joint_LEE, expected_LEE)
+    lift_LEE = ratio(joint_LEE, expected_LEE)
     known_LEE = np.where(is_tested, lift_LEE, -np.inf)
     next_LE = known_LEE.argmax(axis=2)
     back_LE = known_LEE.argmax(axis=1)

@@ -24,6 +24,7 @@ from analysis.routing.batch import (
     plan_of,
 )
 from analysis.routing.statistics import entropy_bits
+from analysis.routing.sums import ratio
 
 WINDOWS = (1, 4, 16, 64, 256, 1024)
 SLICES = 32
@@ -36,9 +37,9 @@ LOG2_N = np.array([0, *(n.bit_length() - 1 for n in range(1, 4096))], np.uint8)
 class WorkingSets:
     """How many different experts a layer uses within w rows of one request, over all such windows.
 
-    An expert is missing from the windows that lie between two of its uses, so gaps tell the sum over all windows
-    (Denning and Schwartz 1972). With g the gaps of an expert used in a request of n rows, the way from before the first
-    row and the way to behind the last among them, it is in sum of min(g, w) - min(n + 1, w) windows.
+    An expert is missing from the windows that lie between two of its uses, so gaps tell the sum over all windows (the
+    average footprint of Xiang et al. 2011). With g the gaps of an expert used in a request of n rows, the way from
+    before the first row and the way to behind the last among them, it is in sum of min(g, w) - min(n + 1, w) windows.
     """
 
     def __init__(self, plan: Plan, windows: tuple[int, ...] = WINDOWS) -> None:
@@ -92,7 +93,7 @@ class WorkingSets:
                 "mean_experts": mean,
                 "share": mean / self.plan.card.n_experts,
                 "independent_experts": independent,
-                "ratio": _ratio(mean, independent),
+                "ratio": ratio(mean, independent),
             }
         )
 
@@ -171,10 +172,10 @@ class Gaps:
             {
                 **layer_columns(self.plan.card, layers),
                 "gaps": self.moments_LEM[layers, :, 1].sum(axis=1),
-                "mean_gap": _ratio(sum_LE.sum(axis=1), gaps_LE.sum(axis=1)),
+                "mean_gap": ratio(sum_LE.sum(axis=1), gaps_LE.sum(axis=1)),
                 "burstiness": burstiness_L,
                 "geometric_burstiness": geometric_L,
-                "expected_repeat": _ratio((share_LE**2).sum(axis=1), share_LE.sum(axis=1)),
+                "expected_repeat": ratio((share_LE**2).sum(axis=1), share_LE.sum(axis=1)),
             }
         )
 
@@ -182,13 +183,13 @@ class Gaps:
         """Means over experts, by gaps; NaN where no expert has enough of them."""
         _, gaps_LE, sum_LE, squares_LE = np.moveaxis(self.moments_LEM[layers].astype(float), 2, 0)
         gaps_LE = np.where(gaps_LE >= ENOUGH_GAPS, gaps_LE, 0)
-        mean_LE = np.where(gaps_LE > 0, _ratio(sum_LE, gaps_LE), 1)
-        square_LE = np.where(gaps_LE > 0, _ratio(squares_LE, gaps_LE), 1)
+        mean_LE = np.where(gaps_LE > 0, ratio(sum_LE, gaps_LE), 1)
+        square_LE = np.where(gaps_LE > 0, ratio(squares_LE, gaps_LE), 1)
         spread_LE = np.sqrt(np.maximum(0, square_LE - mean_LE**2)) / mean_LE
         even_LE = np.sqrt(1 - 1 / mean_LE)  # of a geometric distribution with this mean
         total_L = gaps_LE.sum(axis=1)
         means = [
-            _ratio((gaps_LE * (x - 1) / (x + 1)).sum(axis=1), total_L) for x in (spread_LE, even_LE)
+            ratio((gaps_LE * (x - 1) / (x + 1)).sum(axis=1), total_L) for x in (spread_LE, even_LE)
         ]
         return means[0], means[1]
 
@@ -316,7 +317,7 @@ def _count_slices(ids_TK, slice_T, nobody, counts_SE, tokens_S):  # type: ignore
 def _from_others(counts_SE: NDArray[Any]) -> NDArray[np.float64]:
     """Jensen-Shannon divergence of every slice from all the others together, in bits."""
     other_SE = counts_SE.sum(axis=-2, keepdims=True) - counts_SE
-    p_SE, q_SE = (_ratio(c, c.sum(axis=-1, keepdims=True)) for c in (counts_SE, other_SE))
+    p_SE, q_SE = (ratio(c, c.sum(axis=-1, keepdims=True)) for c in (counts_SE, other_SE))
     mixed_S = entropy_bits(p_SE + q_SE)
     return np.maximum(0, mixed_S - (entropy_bits(counts_SE) + entropy_bits(other_SE)) / 2)
 
@@ -324,12 +325,6 @@ def _from_others(counts_SE: NDArray[Any]) -> NDArray[np.float64]:
 def _bounds(batch: Batch) -> NDArray[np.int64]:
     """First row of every request, and the end."""
     return np.append(batch.starts_R, batch.block.n_tokens)
-
-
-def _ratio(above: Any, below: Any) -> NDArray[np.float64]:
-    """NaN where there is nothing."""
-    above, below = np.broadcast_arrays(above, below)
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
 
 
 def working_sets(trace: Traceable, windows: tuple[int, ...] = WINDOWS) -> pd.DataFrame:

@@ -53,7 +53,7 @@ PREDICTORS = {
     "markov": VERMILLION,
     "markov_shuffled": GREY,
 }
-STATES = {"normal": BLUE, "overused": VERMILLION, "underused": SKY}
+STATES = {"balanced": BLUE, "overused": VERMILLION, "underused": SKY}
 MEASURES = (
     ("normalized_entropy", "Normalised entropy", "entropy / log2 E", None),
     ("effective_experts", "Effective experts", "2^entropy (experts)", 0.0),
@@ -113,7 +113,7 @@ def comparative_layer_statistics(statistics: pd.DataFrame, folder: Path, note: s
     rows = _pick(statistics, choices="all")
     layers = Layers.of(rows)
     panels = [
-        Lines(title, layers.axis(), Axis(unit, low=low), lines)
+        Lines(title, layers.axis(), Axis(unit, whole=low is not None, low=low), lines)
         for column, title, unit, low in MEASURES
         if (lines := _by_phase(rows, layers, column))
     ]
@@ -123,7 +123,9 @@ def comparative_layer_statistics(statistics: pd.DataFrame, folder: Path, note: s
         label = f"for {percent} % of choices"
         coverage += _line(layers, whole, f"coverage_{percent}", label, shade)
     if coverage:
-        panels.append(Lines("Coverage", layers.axis(), Axis("fewest experts", low=0), coverage))
+        panels.append(
+            Lines("Coverage", layers.axis(), Axis("fewest experts", whole=True, low=0), coverage)
+        )
     title = "How evenly each layer uses its experts"
     return draw(folder / "comparative_layer_statistics", title, panels, note=note)
 
@@ -176,7 +178,7 @@ def expert_usage_timeline(
         size = ("expert", n_experts), ("slice", int(timeline["slice"].max()) + 1)
         counts_ES = _matrix(layers.rows(timeline, i), *size, "count", 0.0)
         shares.append(100 * _shares(counts_ES, axis=0))
-    colours = _colours(shares, "share of the slice's choices (%)")
+    colours = _colours(shares, "share of slice's choices (%)")
     time = Axis("slice of the trace (in time)", whole=True)
     panels = [
         HeatMap(layers.title(i), time, _experts(), values=share_ES, colours=colours)
@@ -373,7 +375,7 @@ def balance_overview(
     ]
     even = _line(layers, health, "gini", "", BLACK)
     panels = [
-        Lines(title, layers.axis(), Axis(unit, low=low), lines)
+        Lines(title, layers.axis(), Axis(unit, whole=low is not None, low=low), lines)
         for title, unit, low, lines in (
             ("Busiest expert", "use / mean use", None, busiest),
             ("Gini coefficient", "0 = even use", None, even),
@@ -389,7 +391,15 @@ def balance_overview(
         )
         lines = graded(dropped_LF.columns.to_numpy(float), dropped_LF.to_numpy(), shown.colours)
         x, y = Axis("capacity factor"), Axis("dropped choices (%)")
-        panels.append(Lines("If capacity were limited", x, y, lines, colours=shown.colours))
+        panels.append(
+            Lines(
+                "If capacity were limited",
+                x,
+                y,
+                lines,
+                colours=shown.colours if len(lines) > 1 else None,
+            )
+        )
     title, stem = "Balance of the load", folder / "balance_overview"
     return draw(stem, title, panels, columns=2, note=note, panel_size=WIDE)
 

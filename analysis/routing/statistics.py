@@ -23,6 +23,7 @@ from analysis.routing.batch import (
     layer_columns,
     plan_of,
 )
+from analysis.routing.sums import ratio
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import PHASES
 
@@ -155,12 +156,12 @@ def layer_statistics(counts_LE: NDArray[np.int64], card: ModelCard) -> pd.DataFr
         **layer_columns(card, np.arange(len(counts_LE))),
         "mean": mean_L,
         "std": std_L,
-        "coefficient_of_variation": _ratio(std_L, mean_L, empty=0.0),
+        "coefficient_of_variation": np.nan_to_num(ratio(std_L, mean_L)),
         "entropy_bits": np.where(used_L, entropy_L, 0.0),
         "min_usage": counts_LE.min(axis=1),
         "max_usage": counts_LE.max(axis=1),
-        "skewness": _ratio((off_LE**3).mean(axis=1), std_L**3),
-        "kurtosis": _ratio((off_LE**4).mean(axis=1), std_L**4) - 3,
+        "skewness": ratio((off_LE**3).mean(axis=1), std_L**3),
+        "kurtosis": ratio((off_LE**4).mean(axis=1), std_L**4) - 3,
         "median": median_L,
         "q25": q25_L,
         "q75": q75_L,
@@ -169,11 +170,11 @@ def layer_statistics(counts_LE: NDArray[np.int64], card: ModelCard) -> pd.DataFr
         "expert_diversity": active_L / n_experts,
         "total_usage": counts_LE.sum(axis=1),
         "zero_usage_experts": n_experts - active_L,
-        "normalized_entropy": _ratio(entropy_L, np.full(len(x_LE), np.log2(n_experts))),
+        "normalized_entropy": ratio(entropy_L, np.log2(n_experts)),
         "effective_experts": np.exp2(entropy_L),
         "gini": gini(counts_LE),
-        "max_over_mean": _ratio(x_LE.max(axis=1), mean_L),
-        "max_violation": _ratio(x_LE.max(axis=1), mean_L) - 1,
+        "max_over_mean": ratio(x_LE.max(axis=1), mean_L),
+        "max_violation": ratio(x_LE.max(axis=1), mean_L) - 1,
         **{f"coverage_{share}": coverage(counts_LE, share) for share in COVERAGES},
     }
     return pd.DataFrame(columns)
@@ -191,7 +192,7 @@ def gini(counts: NDArray[Any]) -> NDArray[np.float64]:
     """0 = every expert alike, (E-1)/E = one expert takes all; NaN where there is nothing."""
     n = counts.shape[-1]
     weighted = (np.sort(counts, axis=-1) * (2.0 * np.arange(1, n + 1) - n - 1)).sum(axis=-1)
-    return _ratio(weighted, n * counts.sum(axis=-1))
+    return ratio(weighted, n * counts.sum(axis=-1))
 
 
 def coverage(counts_LE: NDArray[np.int64], per_cent: int) -> NDArray[np.float64]:
@@ -200,10 +201,6 @@ def coverage(counts_LE: NDArray[np.int64], per_cent: int) -> NDArray[np.float64]
     total_L = counts_LE.sum(axis=1)
     fewest_L = (100 * held_LE < per_cent * total_L[:, None]).sum(axis=1) + 1.0
     return np.where(total_L > 0, fewest_L, np.nan)
-
-
-def _ratio(above: NDArray[Any], below: NDArray[Any], empty: float = np.nan) -> NDArray[np.float64]:
-    return np.divide(above, below, out=np.full(np.shape(above), empty), where=np.asarray(below) > 0)
 
 
 def leading(frame: pd.DataFrame, *names: str) -> pd.DataFrame:

@@ -42,9 +42,14 @@ class Sums:
         return ratio(self.sums(groups), self.counts(groups))
 
 
-def ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float64]:
+def ratio(above: Any, below: Any) -> NDArray[np.float64]:
     """NaN where there is nothing below."""
-    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+    above, below = np.broadcast_arrays(above, below)
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+
+
+def share_of(counts_LE: NDArray[Any]) -> NDArray[np.float64]:
+    return ratio(counts_LE, counts_LE.sum(axis=1, keepdims=True))
 
 
 @njit(cache=True, nogil=True)

@@ -82,7 +82,9 @@ def _use(found: Findings, card: ModelCard, numbers: Numbers) -> str:
     )
 
 
-def _entropy(found: Findings, card: ModelCard, numbers: Numbers) -> str:
+def _entropy(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
+    if "normalized_entropy" not in numbers:
+        return None  # one expert
     return (
         f"**Entropy**: {numbers['entropy_bits']:.2f} of {math.log2(card.n_experts):.2f} bits "
         f"({_share(numbers['normalized_entropy'])}), as if {numbers['effective_experts']:.1f} experts were used evenly."
@@ -182,6 +184,8 @@ def _drift(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "drift" not in found.tables:
         return None
     table = found.tables["drift"]
+    if table.divergence.isna().all():
+        return None
     return (
         f"**Drift**: a {1 / table.slice.nunique():.1%} slice of the trace differs from the rest by "
         f"{table.divergence.mean():.3f} bits (Jensen-Shannon) on average, where draws from one popularity would differ "
