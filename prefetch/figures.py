@@ -38,16 +38,13 @@ PURPLE, ORANGE, SKY, YELLOW = "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"
 CATEGORIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
 GREY, NO_DATA = "#6E6E6E", "#DDDDDD"
 MAPS = {"sequential": "viridis", "signed": "PuOr_r", "ordered": "viridis"}
-FEW_POINTS = 16
 UNDER_LABELS = 0.42  # inches from the axes to a legend under them
 MOST_CELLS = 256  # in a row; more are too thin for pixels, and their mean is shown
-DPI = 120
 Dash = Literal["-", "--", ":", "none"]
-PAD = 0.08  # inches round what stands above and below the panels
-BAND = 0.18  # opacity
-MOST_LABELS = 12  # on one axis
+DPI, PAD = 120, 0.08  # pixels in an inch; inches round what stands above and below the panels
+BAND, FEW_POINTS = 0.18, 16  # opacity; so few are marked by dots
+MOST_LABELS, LONGEST_NAME = 12, 15  # on one axis; characters
 ROUND = (1, 2, 2.5, 5, 10)  # ticks are multiples of these
-LONGEST_NAME = 15  # characters of a name on an axis
 HOUSE = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 7,
@@ -317,8 +314,8 @@ def _paint_line(axes: Axes, line: Line) -> None:
 def _paint_ticks(axis: Any, wanted: Axis, upright: bool = False) -> None:
     if wanted.names:
         places = thinned(wanted.names)
-        names = [_shortened(wanted.names[place]) for place in places]
-        axis.set_ticks(places, names, rotation=90 if upright else 0)
+        axis.set_ticks(places, [_shortened(wanted.names[i]) for i in places])
+        axis.set_tick_params(rotation=90 if upright else 0)
     else:
         axis.set_major_locator(MaxNLocator(7, steps=ROUND, integer=wanted.whole, min_n_ticks=1))
         axis.set_major_formatter(ScalarFormatter(useOffset=False))

@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
+import pandas as pd
 from numba import njit
 from numpy.typing import NDArray
 
@@ -25,7 +26,7 @@ from prefetch.progress import Progress
 from prefetch.scoring import Split, Survey
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader, wide_columns
-from prefetch.trace.routing import RoutingTrace, no_expert
+from prefetch.trace.routing import PHASES, RoutingTrace, no_expert
 
 BATCH_ROWS = 1 << 16
 TRAIN_SHARE = 0.7
@@ -99,6 +100,20 @@ class Batch:
     def starts_R(self) -> NDArray[np.int64]:
         return self.block.starts_R
 
+    def of_phase(self, phase: str) -> Batch:
+        """Only the rows of one phase; whoever asks next gets the same."""
+        return self if phase == "all" else self._phases[PHASES.index(phase)]
+
+    @cached_property
+    def _phases(self) -> list[Batch]:
+        is_in = [self.block.phase_T == phase for phase in range(len(PHASES))]
+        return [
+            Batch(
+                self.block.rows(in_T), self.row_T[in_T], self.part_T[in_T], self.is_template_T[in_T]
+            )
+            for in_T in is_in
+        ]
+
     @property
     def nobody(self) -> int:
         """The id that means "no expert"."""
@@ -117,6 +132,31 @@ def _heaviest(ids_TK, bits_TK, nobody, first_T):  # type: ignore[no-untyped-def]
 class Accumulator(Protocol):
     def add(self, batch: Batch) -> None: ...
     def merge(self, later: Self) -> None: ...
+
+
+A = TypeVar("A", bound=Accumulator)
+
+
+class ByPhase(Generic[A]):
+    """One accumulator for all rows and, where a trace has both phases, one for the rows of each."""
+
+    def __init__(self, plan: Plan, make: Callable[[], A]) -> None:
+        self.parts = {phase: make() for phase in plan.phases}
+
+    def add(self, batch: Batch) -> None:
+        for phase, part in self.parts.items():
+            if batch.of_phase(phase).block.n_tokens:
+                part.add(batch.of_phase(phase))
+
+    def merge(self, later: Self) -> None:
+        for phase, part in self.parts.items():
+            part.merge(later.parts[phase])
+
+    def table(self, of: Callable[[A], pd.DataFrame]) -> pd.DataFrame:
+        """The tables of the phases, one below the other."""
+        frames = [of(part).assign(phase=phase) for phase, part in self.parts.items()]
+        frame = pd.concat(frames, ignore_index=True)
+        return frame[["phase", *(name for name in frame.columns if name != "phase")]]
 
 
 def blocks_of(

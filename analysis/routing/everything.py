@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.routing import balance, cache, coactivation, domains, families, gates, remedies
-from analysis.routing.batch import BATCH_ROWS, Plan, Traceable, accumulate, plan_of
+from analysis.routing.batch import BATCH_ROWS, ByPhase, Plan, Traceable, accumulate, plan_of
 from analysis.routing.locality import Drift, Gaps, WorkingSets
 from analysis.routing.paths import Paths
 from analysis.routing.recall import Recall
@@ -24,6 +24,7 @@ from analysis.routing.transitions import NextTokens, Transitions
 from analysis.routing.windows import Windows, capacity_curve
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
+from prefetch.trace.card import ModelCard
 from prefetch.trace.counts import ExpertCounts
 
 WIDE_BYTES = 64 << 20  # of scores or gate inputs in one batch
@@ -90,12 +91,12 @@ class _Counted:
     usage: Usage
     next_tokens: NextTokens | None
     transitions: Transitions | None
-    coactivation: coactivation.CoActivation | None
+    coactivation: ByPhase[coactivation.CoActivation] | None
     domains: domains.Domains | None
     reuse: cache.ReuseDistances
     first_uses: cache.FirstUses
-    working_sets: WorkingSets
-    gaps: Gaps
+    working_sets: ByPhase[WorkingSets]
+    gaps: ByPhase[Gaps]
     drift: Drift
     windows: Windows
     paths: Paths
@@ -114,15 +115,15 @@ def _count(
     with found.told("next_tokens"):
         parts["next_tokens"] = NextTokens(plan)
     with found.told("coactivation", "coactivation_summary", "expert_clusters"):
-        parts["coactivation"] = coactivation.CoActivation(plan)
+        parts["coactivation"] = ByPhase(plan, lambda: coactivation.CoActivation(plan))
     with found.told(*DOMAIN_TABLES):
         parts["domains"] = domains.Domains(plan)
     counted = _Counted(
         usage=Usage(plan),
         reuse=cache.ReuseDistances(plan),
         first_uses=cache.FirstUses(plan),
-        working_sets=WorkingSets(plan),
-        gaps=Gaps(plan),
+        working_sets=ByPhase(plan, lambda: WorkingSets(plan)),
+        gaps=ByPhase(plan, lambda: Gaps(plan)),
         drift=Drift(plan),
         windows=Windows(plan, settings.window_tokens),
         paths=Paths(plan),
@@ -143,7 +144,7 @@ DOMAIN_TABLES = (
 
 def _tell_counts(found: Findings, counted: _Counted, settings: Settings) -> None:
     """Everything that the first pass knows."""
-    usage, card = counted.usage, counted.usage.plan.card
+    usage, card, phases = counted.usage, counted.usage.plan.card, counted.usage.plan.phases
     found.usage, found.paths = usage, counted.paths
     found.tell("statistics", usage.table)
     if counted.transitions is not None:
@@ -151,24 +152,19 @@ def _tell_counts(found: Findings, counted: _Counted, settings: Settings) -> None
     if counted.next_tokens is not None:
         found.tell("next_tokens", counted.next_tokens.table)
     if counted.coactivation is not None:
-        found.tell("coactivation", counted.coactivation.pairs, long=True)
-        found.tell("coactivation_summary", counted.coactivation.summary)
-        found.tell("expert_clusters", counted.coactivation.clusters)
+        together = counted.coactivation
+        found.tell("coactivation", together.parts["all"].pairs, long=True)
+        found.tell("coactivation_summary", lambda: together.table(lambda part: part.summary()))
+        found.tell("expert_clusters", together.parts["all"].clusters)
     found.tell("reuse_distances", lambda: cache.reuse_distances(counted.reuse), long=True)
-    found.tell("working_sets", counted.working_sets.table)
-    found.tell("gaps", counted.gaps.table)
-    found.tell("gap_histogram", counted.gaps.histogram)
+    found.tell("working_sets", lambda: counted.working_sets.table(lambda part: part.table()))
+    found.tell("gaps", lambda: counted.gaps.table(lambda part: part.table()))
+    found.tell("gap_histogram", lambda: counted.gaps.table(lambda part: part.histogram()))
     found.tell("drift", counted.drift.table)
     found.tell("usage_timeline", counted.drift.timeline, long=True)
-    tell_balance(
-        found,
-        usage.counts(),
-        usage.tokens(),
-        card,
-        settings,
-        windows=counted.windows,
-        parts=(usage.counts(part=TRAIN), usage.counts(part=TEST)),
-    )
+    counts = {phase: (usage.counts(phase), usage.tokens(phase)) for phase in phases}
+    tell_balance(found, counts, card, settings, counted.windows)
+    _tell_windows(found, counted, settings)
     found.tell("paths", counted.paths.table, long=True)
 
 
@@ -184,28 +180,46 @@ def _tell_transitions(found: Findings, counted: Transitions) -> None:
 
 def tell_balance(
     found: Findings,
-    counts_LE: Any,
-    tokens_L: Any,
-    card: Any,
+    counts: dict[str, tuple[Any, Any]],
+    card: ModelCard,
     settings: Settings,
-    *,
     windows: Windows | None = None,
-    parts: tuple[Any, Any] | None = None,
 ) -> None:
-    """Load and health, from counts alone or with what the windows add."""
-    alpha = settings.significance
-    k = card.top_k
-    found.tell("load", lambda: balance.load(counts_LE, tokens_L, k, card, significance=alpha))
-    found.tell(
-        "health", lambda: balance.health(counts_LE, tokens_L, k, card, windows, significance=alpha)
-    )
+    """Load and health from counts [L, E] and tokens [L] of every phase; windows know the whole trace only."""
+    alpha, k = settings.significance, card.top_k
+
+    def load() -> pd.DataFrame:
+        frames = [
+            balance.load(*counted, k, card, significance=alpha).assign(phase=phase)
+            for phase, counted in counts.items()
+        ]
+        return leading(pd.concat(frames, ignore_index=True), "phase")
+
+    def health() -> pd.DataFrame:
+        frames = [
+            balance.health(
+                *counted, k, card, windows if phase == "all" else None, significance=alpha
+            ).assign(phase=phase)
+            for phase, counted in counts.items()
+        ]
+        return leading(pd.concat(frames, ignore_index=True), "phase")
+
+    found.tell("load", load)
+    found.tell("health", health)
     sets = found.tables.get("working_sets")
-    found.tell("memory", lambda: remedies.memory(counts_LE, sets, card))
-    if windows is not None and parts is not None:
-        found.tell("capacity_factors", lambda: capacity_curve(windows))
-        load = found.tables["load"]
-        found.tell("hotspots", lambda: balance.hotspots(load, windows, card, significance=alpha))
-        found.tell("remedies", lambda: remedies.remedies(*parts, card, windows))
+    sets = None if sets is None else sets[sets.phase == "all"]
+    found.tell("memory", lambda: remedies.memory(counts["all"][0], sets, card))
+
+
+def _tell_windows(found: Findings, counted: _Counted, settings: Settings) -> None:
+    """What takes the windows, and what would help."""
+    windows, usage, card = counted.windows, counted.usage, counted.usage.plan.card
+    load = found.tables["load"]
+    load, alpha = load[load.phase == "all"].drop(columns="phase"), settings.significance
+    found.tell("capacity_factors", lambda: capacity_curve(windows))
+    found.tell("hotspots", lambda: balance.hotspots(load, windows, card, significance=alpha))
+    parts = usage.counts(part=TRAIN), usage.counts(part=TEST)
+    found.tell("remedies", lambda: remedies.remedies(*parts, card, windows))
 
 
 def _score(trace: Traceable, plan: Plan, counted: _Counted, found: Findings, max_rows: int) -> None:
@@ -284,7 +298,7 @@ def analyze_counts(counts: ExpertCounts, settings: Settings) -> Findings:
     tokens_L = counts.counts_LE.sum(axis=1) // card.top_k
     table = pd.concat([f.assign(tokens=tokens_L) for f in frames], ignore_index=True)
     found.tell("statistics", lambda: leading(table.assign(phase="all"), "phase", "choices"))
-    tell_balance(found, counts.counts_LE, tokens_L, card, settings)
+    tell_balance(found, {"all": (counts.counts_LE, tokens_L)}, card, settings)
     found.missing |= dict.fromkeys(NEED_A_TRACE, NO_ORDER)
     return found
 

@@ -35,7 +35,7 @@ def _pictures(found: Findings, card: ModelCard) -> list[tuple[set[str], Draw]]:
     n_experts, top_k = card.n_experts, card.top_k
     empty = pd.DataFrame()
     return [
-        ({"load"}, lambda t, *to: pictures.layer_expert_frequency(t["load"], *to)),
+        ({"load"}, lambda t, *to: pictures.layer_expert_frequency(_all(t["load"]), *to)),
         (
             {"statistics"},
             lambda t, *to: pictures.comparative_layer_statistics(t["statistics"], *to),
@@ -96,7 +96,7 @@ def _pictures(found: Findings, card: ModelCard) -> list[tuple[set[str], Draw]]:
         (
             {"health"},
             lambda t, *to: pictures.balance_overview(
-                t["health"], t.get("capacity_factors", empty), *to
+                _all(t["health"]), t.get("capacity_factors", empty), *to
             ),
         ),
         (
@@ -106,6 +106,10 @@ def _pictures(found: Findings, card: ModelCard) -> list[tuple[set[str], Draw]]:
             ),
         ),
     ]
+
+
+def _all(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table.phase == "all"]
 
 
 def _joint(found: Findings, card: ModelCard) -> list[tuple[int | str, int | str, Any]]:

@@ -51,7 +51,7 @@ def _of_usage(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
         "effective_experts": rows.effective_experts.mean(),
         "gini": rows.gini.mean(),
         "max_violation": rows.max_violation.mean(),
-        "dead_experts": tables["health"].dead_experts.mean(),
+        "dead_experts": _where(tables["health"], phase="all").dead_experts.mean(),
     }
 
 

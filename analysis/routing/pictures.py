@@ -163,8 +163,10 @@ def expert_transition_heatmap(
     colours = _colours(shares, "P(expert at next layer | expert at this layer)")
     panels = []
     for (here, there, _), share_EE in zip(shown, shares, strict=True):
-        x, y = _experts(f" at layer {there}"), _experts(f" at layer {here}")
-        panels.append(HeatMap(f"Layer {here} to {there}", x, y, values=share_EE, colours=colours))
+        one, next_one = _words(str(here)), _words(str(there))
+        x, y = _experts(f" at layer {next_one}"), _experts(f" at layer {one}")
+        title = f"Layer {one} to {next_one}"
+        panels.append(HeatMap(title, x, y, values=share_EE, colours=colours))
     said = f"Grey rows: experts never chosen. {note}"
     title = "Where choices go from one layer to the next"
     return draw(folder / "expert_transition_heatmap", title, panels, note=said, panel_size=SQUARE)

@@ -170,7 +170,7 @@ def _ninety(found: Findings) -> str:
 def _working_set(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "working_sets" not in found.tables:
         return None
-    table = found.tables["working_sets"]
+    table = _where(found.tables["working_sets"], phase="all")
     window = table.window[table.window <= 64].max()
     rows = _where(table, window=window)
     return (
@@ -194,7 +194,7 @@ def _drift(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
 
 
 def _balance(found: Findings, card: ModelCard, numbers: Numbers) -> str:
-    health = found.tables["health"]
+    health = _where(found.tables["health"], phase="all")
     over, under = int(health.overused.sum()), int(health.underused.sum())
     dead, unused = int(health.dead_experts.sum()), int(health.unused_experts.sum())
     total = card.n_layers * card.n_experts
@@ -209,7 +209,7 @@ def _balance(found: Findings, card: ModelCard, numbers: Numbers) -> str:
 def _together(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "coactivation_summary" not in found.tables:
         return None
-    rows = found.tables["coactivation_summary"]
+    rows = _where(found.tables["coactivation_summary"], phase="all")
     return (
         f"**Together**: {int(rows.pairs_significant.sum()):,} of {int(rows.pairs_possible.sum()):,} pairs of experts "
         f"of one layer are chosen together more or less often than chance, in both halves of the requests."
@@ -311,7 +311,7 @@ def _doubts(found: Findings, card: ModelCard, provenance: Provenance) -> Iterato
         yield f"{rows:,} rows were dropped when the trace was made: {why}"
     if provenance.kind == "synthetic":
         yield "the routing is synthetic: it says nothing about a model"
-    health = found.tables["health"]
+    health = _where(found.tables["health"], phase="all")
     even = health[health.max_over_mean - 1 < TOO_EVEN * (health.noise_floor - 1)]
     if len(even) and card.top_k < card.n_experts:
         layers = ", ".join(map(str, even.layer[:8]))
