@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from prefetch.config import choices, stage_names
 from prefetch.trace.parquet import TraceReader
@@ -51,6 +52,15 @@ def test_the_commands_run_as_they_are_written_and_the_default_trace_holds_what_i
     assert set(trace.phase_T.tolist()) == {0, 1}
     popularity, markov = recalls(trace)
     assert markov >= 2 * popularity
+    analyzed = [
+        json.loads(path.read_text()) for path in tmp_path.glob("outputs/analyze/*/metrics.json")
+    ]
+    assert analyzed[0]["popularity_recall_at_k"] == pytest.approx(popularity, abs=1e-3)
+    assert analyzed[0]["markov_recall_at_k"] == pytest.approx(markov, abs=1e-3)
+    assert analyzed[0]["own_gate_recall_at_k"] > 0.999
+    for folder in tmp_path.glob("outputs/analyze/*"):
+        assert (folder / "summary.md").read_text().startswith("# What the routing of tiny_moe")
+        assert (folder / "layer_7_expert_frequency.svg").exists()
     metrics = [
         json.loads(path.read_text()) for path in tmp_path.glob("outputs/collect/*/metrics.json")
     ]

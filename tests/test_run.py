@@ -76,6 +76,9 @@ def test_all_runs_every_stage_in_folders_of_their_own(tmp_path):
     folder = Path(done.stdout.splitlines()[-1])
     assert json.loads((folder / "metrics.json").read_text())["collect/tokens"] == 384
     assert (folder / "collect" / "metrics.json").exists() and (folder / "lineage.json").exists()
+    (used,) = json.loads((folder / "analyze" / "lineage.json").read_text())
+    assert used in json.loads((folder / "lineage.json").read_text())
+    assert (folder / "analyze" / "summary.md").exists()
 
 
 def test_artifacts_lists_and_removes(tmp_path):
@@ -104,11 +107,11 @@ def test_a_sweep_runs_every_job_and_one_bad_job_does_not_stop_the_others(tmp_pat
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("stage=colect",), 2, "Available options in 'stage': all artifacts"),
+        (("stage=colect",), 2, "Available options in 'stage': all analyze artifacts"),
         (
             ("sed=1",),
             2,
-            "Key 'sed' not in 'Config' full_key: sed ; the root has: artifacts, collect",
+            "Key 'sed' not in 'Config' full_key: sed ; the root has: analyze, artifacts, collect",
         ),
         (("+seeed=1",), 2, "nothing reads an added key"),
         (("experiment=nosuch",), 2, "Available options in 'experiment': quick"),

@@ -138,7 +138,7 @@ class Domains:
         starts = batch.starts_R
         request = batch.block.request_T[starts]
         place = np.searchsorted(self.request_R, request)
-        found = np.where(np.append(self.request_R, -1)[place] == request, place, -1)
+        found = np.where(np.isin(request, self.request_R), place, -1)
         return np.repeat(found, np.diff(np.append(starts, batch.block.n_tokens)))
 
     def merge(self, later: Domains) -> None:

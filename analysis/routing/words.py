@@ -196,13 +196,16 @@ def _drift(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
 def _balance(found: Findings, card: ModelCard, numbers: Numbers) -> str:
     health = _where(found.tables["health"], phase="all")
     over, under = int(health.overused.sum()), int(health.underused.sum())
-    dead, unused = int(health.dead_experts.sum()), int(health.unused_experts.sum())
+    dead, unknown = int(health.dead_experts.sum()), int(health.unused_experts.sum())
+    silent = "; every one was used"
+    if dead or unknown:
+        too_few = (
+            f" ({unknown} of them in layers with too few tokens to call them dead)"
+            if unknown
+            else ""
+        )
+        silent = f"; {dead + unknown} were never used{too_few}"
     total = card.n_layers * card.n_experts
-    silent = (
-        f"; {unused} were never used, and {dead} of them can be called dead"
-        if unused
-        else "; every one was used"
-    )
     return f"**Balance**: of {total:,} experts {over} are overused and {under} underused beyond chance{silent}."
 
 
