@@ -9,13 +9,15 @@ _WHERE = {
     "balance": ("balance", "expert_load"),
     "cache": ("cache_curve",),
     "coactivation": ("coactivation", "expert_clusters"),
-    "domains": ("domain_accuracy", "domain_information", "domain_transfer", "domain_usage"),
+    "domains": ("domain_accuracy", "domain_information", "domain_usage"),
+    "families": ("expert_families",),
     "gates": ("gate_distances", "gate_lookahead"),
     "locality": ("burstiness", "drift", "working_sets"),
     "paths": ("sample_paths",),
     "recall": ("recall_from_counts",),
     "router": ("router_statistics",),
     "statistics": ("statistics",),
+    "transfer": ("domain_transfer",),
     "transitions": ("next_tokens", "transitions"),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}

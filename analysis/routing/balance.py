@@ -19,6 +19,7 @@ from analysis.routing.batch import (
     layer_columns,
     plan_of,
 )
+from analysis.routing.significance import q_values
 from analysis.routing.statistics import Usage, entropy_bits, gini
 from analysis.routing.sums import ratio, share_of
 from analysis.routing.windows import (
@@ -53,7 +54,7 @@ def load(
     """
     z_LE = _z_values(counts_LE, tokens_L, top_k)
     p_LE = np.reshape([math.erfc(abs(z) / math.sqrt(2)) for z in z_LE.ravel()], z_LE.shape)
-    q_LE, share_LE = _q_values(p_LE), share_of(counts_LE)
+    q_LE, share_LE = q_values(p_LE), share_of(counts_LE)
     ratio_LE, is_sure_LE = share_LE * card.n_experts, q_LE <= significance
     enough_L = tokens_L >= tokens_for_dead(counts_LE, tokens_L, top_k, significance)
     states = {
@@ -83,16 +84,6 @@ def _z_values(counts_LE: NDArray[Any], tokens_L: NDArray[Any], top_k: int) -> ND
     off_LE = counts_LE - counts_LE.mean(axis=1, keepdims=True)
     z_LE = np.divide(off_LE, spread_L1, out=np.zeros(off_LE.shape), where=spread_L1 > 0)
     return np.where(counts_LE.any(axis=1, keepdims=True), z_LE, np.nan)
-
-
-def _q_values(p_LE: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Benjamini and Hochberg (1995), over the last axis."""
-    n, order_LE = p_LE.shape[-1], np.argsort(p_LE, axis=-1, kind="stable")
-    scaled_LE = np.take_along_axis(p_LE, order_LE, -1) * n / np.arange(1, n + 1)
-    least_LE = np.minimum.accumulate(scaled_LE[..., ::-1], axis=-1)[..., ::-1]
-    q_LE = np.empty_like(p_LE)
-    np.put_along_axis(q_LE, order_LE, np.minimum(1, least_LE), -1)
-    return q_LE
 
 
 def tokens_for_dead(

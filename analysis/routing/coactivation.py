@@ -27,6 +27,7 @@ from analysis.routing.batch import (
     layer_columns,
     plan_of,
 )
+from analysis.routing.significance import q_values, z_values
 from analysis.routing.statistics import leading
 from analysis.routing.sums import ratio
 from prefetch.errors import MissingData
@@ -228,26 +229,6 @@ def factors(partners_LE: NDArray[Any]) -> NDArray[np.float64]:
     busy_L = np.take_along_axis(x_LE, busiest_L, 1)
     np.put_along_axis(x_LE, busiest_L, np.where(takes_larger_L, sum_L - busy_L, busy_L), 1)
     return np.where(partners_LE > 0, x_LE, 0.0)
-
-
-def z_values(
-    count: NDArray[Any], expected: NDArray[Any], variance: NDArray[Any]
-) -> NDArray[np.float64]:
-    """0 where the margins leave no choice."""
-    free = variance > 1e-9
-    return np.divide(count - expected, np.sqrt(variance), out=np.zeros(expected.shape), where=free)
-
-
-def q_values(p_LN: NDArray[Any]) -> NDArray[np.float64]:
-    """False discovery rates within every row (Benjamini and Hochberg 1995); NaN was not tested and stays NaN."""
-    order_LN = np.argsort(p_LN, axis=1, kind="stable")  # NaN last
-    sorted_LN = np.take_along_axis(p_LN, order_LN, 1)
-    tests_L = (~np.isnan(p_LN)).sum(axis=1, keepdims=True)
-    rates_LN = sorted_LN * tests_L / np.arange(1, p_LN.shape[1] + 1)
-    least_LN = np.fmin.accumulate(rates_LN[:, ::-1], axis=1)[:, ::-1]
-    q_LN = np.empty(p_LN.shape)
-    np.put_along_axis(q_LN, order_LN, np.minimum(least_LN, 1), 1)
-    return np.where(np.isnan(p_LN), np.nan, q_LN)
 
 
 def _agreed(train: _Compared, test: _Compared) -> NDArray[np.bool_]:

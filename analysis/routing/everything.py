@@ -20,6 +20,7 @@ from analysis.routing.paths import Paths
 from analysis.routing.recall import Recall
 from analysis.routing.router import RouterStatistics
 from analysis.routing.statistics import Usage, layer_statistics, leading
+from analysis.routing.transfer import DomainTransfer
 from analysis.routing.transitions import NextTokens, Transitions
 from analysis.routing.windows import Windows, capacity_curve
 from prefetch.errors import MissingData
@@ -232,7 +233,7 @@ def _score(trace: Traceable, plan: Plan, counted: _Counted, found: Findings, max
     if counted.domains is not None:
         _tell_domains(found, counted.domains)
         with found.told("domain_transfer"):
-            transfer = domains.DomainTransfer(plan, counted.domains)
+            transfer = DomainTransfer(plan, counted.domains)
     parts = [part for part in (optimal, recall, transfer) if part is not None]
     accumulate(trace, plan, parts, title="scoring", max_rows=max_rows)
     if recall is not None:

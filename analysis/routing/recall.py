@@ -383,12 +383,14 @@ def _add_up(score_E, chance_EE, here_K, nobody):  # type: ignore[no-untyped-def]
 def _rank(score_E, b):  # type: ignore[no-untyped-def]
     """How many experts come before b: those with a better score, and of equal ones those with a lower id."""
     better, as_good, score = np.int32(0), np.int32(0), score_E[b]
-    for e in range(score_E.shape[0]):
-        better += np.int32(score_E[e] > score)
-        as_good += np.int32(score_E[e] >= score)
+    for e in range(
+        score_E.shape[0]
+    ):  # numba widens a sum to 64 bits, and halves the vectors, unless told
+        better = np.int32(better + np.int32(score_E[e] > score))
+        as_good = np.int32(as_good + np.int32(score_E[e] >= score))
     if as_good - better > 1:
         for e in range(b):
-            better += np.int32(score_E[e] == score)
+            better = np.int32(better + np.int32(score_E[e] == score))
     return better
 
 

@@ -24,8 +24,8 @@ from analysis.routing.coactivation import (
     cut,
     expert_clusters,
     factors,
-    q_values,
 )
+from analysis.routing.significance import q_values
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
 from prefetch.trace.card import plain_card

@@ -20,12 +20,11 @@ from analysis.routing import domains as module
 from analysis.routing.batch import Plan, accumulate, batches, plan_of
 from analysis.routing.domains import (
     Domains,
-    DomainTransfer,
     domain_accuracy,
     domain_information,
-    domain_transfer,
     domain_usage,
 )
+from analysis.routing.transfer import DomainTransfer, domain_transfer
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
 from prefetch.trace.card import plain_card
