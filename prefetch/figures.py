@@ -27,7 +27,7 @@ from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, StepPatch
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 from numpy.typing import ArrayLike, NDArray
@@ -190,7 +190,9 @@ class Bars(Lines):
         for kind in self.kinds:  # one shape each: hundreds take long to draw
             steps = np.full(2 * n - 1, np.nan)
             steps[::2] = np.where(kind_E == kind.label, self.heights_E, np.nan)
-            axes.stairs(steps, edges, fill=True, color=kind.colour, linewidth=0)
+            axes.add_artist(StepPatch(steps, edges, color=kind.colour, linewidth=0))
+        axes.update_datalim([(-0.5, 0), (n - 0.5, np.nanmax(self.heights_E))])
+        axes.autoscale_view()
         super().paint(axes)
 
 
@@ -255,7 +257,7 @@ def compose(
     width, height = figure.get_size_inches()
     heading = figure.text(0, 1, _wrap(title, width, 11), fontsize=11, va="top")
     foot = figure.text(0, 0, _wrap(note, width, 7), fontsize=7, color=GREY, va="bottom")
-    above, key_height, below = (_inches(part) for part in (heading, legend, foot))
+    above, key_height, below = (_inches(p) if p else 0.0 for p in (heading, legend, foot))
     whole = height + above + key_height + below
     figure.set_size_inches(width, whole)
     heading.set(x=PAD / width, y=1 - PAD / whole)
@@ -287,8 +289,6 @@ def plain(text: str) -> str:
 
 def _inches(part: Any) -> float:
     """How high a strip it needs; the layout of the panels need not think of it."""
-    if part is None:
-        return 0.0
     part.set_in_layout(False)
     return float(part.get_window_extent().height / DPI + 1.5 * PAD)
 

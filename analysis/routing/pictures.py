@@ -7,7 +7,6 @@ evenly spread ones are shown, the first and the last among them. E experts, L la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,25 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from analysis.routing.panels import (
+    PHASE_NAMES,
+    PHASES,
+    Layers,
+    colours_of,
+    expert_axis,
+    in_words,
+    line_of,
+    lines_by_phase,
+    log2_ratio,
+    matrix_of,
+    mean_line,
+    rows_where,
+    shares_along,
+    signed_colours,
+    spread,
+    values_of,
+    vector_of,
+)
 from prefetch.figures import (
     BLACK,
     BLUE,
@@ -37,15 +55,8 @@ from prefetch.figures import (
     graded,
 )
 
-MOST_PANELS = 6  # layers of one picture
 MOST_CUTS = 24  # more lines between clusters would hide them
 PATH_TOKENS = 64  # of a sampled request
-TOP_SHARE = (
-    0.995  # of the cells lie within the colour scale, so that one expert does not hide the rest
-)
-LIFT_BITS = 3.0  # ends of the colour scale of log2 lift
-PHASES = {"all": BLACK, "prefill": BLUE, "decode": VERMILLION}
-PHASE_NAMES = {"all": "all tokens", "prefill": "prefill", "decode": "decode"}
 HORIZONS = (GREY, GREEN, PURPLE, ORANGE, SKY)
 PREDICTORS = {
     "popularity": BLUE,
@@ -110,18 +121,18 @@ def _frequency_panels(rows: pd.DataFrame) -> list[Lines]:
 
 
 def comparative_layer_statistics(statistics: pd.DataFrame, folder: Path, note: str) -> list[Path]:
-    rows = _pick(statistics, choices="all")
+    rows = rows_where(statistics, choices="all")
     layers = Layers.of(rows)
     panels = [
         Lines(title, layers.axis(), Axis(unit, whole=low is not None, low=low), lines)
         for column, title, unit, low in MEASURES
-        if (lines := _by_phase(rows, layers, column))
+        if (lines := lines_by_phase(rows, layers, column))
     ]
-    whole = _pick(rows, phase="all")
+    whole = rows_where(rows, phase="all")
     coverage: list[Line] = []
     for percent, shade in ((95, GREEN), (90, PURPLE), (80, ORANGE), (50, SKY)):
         label = f"for {percent} % of choices"
-        coverage += _line(layers, whole, f"coverage_{percent}", label, shade)
+        coverage += line_of(layers, whole, f"coverage_{percent}", label, shade)
     if coverage:
         panels.append(
             Lines("Coverage", layers.axis(), Axis("fewest experts", whole=True, low=0), coverage)
@@ -141,8 +152,8 @@ def expert_selection_traces(
     panels: list[Lines] = []
     for i in layers.spread():
         lines = []
-        for request, shade in zip(_values(chosen, "request"), shades, strict=False):
-            part = _pick(layers.rows(chosen, i), request=request)[:PATH_TOKENS]
+        for request, shade in zip(values_of(chosen, "request"), shades, strict=False):
+            part = rows_where(layers.rows(chosen, i), request=request)[:PATH_TOKENS]
             x, y, label = part["position"], part["expert"], f"request {request}"
             lines.append(Line(x, y, label, shade, dots=True, width=0.6, alpha=0.4))
         position = Axis("position in the request (tokens)", whole=True)
@@ -158,13 +169,13 @@ def expert_transition_heatmap(
     counts: Sequence[tuple[int | str, int | str, NDArray[Any]]], folder: Path, note: str
 ) -> list[Path]:
     """`counts`: layer, next layer, and how often [expert here, expert there] met."""
-    shown = [counts[i] for i in _spread(len(counts)) if np.any(counts[i][2])]
-    shares = [_shares(np.asarray(counts_EE, float), axis=1) for *_, counts_EE in shown]
-    colours = _colours(shares, "P(expert at next layer | expert at this layer)")
+    shown = [counts[i] for i in spread(len(counts)) if np.any(counts[i][2])]
+    shares = [shares_along(np.asarray(counts_EE, float), axis=1) for *_, counts_EE in shown]
+    colours = colours_of(shares, "P(expert at next layer | expert at this layer)")
     panels = []
     for (here, there, _), share_EE in zip(shown, shares, strict=True):
-        one, next_one = _words(str(here)), _words(str(there))
-        x, y = _experts(f" at layer {next_one}"), _experts(f" at layer {one}")
+        one, next_one = in_words(str(here)), in_words(str(there))
+        x, y = expert_axis(f" at layer {next_one}"), expert_axis(f" at layer {one}")
         title = f"Layer {one} to {next_one}"
         panels.append(HeatMap(title, x, y, values=share_EE, colours=colours))
     said = f"Grey rows: experts never chosen. {note}"
@@ -178,12 +189,12 @@ def expert_usage_timeline(
     layers, shares = Layers.of(timeline), []
     for i in layers.spread():
         size = ("expert", n_experts), ("slice", int(timeline["slice"].max()) + 1)
-        counts_ES = _matrix(layers.rows(timeline, i), *size, "count", 0.0)
-        shares.append(100 * _shares(counts_ES, axis=0))
-    colours = _colours(shares, "share of slice's choices (%)")
+        counts_ES = matrix_of(layers.rows(timeline, i), *size, "count", 0.0)
+        shares.append(100 * shares_along(counts_ES, axis=0))
+    colours = colours_of(shares, "share of slice's choices (%)")
     time = Axis("slice of the trace (in time)", whole=True)
     panels = [
-        HeatMap(layers.title(i), time, _experts(), values=share_ES, colours=colours)
+        HeatMap(layers.title(i), time, expert_axis(), values=share_ES, colours=colours)
         for i, share_ES in zip(layers.spread(), shares, strict=True)
     ]
     title = "Use of every expert over the course of the trace"
@@ -207,12 +218,15 @@ def entropy_by_layer(
     )
     panels = []
     for phase, name in PHASE_NAMES.items():
-        here, after = _pick(statistics, phase=phase, choices="all"), _pick(next_token, phase=phase)
-        above = _pick(transitions, phase=phase, horizon=1)
+        here, after = (
+            rows_where(statistics, phase=phase, choices="all"),
+            rows_where(next_token, phase=phase),
+        )
+        above = rows_where(transitions, phase=phase, horizon=1)
         lines = [
-            *_line(layers, here, "entropy_bits", "entropy", BLACK),
-            *_line(layers, above, CONDITIONAL, "given the layer before", BLUE, ahead=1),
-            *_line(layers, after, CONDITIONAL, "given the token before", VERMILLION),
+            *line_of(layers, here, "entropy_bits", "entropy", BLACK),
+            *line_of(layers, above, CONDITIONAL, "given the layer before", BLUE, ahead=1),
+            *line_of(layers, after, CONDITIONAL, "given the token before", VERMILLION),
         ]
         if lines:
             bits = Axis("bits per choice", low=-0.2, high=1.06 * max(1.0, top))
@@ -230,22 +244,22 @@ def recall_by_horizon(
     summary: pd.DataFrame | None = None,
 ) -> list[Path]:
     """`summary`, where there is one: means over layer pairs as `recall_at_k`, with their interval `low` to `high`."""
-    means, column = _pick(recall, width=top_k), "recall"
+    means, column = rows_where(recall, width=top_k), "recall"
     if summary is not None and len(summary):
         means, column = summary, "recall_at_k"
     panels = []
-    for part in _values(means, "part"):
-        if lines := _recall_lines(_pick(means, part=part), "horizon", column):
+    for part in values_of(means, "part"):
+        if lines := _recall_lines(rows_where(means, part=part), "horizon", column):
             ahead, name = Axis("horizon (layers ahead)", whole=True), PHASE_NAMES.get(part, part)
-            panels.append(Lines(f"{top_k} guesses: {_words(name)}", ahead, RECALL, lines))
-    first = _values(recall, "part")[:1]
-    wider = [_pick(recall, part=part, horizon=1) for part in first]
+            panels.append(Lines(f"{top_k} guesses: {in_words(name)}", ahead, RECALL, lines))
+    first = values_of(recall, "part")[:1]
+    wider = [rows_where(recall, part=part, horizon=1) for part in first]
     if lines := [line for rows in wider for line in _recall_lines(rows, "width", "recall")]:
         width, mark = (
             Axis("width (experts guessed)", whole=True),
             Mark(top_k, f"k = {top_k}", ":", True),
         )
-        title = f"One layer ahead: {_words(PHASE_NAMES.get(first[0], first[0]))}"
+        title = f"One layer ahead: {in_words(PHASE_NAMES.get(first[0], first[0]))}"
         panels.append(Lines(title, width, RECALL, lines, (mark,)))
     said = f"Lines: mean over layer pairs; bands, where there are any: interval. {note}"
     title = "How much of a later layer's choices the counts can guess"
@@ -255,10 +269,10 @@ def recall_by_horizon(
 def _recall_lines(rows: pd.DataFrame, by: str, column: str) -> list[Line]:
     lines: list[Line] = []
     rows = rows if "low" in rows else rows.assign(low=np.nan, high=np.nan)
-    for predictor in _values(rows, "predictor"):
-        label, shade = _words(predictor), PREDICTORS.get(predictor, ORANGE)
-        lines += _mean_line(
-            _pick(rows, predictor=predictor), by, column, label, shade, "low", "high"
+    for predictor in values_of(rows, "predictor"):
+        label, shade = in_words(predictor), PREDICTORS.get(predictor, ORANGE)
+        lines += mean_line(
+            rows_where(rows, predictor=predictor), by, column, label, shade, "low", "high"
         )
     return lines
 
@@ -275,10 +289,10 @@ def cache_curves(
     hits = Axis("hit rate (share of accesses)", low=0, high=1.02)
     panels = []
     for phase, name in PHASE_NAMES.items():
-        rows = _pick(shown, phase=phase)
+        rows = rows_where(shown, phase=phase)
         lines = [
-            *_mean_line(rows, "percent", "optimal_hit_rate", "optimum (Belady)", BLUE),
-            *_mean_line(rows, "percent", "lru_hit_rate", "LRU", VERMILLION),
+            *mean_line(rows, "percent", "optimal_hit_rate", "optimum (Belady)", BLUE),
+            *mean_line(rows, "percent", "lru_hit_rate", "LRU", VERMILLION),
         ]
         if lines:
             panels.append(Lines(name.capitalize(), size, hits, lines, marks))
@@ -296,19 +310,23 @@ def domain_usage(
     *,
     n_experts: int,
 ) -> list[Path]:
-    domains, layers = _values(usage, "domain"), Layers.of(usage)
-    colours = _signed("log2 (share / mean share)")
+    domains, layers = values_of(usage, "domain"), Layers.of(usage)
+    colours = signed_colours("log2 (share / mean share)")
     panels: list[Lines] = []
     for i in layers.spread() if len(domains) > 1 else ():
         rows = layers.rows(usage, i)
-        shares = [_vector(_pick(rows, domain=domain), "share", n_experts) for domain in domains]
-        lift_DE = _log2(np.stack(shares), np.mean(shares, axis=0))
+        shares = [
+            vector_of(rows_where(rows, domain=domain), "share", n_experts) for domain in domains
+        ]
+        lift_DE = log2_ratio(np.stack(shares), np.mean(shares, axis=0))
         names = Axis("", tuple(str(domain) for domain in domains))
-        panels.append(HeatMap(layers.title(i), _experts(), names, values=lift_DE, colours=colours))
+        panels.append(
+            HeatMap(layers.title(i), expert_axis(), names, values=lift_DE, colours=colours)
+        )
     layers = Layers.of(information)
     lines = [
-        *_line(layers, information, INFORMATION, "domain and expert", BLUE),
-        *_line(layers, information, "shuffled_bits", "domains shuffled", GREY, "--"),
+        *line_of(layers, information, INFORMATION, "domain and expert", BLUE),
+        *line_of(layers, information, "shuffled_bits", "domains shuffled", GREY, "--"),
     ]
     if lines:
         bits = Axis("mutual information (bits)")
@@ -319,11 +337,11 @@ def domain_usage(
 
 
 def _transfer_panels(transfer: pd.DataFrame) -> list[Lines]:
-    both = *_values(transfer, "train_domain"), *_values(transfer, "test_domain")
+    both = *values_of(transfer, "train_domain"), *values_of(transfer, "test_domain")
     place = {name: i for i, name in enumerate(dict.fromkeys(both))}
     names, panels = tuple(str(name) for name in place), list[Lines]()
-    for measure in _values(transfer, "measure"):
-        rows = _pick(transfer, measure=measure)
+    for measure in values_of(transfer, "measure"):
+        rows = rows_where(transfer, measure=measure)
         recall_DD = np.full((len(place), len(place)), np.nan)
         cells = rows["train_domain"].map(place), rows["test_domain"].map(place)
         recall_DD[cells] = rows["recall"]
@@ -331,7 +349,7 @@ def _transfer_panels(transfer: pd.DataFrame) -> list[Lines]:
         x, y, title = (
             Axis("scored on", names),
             Axis("counted on", names),
-            f"Transfer: {_words(measure)}",
+            f"Transfer: {in_words(measure)}",
         )
         panels.append(HeatMap(title, x, y, values=recall_DD, colours=colours))
     return panels
@@ -343,15 +361,17 @@ def coactivation(
     layers, panels = Layers.of(pairs), []
     axis, colours = (
         Axis("experts in order of cluster", whole=True),
-        _signed("log2 (together / by chance)"),
+        signed_colours("log2 (together / by chance)"),
     )
     for i in layers.spread():
-        cluster_E = _vector(layers.rows(clusters, i), "cluster", n_experts, fill=-1.0)
+        cluster_E = vector_of(layers.rows(clusters, i), "cluster", n_experts, fill=-1.0)
         order_E = np.argsort(cluster_E, kind="stable")
         cuts = (np.flatnonzero(np.diff(cluster_E[order_E])) + 0.5).tolist()
         size = ("expert_a", n_experts), ("expert_b", n_experts)
-        lift_EE = _matrix(layers.rows(pairs, i), *size, "lift", np.nan)
-        bits_EE = _log2(np.fmax(lift_EE, lift_EE.T), np.ones(n_experts))[np.ix_(order_E, order_E)]
+        lift_EE = matrix_of(layers.rows(pairs, i), *size, "lift", np.nan)
+        bits_EE = log2_ratio(np.fmax(lift_EE, lift_EE.T), np.ones(n_experts))[
+            np.ix_(order_E, order_E)
+        ]
         cuts = cuts if len(cuts) <= MOST_CUTS else []
         panels.append(
             HeatMap(layers.title(i), axis, axis, values=bits_EE, colours=colours, cuts=cuts)
@@ -367,15 +387,15 @@ def balance_overview(
     layers, windows = Layers.of(health), "max_violation_windows"
     known = health.assign(busiest=1 + health[windows]) if windows in health else health
     busiest = [
-        *_line(layers, health, "max_over_mean", "whole trace", BLACK),
-        *_line(layers, known, "busiest", "mean over windows", BLUE, "--"),
+        *line_of(layers, health, "max_over_mean", "whole trace", BLACK),
+        *line_of(layers, known, "busiest", "mean over windows", BLUE, "--"),
     ]
     out = [
-        *_line(layers, health, "overused", "overused", VERMILLION),
-        *_line(layers, health, "underused", "underused", SKY),
-        *_line(layers, health, "dead_experts", "dead", BLACK, ":"),
+        *line_of(layers, health, "overused", "overused", VERMILLION),
+        *line_of(layers, health, "underused", "underused", SKY),
+        *line_of(layers, health, "dead_experts", "dead", BLACK, ":"),
     ]
-    even = _line(layers, health, "gini", "", BLACK)
+    even = line_of(layers, health, "gini", "", BLACK)
     panels = [
         Lines(title, layers.axis(), Axis(unit, whole=low is not None, low=low), lines)
         for title, unit, low, lines in (
@@ -412,186 +432,25 @@ def gate_inputs(
     layers, panels = Layers.of(distances), []
     for column in (str(name) for name in distances if str(name).endswith("_mean")):
         name = column.removesuffix("_mean")
-        lines = _by_phase(distances, layers, column, f"{name}_std")
+        lines = lines_by_phase(distances, layers, column, f"{name}_std")
         if lines and name != "cosine_distance":  # the similarity says the same
             x, y = layers.axis("layer, compared with the next"), Axis("mean and one std")
-            panels.append(Lines(_words(name).capitalize(), x, y, lines))
+            panels.append(Lines(in_words(name).capitalize(), x, y, lines))
     ahead: list[Line] = []
     for phase, shade in PHASES.items():
-        rows, label = _pick(lookahead, phase=phase), PHASE_NAMES[phase]
-        ahead += _mean_line(rows, "horizon", "recall_at_k", label, shade)
+        rows, label = rows_where(lookahead, phase=phase), PHASE_NAMES[phase]
+        ahead += mean_line(rows, "horizon", "recall_at_k", label, shade)
     if ahead:
-        reached, rows = Layers.of(lookahead), _pick(lookahead, phase=_values(lookahead, "phase")[0])
+        reached, rows = (
+            Layers.of(lookahead),
+            rows_where(lookahead, phase=values_of(lookahead, "phase")[0]),
+        )
         each: list[Line] = []
-        for horizon, shade in zip(_values(rows, "horizon"), HORIZONS, strict=False):
+        for horizon, shade in zip(values_of(rows, "horizon"), HORIZONS, strict=False):
             label = f"{horizon} ahead" if horizon else "own gate (control)"
-            each += _line(reached, _pick(rows, horizon=horizon), "recall_at_k", label, shade)
+            each += line_of(reached, rows_where(rows, horizon=horizon), "recall_at_k", label, shade)
         x = Axis("layers ahead (0 = own gate, control)", whole=True)
         panels.append(Lines("Lookahead: mean, lowest to highest layer", x, RECALL, ahead))
         panels.append(Lines("Lookahead by layer", reached.axis(), RECALL, each))
     title = "How alike the inputs of consecutive gates are, and what a later gate makes of them"
     return draw(folder / "gate_inputs", title, panels, columns=4, note=note)
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Layers in the model's order: (stack, number), the stack "" where there is one only."""
-
-    keys: tuple[tuple[str, int], ...]
-
-    @classmethod
-    def of(cls, table: pd.DataFrame) -> Layers:
-        keys = _layer_keys(table)
-        return cls(tuple(keys if any(stack for stack, _ in keys) else sorted(keys)))
-
-    @property
-    def colours(self) -> Colours:
-        names = self.axis().names
-        return Colours("layer", 0, max(1, len(names) - 1), "ordered", names=names)
-
-    def axis(self, label: str = "layer") -> Axis:
-        """Names are short: 3, or e3 in an encoder."""
-        names = tuple(f"{stack[:1]}{number}" for stack, number in self.keys)
-        margin = max(0.5, 0.02 * len(names))
-        return Axis(label, names, low=-margin, high=len(names) - 1 + margin)
-
-    def title(self, i: int) -> str:
-        return f"{self.keys[i][0]} layer {self.keys[i][1]}".strip().capitalize()
-
-    def spread(self) -> list[int]:
-        return _spread(len(self.keys))
-
-    def rows(self, table: pd.DataFrame, i: int) -> pd.DataFrame:
-        stack, number = self.keys[i]
-        return _pick(table, stack=stack, layer=number) if stack else _pick(table, layer=number)
-
-    def places(self, table: pd.DataFrame) -> NDArray[np.float64]:
-        place = {key: float(i) for i, key in enumerate(self.keys)}
-        return np.array([place.get(key, np.nan) for key in _layer_keys(table, every=True)])
-
-
-def _layer_keys(table: pd.DataFrame, every: bool = False) -> list[tuple[str, int]]:
-    """Of every row, or the different ones in the order of the table."""
-    if "layer" not in table:
-        return []
-    named = table[["layer"]].assign(stack=table["stack"].astype(str) if "stack" in table else "")
-    shown = named if every else named.drop_duplicates()
-    return [(stack, int(n)) for stack, n in zip(shown["stack"], shown["layer"], strict=True)]
-
-
-def _spread(n: int) -> list[int]:
-    """At most so many of n places, evenly spread, with both ends."""
-    places = np.linspace(0, n - 1, min(n, MOST_PANELS)).round().astype(int)
-    return np.unique(places).tolist()
-
-
-def _pick(table: pd.DataFrame, **equal: Any) -> pd.DataFrame:
-    for column, value in equal.items():
-        table = table[table[column] == value] if column in table else table[:0]
-    return table
-
-
-def _values(table: pd.DataFrame, column: str) -> list[Any]:
-    return table[column].drop_duplicates().tolist() if column in table else []
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _is_drawable(rows: pd.DataFrame, column: str) -> bool:
-    return column in rows and bool(rows[column].notna().any())
-
-
-def _line(
-    layers: Layers,
-    rows: pd.DataFrame,
-    column: str,
-    label: str,
-    shade: str,
-    dash: Any = "-",
-    ahead: int = 0,
-) -> list[Line]:
-    """By layer, or `ahead` layers later; none where there is nothing to draw."""
-    if not _is_drawable(rows, column):
-        return []
-    return [Line(layers.places(rows) + ahead, rows[column].to_numpy(float), label, shade, dash)]
-
-
-def _by_phase(rows: pd.DataFrame, layers: Layers, column: str, around: str = "") -> list[Line]:
-    """A line per phase, with a band as wide as the column `around` says."""
-    lines: list[Line] = []
-    for phase, shade in PHASES.items():
-        chosen = _pick(rows, phase=phase)
-        if _is_drawable(chosen, column):
-            x, y = layers.places(chosen), chosen[column].to_numpy(float)
-            off = chosen[around].to_numpy(float) if around in chosen else None
-            band = (None, None) if off is None else (y - off, y + off)
-            lines.append(Line(x, y, PHASE_NAMES[phase], shade, "-", *band))
-    return lines
-
-
-def _mean_line(
-    rows: pd.DataFrame,
-    by: str,
-    column: str,
-    label: str,
-    shade: str,
-    low: str = "",
-    high: str = "",
-) -> list[Line]:
-    """The mean over layers, with a band: between the two columns, or from the lowest layer to the highest."""
-    if not _is_drawable(rows, column):
-        return []
-    groups = rows.groupby(by)
-    mean = groups[column].mean()
-    below, above = groups[column].min(), groups[column].max()
-    if low and high:
-        below, above = groups[low].mean(), groups[high].mean()
-    band = (below.to_numpy(float), above.to_numpy(float))
-    return [
-        Line(mean.index.to_numpy(float), mean.to_numpy(), label, shade, low=band[0], high=band[1])
-    ]
-
-
-def _experts(of: str = "") -> Axis:
-    return Axis(f"expert id{of}", whole=True)
-
-
-def _vector(rows: pd.DataFrame, column: str, n_experts: int, fill: float = 0.0) -> NDArray[Any]:
-    values_E = np.full(n_experts, fill)
-    if len(rows):
-        values_E[rows["expert"].to_numpy(int)] = rows[column].to_numpy(float)
-    return values_E
-
-
-def _matrix(
-    rows: pd.DataFrame, down: tuple[str, int], across: tuple[str, int], column: str, fill: float
-) -> NDArray[Any]:
-    values = np.full((down[1], across[1]), fill)
-    values[rows[down[0]].to_numpy(int), rows[across[0]].to_numpy(int)] = rows[column].to_numpy(
-        float
-    )
-    return values
-
-
-def _shares(counts: NDArray[Any], axis: int) -> NDArray[Any]:
-    total = counts.sum(axis=axis, keepdims=True)
-    return np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
-
-
-def _log2(above: NDArray[Any], below: NDArray[Any]) -> NDArray[Any]:
-    """Within the ends of the colour scale; NaN where there is nothing to compare with."""
-    ratio = np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
-    return np.log2(np.clip(ratio, 2**-LIFT_BITS, 2**LIFT_BITS))
-
-
-def _colours(shares: Sequence[NDArray[Any]], label: str) -> Colours:
-    """From nothing to nearly the largest share; small ones are spread by their root."""
-    finite = np.concatenate([share[np.isfinite(share)] for share in shares] or [np.ones(1)])
-    top = float(np.quantile(finite, TOP_SHARE, method="higher"))
-    return Colours(label, 0.0, top, power=0.5, extend="max" if finite.max() > top else "neither")
-
-
-def _signed(label: str) -> Colours:
-    return Colours(label, -LIFT_BITS, LIFT_BITS, "signed", extend="both")

@@ -2,8 +2,8 @@
 
     python scripts/bench/bench_analyze.py [choices]        default 1e8
 
-The trace is drawn (48 layers, 128 experts, k = 8). Compilation is paid on a small trace first. Peers count how often every
-expert, and every pair of experts of consecutive layers, was chosen, on a table small enough for them.
+The trace is drawn (48 layers, 128 experts, k = 8). Compilation is paid on a small trace first. Peers count how often
+every expert, and every pair of experts of consecutive layers, was chosen, on a table small enough for them.
 """
 
 from __future__ import annotations
@@ -126,11 +126,8 @@ def peers(folder: Path) -> None:
     print(
         "\n| counts of 2e6 choices | s median | ours is faster, median [min..max] of rounds |\n|---|---|---|"
     )
-    rounds = []
-    for _ in range(ROUNDS):
-        rounds.append(
-            [seconds(lambda f=f: f(trace)) for f in (ours, counters, by_pandas, by_polars)]
-        )
+    ways = (ours, counters, by_pandas, by_polars)
+    rounds = [[seconds(lambda f=f: f(trace)) for f in ways] for _ in range(ROUNDS)]
     taken = np.array(rounds)
     for i, name in enumerate(("ours", "Python counters", "pandas group-by", "polars group-by")):
         ratios = taken[:, i] / taken[:, 0]

@@ -17,6 +17,7 @@ from sklearn.metrics import mutual_info_score
 from sklearn.naive_bayes import MultinomialNB
 
 from analysis.routing import domains as module
+from analysis.routing import transfer
 from analysis.routing.batch import Plan, accumulate, batches, plan_of
 from analysis.routing.domains import (
     Domains,
@@ -108,7 +109,7 @@ def test_counts_are_those_taken_by_hand(seed: int) -> None:
 def test_no_batch_changes_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where only some requests are kept, and only some rows are scored."""
     monkeypatch.setattr(module, "MOST_REQUESTS", 17)
-    monkeypatch.setattr(module, "SCORED_ROWS", 20)
+    monkeypatch.setattr(transfer, "SCORED_ROWS", 20)
     trace = drawn(5, n_requests=40)
     plan = plan_of(trace)
     whole = counted(trace, plan)
