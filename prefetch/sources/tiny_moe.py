@@ -53,8 +53,8 @@ class TinyMoE(Source):
     prompt_tokens: int = 64
     new_tokens: int = 64
     temperature: float = 1.0
-    scores: int | str | None = None
-    gate_inputs: bool = False
+    scores: int | str | None = "all"
+    gate_inputs: bool = True
     pre_attention: bool = False
     seed: int = 0
     libraries: ClassVar[tuple[str, ...]] = ("python", "torch", "sympy", "numpy")
