@@ -17,7 +17,7 @@ def metrics(found: Findings, top_k: int, n_experts: int) -> dict[str, float]:
     numbers: dict[str, float] = {}
     numbers |= _of_usage(tables)
     if "transitions" in tables:
-        rows = _where(tables["transitions"], phase="all", horizon=1)
+        rows = where(tables["transitions"], phase="all", horizon=1)
         for name in (
             "conditional_entropy_bits",
             "mutual_information_bits",
@@ -27,7 +27,7 @@ def metrics(found: Findings, top_k: int, n_experts: int) -> dict[str, float]:
     if "recall_summary" in tables:
         numbers |= _of_recall(tables["recall_summary"])
     if "next_tokens" in tables:
-        rows = _where(tables["next_tokens"], phase="all")
+        rows = where(tables["next_tokens"], phase="all")
         numbers["repeat_rate"] = rows.repeat_rate.mean()
         numbers["conditional_entropy_previous_token_bits"] = rows.conditional_entropy_bits.mean()
     if "cache_curves" in found.data:
@@ -44,35 +44,35 @@ def metrics(found: Findings, top_k: int, n_experts: int) -> dict[str, float]:
 
 
 def _of_usage(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
-    rows = _where(tables["statistics"], phase="all", choices="all")
+    rows = where(tables["statistics"], phase="all", choices="all")
     return {
         "entropy_bits": rows.entropy_bits.mean(),
         "normalized_entropy": rows.normalized_entropy.mean(),
         "effective_experts": rows.effective_experts.mean(),
         "gini": rows.gini.mean(),
         "max_violation": rows.max_violation.mean(),
-        "dead_experts": _where(tables["health"], phase="all").dead_experts.mean(),
+        "dead_experts": where(tables["health"], phase="all").dead_experts.mean(),
     }
 
 
 def _of_recall(summary: pd.DataFrame) -> dict[str, float]:
     """At horizon 1, or at the shortest there is; longer ones with their horizon in the name."""
     numbers = {}
-    rows = _where(summary, part="all")
+    rows = where(summary, part="all")
     shortest = rows.horizon.min()
     cells = zip(rows.predictor, rows.horizon, rows.recall_at_k, strict=True)
     for predictor, horizon, recall in cells:
         suffix = "" if horizon == shortest else f"_horizon_{horizon}"
         name = SPELT.get(predictor, f"{predictor}_recall_at_k")
         numbers[f"{name}{suffix}"] = float(recall)
-    markov = _where(rows, horizon=shortest, predictor="markov")
+    markov = where(rows, horizon=shortest, predictor="markov")
     low, high = float(markov.low.iloc[0]), float(markov.high.iloc[0])
     return numbers | {"markov_recall_at_k_low": low, "markov_recall_at_k_high": high}
 
 
 def _of_cache(curves: pd.DataFrame, n_experts: int) -> dict[str, float]:
     """A cache of a quarter of the experts, in every layer; absent where an event does not fit it."""
-    rows = _where(curves, phase="all", capacity=n_experts // 4)
+    rows = where(curves, phase="all", capacity=n_experts // 4)
     return {
         "lru_hit_rate_25": rows.lru_hit_rate.mean(),
         "optimal_hit_rate_25": rows.optimal_hit_rate.mean(),
@@ -80,16 +80,17 @@ def _of_cache(curves: pd.DataFrame, n_experts: int) -> dict[str, float]:
 
 
 def _of_gates(lookahead: pd.DataFrame) -> dict[str, float]:
-    rows = _where(lookahead, phase="all")
+    rows = where(lookahead, phase="all")
     ahead = rows[rows.horizon > 0]
-    numbers = {"own_gate_recall_at_k": _where(rows, horizon=0).recall_at_k.mean()}
+    numbers = {"own_gate_recall_at_k": where(rows, horizon=0).recall_at_k.mean()}
     for horizon, group in ahead.groupby("horizon"):
         suffix = "" if horizon == 1 else f"_horizon_{horizon}"
         numbers[f"lookahead_recall_at_k{suffix}"] = group.recall_at_k.mean()
     return numbers
 
 
-def _where(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
+def where(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
+    """The rows whose columns have these values."""
     for name, value in equal.items():
         frame = frame[frame[name] == value]
     return frame

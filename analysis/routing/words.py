@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-import pandas as pd
-
 from analysis.routing.everything import Findings
+from analysis.routing.headline import where
 from prefetch.trace.card import ModelCard
 from prefetch.trace.provenance import Provenance
 
@@ -72,7 +71,7 @@ def _findings(found: Findings, card: ModelCard, numbers: Numbers) -> Iterator[st
 
 
 def _use(found: Findings, card: ModelCard, numbers: Numbers) -> str:
-    rows = _where(found.tables["statistics"], phase="all", choices="all")
+    rows = where(found.tables["statistics"], phase="all", choices="all")
     busiest = rows.sort_values("max_over_mean").iloc[-1]
     return (
         f"**Use**: the busiest expert of a layer takes {rows.max_over_mean.mean():.2f} times its even share on average "
@@ -130,7 +129,7 @@ def _far(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
 def _repeats(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "next_tokens" not in found.tables:
         return None
-    rows = _where(found.tables["next_tokens"], phase="all")
+    rows = where(found.tables["next_tokens"], phase="all")
     return (
         f"**From token to token**: {_share(rows.repeat_rate.mean())} of a token's choices repeat the token before it, "
         f"where unrelated tokens would repeat {_share(rows.expected_repeat.mean())}; the first choice changes at "
@@ -151,7 +150,7 @@ def _cache(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
 def _ninety(found: Findings) -> str:
     if "cache_for_90" not in found.tables:
         return ""
-    rows = _where(found.tables["cache_for_90"], phase="all")
+    rows = where(found.tables["cache_for_90"], phase="all")
     parts = []
     for policy, column in (("LRU", "lru_capacity"), ("the optimum", "optimal_capacity")):
         reached = rows[column].dropna()
@@ -170,9 +169,9 @@ def _ninety(found: Findings) -> str:
 def _working_set(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "working_sets" not in found.tables:
         return None
-    table = _where(found.tables["working_sets"], phase="all")
+    table = where(found.tables["working_sets"], phase="all")
     window = table.window[table.window <= 64].max()
-    rows = _where(table, window=window)
+    rows = where(table, window=window)
     return (
         f"**Working set**: {window} tokens in a row of one request use {rows.mean_experts.mean():.1f} of "
         f"{card.n_experts} experts of a layer; unrelated tokens of the same popularity would use "
@@ -194,7 +193,7 @@ def _drift(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
 
 
 def _balance(found: Findings, card: ModelCard, numbers: Numbers) -> str:
-    health = _where(found.tables["health"], phase="all")
+    health = where(found.tables["health"], phase="all")
     over, under = int(health.overused.sum()), int(health.underused.sum())
     dead, unknown = int(health.dead_experts.sum()), int(health.unused_experts.sum())
     silent = "; every one was used"
@@ -212,7 +211,7 @@ def _balance(found: Findings, card: ModelCard, numbers: Numbers) -> str:
 def _together(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "coactivation_summary" not in found.tables:
         return None
-    rows = _where(found.tables["coactivation_summary"], phase="all")
+    rows = where(found.tables["coactivation_summary"], phase="all")
     return (
         f"**Together**: {int(rows.pairs_significant.sum()):,} of {int(rows.pairs_possible.sum()):,} pairs of experts "
         f"of one layer are chosen together more or less often than chance, in both halves of the requests."
@@ -261,7 +260,7 @@ def _gates(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
 def _router(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "router" not in found.tables:
         return None
-    rows = _where(found.tables["router"], phase="all")
+    rows = where(found.tables["router"], phase="all")
     confidence, level = rows.confidence_mean.mean(), rows.level.iloc[0]
     text = (
         f"**Router**: its first choice has {_share(confidence)} of the weight on average ({level})"
@@ -314,7 +313,7 @@ def _doubts(found: Findings, card: ModelCard, provenance: Provenance) -> Iterato
         yield f"{rows:,} rows were dropped when the trace was made: {why}"
     if provenance.kind == "synthetic":
         yield "the routing is synthetic: it says nothing about a model"
-    health = _where(found.tables["health"], phase="all")
+    health = where(found.tables["health"], phase="all")
     even = health[health.max_over_mean - 1 < TOO_EVEN * (health.noise_floor - 1)]
     if len(even) and card.top_k < card.n_experts:
         layers = ", ".join(map(str, even.layer[:8]))
@@ -343,12 +342,6 @@ def _doubts_about_rows(found: Findings, card: ModelCard) -> Iterator[str]:
         yield f"{share:.1%} of the choices name no expert (dropped tokens, layers that did not run)"
     if split.kind == "time":
         yield "guesses were learnt and scored within the same few requests: believe them less"
-
-
-def _where(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
-    for name, value in equal.items():
-        frame = frame[frame[name] == value]
-    return frame
 
 
 def _share(value: float) -> str:
