@@ -50,6 +50,14 @@ class Split:
         return near_T & self.is_template_DP[block.domain_T, position_T]
 
 
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """The rows of a request where a template may stand; some layers of them."""
+
+    position_T: NDArray[np.int32]
+    ids_TLK: NDArray[Any]
+
+
 class Survey:
     """What must be known of all requests before anything is counted: one light pass over the trace."""
 
@@ -64,12 +72,14 @@ class Survey:
         self.digest_R: list[bytes] = []
         # per domain: shared choices, choices, pairs at every position
         self._agreement: dict[int, NDArray[np.int64]] = {}
-        self._first: dict[int, RoutingTrace] = {}  # head of the domain's first request
-        self._last: dict[int, RoutingTrace] = {}
+        self._nobody = 0
+        self._first: dict[int, _Head] = {}  # of the domain's first request
+        self._last: dict[int, _Head] = {}
 
     def add(self, block: RoutingTrace) -> None:
         """`block` holds whole requests."""
         self.domains = block.domains or self.domains
+        self._nobody = no_expert(block.card.n_experts)
         self.rows += block.n_tokens
         self.executed_rows += int(block.executed_T.sum())
         self.decode_rows += int((block.executed_T & (block.phase_T == DECODE)).sum())
@@ -84,26 +94,26 @@ class Survey:
         self.n_rows_R.append(stop - start)
         self.domain_R.append(domain)
         self.digest_R.append(hashlib.blake2b(ids_TLK.data, digest_size=8).digest())
-        self._meet(domain, block.rows(slice(start, min(stop, start + TEMPLATE_POSITIONS))))
+        position_T = block.position_T[start:stop]
+        near = np.flatnonzero((position_T >= 0) & (position_T < TEMPLATE_POSITIONS))
+        layers = np.unique(np.linspace(0, block.card.n_layers - 1, TEMPLATE_LAYERS).astype(int))
+        self._meet(domain, _Head(position_T[near], ids_TLK[near][:, layers]))
 
-    def _meet(self, domain: int, head: RoutingTrace) -> None:
+    def _meet(self, domain: int, head: _Head) -> None:
         """Compares the start of a request with that of the one before it in the same domain."""
         if domain in self._last:
             self._compare(domain, self._last[domain], head)
         self._first.setdefault(domain, head)
         self._last[domain] = head
 
-    def _compare(self, domain: int, one: RoutingTrace, other: RoutingTrace) -> None:
-        layers = np.unique(np.linspace(0, one.card.n_layers - 1, TEMPLATE_LAYERS).astype(int))
+    def _compare(self, domain: int, one: _Head, other: _Head) -> None:
         positions, rows_one, rows_other = np.intersect1d(
-            one.position_T, other.position_T, assume_unique=True, return_indices=True
+            one.position_T, other.position_T, return_indices=True
         )
-        near = (positions >= 0) & (positions < TEMPLATE_POSITIONS)
-        here = np.ascontiguousarray(one.ids_TLK[rows_one[near]][:, layers])
-        there = np.ascontiguousarray(other.ids_TLK[rows_other[near]][:, layers])
-        shared_T, of_T = _shared(here, there, no_expert(one.card.n_experts))
+        here, there = one.ids_TLK[rows_one], other.ids_TLK[rows_other]
+        shared_T, of_T = _shared(here, there, self._nobody)
         total = self._agreement.setdefault(domain, np.zeros((3, TEMPLATE_POSITIONS), np.int64))
-        total[:, positions[near]] += np.stack([shared_T, of_T, np.ones_like(of_T)])
+        total[:, positions] += np.stack([shared_T, of_T, np.ones_like(of_T)])
 
     def merge(self, later: Survey) -> None:
         """`later` surveyed what follows in the same trace."""
@@ -113,6 +123,7 @@ class Survey:
         for domain, total in later._agreement.items():
             self._agreement[domain] = self._agreement.get(domain, 0) + total
         self.domains = later.domains or self.domains
+        self._nobody = self._nobody or later._nobody
         for name in (
             "rows",
             "executed_rows",

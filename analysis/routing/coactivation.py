@@ -51,12 +51,13 @@ class CoActivation:
             raise MissingData("one expert per token: nothing is chosen together")
         self.plan = plan
         shape = (2, card.n_layers, card.n_experts, card.n_experts)
-        self._half_CLEE = np.zeros(
-            shape, np.int32
-        )  # each pair once, wherever its first expert stood
+        self._half_CLEE = np.zeros(shape, np.int32)  # each pair once, where its first expert stood
         self.tokens_CL = np.zeros(shape[:2], np.int64)
+        self._compared: tuple[_Compared, _Compared, _Compared] | None = None
 
     def add(self, batch: Batch) -> None:
+        self._compared = None
+
         def count(layer: int) -> None:
             half_CEE, tokens_C = self._half_CLEE[:, layer], self.tokens_CL[:, layer]
             _count_together(batch.ids_LTK[layer], batch.part_T, batch.nobody, half_CEE, tokens_C)
@@ -64,6 +65,7 @@ class CoActivation:
         for_layers(count, len(batch.ids_LTK))
 
     def merge(self, later: CoActivation) -> None:
+        self._compared = None
         self._half_CLEE += later._half_CLEE
         self.tokens_CL += later.tokens_CL
 
@@ -138,13 +140,15 @@ class CoActivation:
         return leading(whole.assign(**columns), *columns)
 
     def _compare(self) -> tuple[_Compared, _Compared, _Compared]:
-        """All tokens, the train half, the test half."""
-        pairs_CLEE = self.pairs_CLEE
-        return (
-            _Compared.of(pairs_CLEE.sum(axis=0), self.tokens_CL.sum(axis=0)),
-            _Compared.of(pairs_CLEE[TRAIN], self.tokens_CL[TRAIN]),
-            _Compared.of(pairs_CLEE[TEST], self.tokens_CL[TEST]),
-        )
+        """All tokens, the train half, the test half; kept until more is counted."""
+        if self._compared is None:
+            pairs_CLEE = self.pairs_CLEE
+            self._compared = (
+                _Compared.of(pairs_CLEE.sum(axis=0), self.tokens_CL.sum(axis=0)),
+                _Compared.of(pairs_CLEE[TRAIN], self.tokens_CL[TRAIN]),
+                _Compared.of(pairs_CLEE[TEST], self.tokens_CL[TEST]),
+            )
+        return self._compared
 
 
 @njit(cache=True, nogil=True)

@@ -9,7 +9,6 @@ every expert, and every pair of experts of consecutive layers, was chosen, on a 
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -63,20 +62,22 @@ def whole(folder: Path, choices: float) -> None:
     small, large = drawn(folder / "small", 1e6), drawn(folder / "large", choices)
     analyze_trace(small, Settings())
     count_once(small)
-    print("| tables | s median [min..max] | counting passes | peak MB |\n|---|---|---|---|")
-    pass_s = [seconds(lambda: count_once(large)) for _ in range(ROUNDS)]
-    row("one counting pass", pass_s, pass_s)
-    for last in (1, 2, 4):
-        settings = Settings(horizons=tuple(range(1, last + 1)))
-        taken = [seconds(lambda s=settings: analyze_trace(large, s)) for _ in range(ROUNDS)]
-        row(f"all, horizons 1 to {last}" if last > 1 else "all, horizon 1", taken, pass_s)
 
+    def analyzed(last: int) -> Callable[[], object]:
+        return lambda: analyze_trace(large, Settings(horizons=tuple(range(1, last + 1))))
 
-def row(name: str, taken: list[float], pass_s: list[float]) -> None:
-    ratio = statistics.median(taken) / statistics.median(pass_s)
+    ways = (lambda: count_once(large), analyzed(1), analyzed(2), analyzed(4))
+    taken = np.array([[seconds(way) for way in ways] for _ in range(ROUNDS)])
+    further = (taken[:, 3] - taken[:, 1]) / 3
+    print(
+        "| tables | s median [min..max] of rounds | counting passes of its round |\n|---|---|---|"
+    )
+    names = ("one counting pass", "all, horizon 1", "all, horizons 1 and 2", "all, horizons 1 to 4")
+    for name, seconds_R in zip((*names, "each further horizon"), (*taken.T, further), strict=True):
+        span = f"{np.median(seconds_R):.1f} [{seconds_R.min():.1f}..{seconds_R.max():.1f}]"
+        print(f"| {name} | {span} | {np.median(seconds_R / taken[:, 0]):.1f} |", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    span = f"{statistics.median(taken):.1f} [{min(taken):.1f}..{max(taken):.1f}]"
-    print(f"| {name} | {span} | {ratio:.1f} | {peak:.0f} |", flush=True)
+    print(f"\nPeak memory of the process: {peak:.0f} MB")
 
 
 def ours(trace: RoutingTrace) -> None:
