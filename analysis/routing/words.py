@@ -142,8 +142,8 @@ def _cache(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
         return None
     return (
         f"**Cache**: with room for a quarter of every layer's experts ({card.n_experts // 4} of {card.n_experts}) LRU "
-        f"hits {_share(numbers['lru_hit_rate_25'])} of the accesses, and no policy that loads only on demand hits more "
-        f"than {_share(numbers['optimal_hit_rate_25'])}. {_ninety(found)}"
+        f"hits {_share(numbers['lru_hit_rate_25'])} of the accesses, and no cache that must hold what "
+        f"it serves, loaded on demand, hits more than {_share(numbers['optimal_hit_rate_25'])}. {_ninety(found)}"
     )
 
 
