@@ -7,6 +7,7 @@ L layers, E experts, K choices, C parts (train, test), N pairs a < b.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from analysis.routing.batch import (
     layer_columns,
     plan_of,
 )
+from analysis.routing.pairs import check_bytes
 from analysis.routing.significance import q_values, z_values
 from analysis.routing.statistics import leading
 from analysis.routing.sums import ratio
@@ -51,6 +53,7 @@ class CoActivation:
             raise MissingData("one expert per token: nothing is chosen together")
         self.plan = plan
         shape = (2, card.n_layers, card.n_experts, card.n_experts)
+        check_bytes(4 * len(plan.phases) * math.prod(shape), card)
         self._half_CLEE = np.zeros(shape, np.int32)  # each pair once, where its first expert stood
         self.tokens_CL = np.zeros(shape[:2], np.int64)
         self._compared: tuple[_Compared, _Compared, _Compared] | None = None

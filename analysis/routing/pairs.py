@@ -15,9 +15,20 @@ from numpy.typing import NDArray
 from scipy.special import digamma
 
 from analysis.routing.statistics import entropy_bits
+from prefetch.errors import MissingData
+from prefetch.trace.card import ModelCard
 
+MOST_BYTES = 2 << 30  # dense tables of pair counts; more experts than that fit need fewer horizons
 SKIP = 255  # class of a row that is not counted
 SMALL_COUNT = 1 << 14  # from here on the asymptotic form is exact to 1e-8
+
+
+def check_bytes(n_bytes: int, card: ModelCard) -> None:
+    if n_bytes > MOST_BYTES:
+        raise MissingData(
+            f"pair counts of {card.n_experts} experts in {card.n_layers} layers would take {n_bytes / 1e9:.1f} GB, "
+            f"more than {MOST_BYTES / 1e9:.1f}; fewer analyze.horizons need less"
+        )
 
 
 @njit(cache=True, nogil=True)

@@ -26,6 +26,7 @@ from analysis.routing.pairs import (
     CONTROL,
     INFORMATION,
     SKIP,
+    check_bytes,
     control,
     count_pairs,
     information,
@@ -35,8 +36,6 @@ from prefetch.errors import MissingData
 from prefetch.scoring import LEFT_OUT, TRAIN
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import PHASES
-
-MOST_BYTES = 2 << 30  # dense tables of pair counts; more experts than that fit need fewer horizons
 
 
 class Transitions:
@@ -49,7 +48,7 @@ class Transitions:
         if not self.horizons:
             raise MissingData("one layer: there is no later layer to go to")
         shapes = [(4, card.n_layers - h, card.n_experts, card.n_experts) for h in self.horizons]
-        _check_bytes(sum(4 * int(np.prod(shape)) for shape in shapes), card)
+        check_bytes(sum(4 * int(np.prod(shape)) for shape in shapes), card)
         self.joint_HCLEE = [np.zeros(shape, np.int32) for shape in shapes]
         # rows of class c with a at layer l (b at layer l + horizon), of those that have both
         self.here_HCLE = [np.zeros(shape[:3], np.int64) for shape in shapes]
@@ -136,7 +135,7 @@ class NextTokens:
         card = plan.card
         self.plan = plan
         shape = (4, card.n_layers, card.n_experts, card.n_experts)
-        _check_bytes(4 * int(np.prod(shape)), card)
+        check_bytes(4 * int(np.prod(shape)), card)
         self.joint_CLEE = np.zeros(shape, np.int32)
         self.here_CLE = np.zeros(shape[:3], np.int64)
         self.there_CLE = np.zeros(shape[:3], np.int64)
@@ -276,14 +275,6 @@ def sparse_rows(counted: Transitions, horizon: int, card: ModelCard) -> pd.DataF
     )
     train_LEE = counted.joint(horizon, part=TRAIN)
     return frame.assign(train_count=train_LEE[layer, here, there])
-
-
-def _check_bytes(n_bytes: int, card: ModelCard) -> None:
-    if n_bytes > MOST_BYTES:
-        raise MissingData(
-            f"pair counts of {card.n_experts} experts in {card.n_layers} layers would take {n_bytes / 1e9:.1f} GB, "
-            f"more than {MOST_BYTES / 1e9:.1f}; fewer analyze.horizons need less"
-        )
 
 
 def _classes(batch: Batch) -> NDArray[np.uint8]:

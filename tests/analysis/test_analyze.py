@@ -177,3 +177,11 @@ def test_notebooks_find_every_analysis_by_name():
     with pytest.raises(AttributeError, match="nothing_such"):
         analysis.nothing_such  # noqa: B018
     assert Path(analysis.__file__).exists()
+
+
+def test_more_experts_than_pair_counts_have_room_for_are_said_and_the_rest_is_told():
+    trace = random_trace(n_requests=4, tokens=6, n_layers=2, n_experts=20_000, top_k=2)
+    found = analyze_trace(trace, SETTINGS)
+    for name in ("transitions", "next_tokens", "coactivation"):
+        assert "GB" in found.missing[name]
+    assert {"statistics", "load", "working_sets"} <= set(found.tables)
