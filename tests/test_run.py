@@ -171,7 +171,13 @@ def test_a_name_that_no_alias_fits_can_be_given(tmp_path):
 def test_a_run_that_is_stopped_leaves_nothing_half_made(tmp_path, stop):
     words = ("stage=collect", "source=synthetic", "source.n_requests=1000000", "tracker=none")
     command = [sys.executable, str(ROOT / "scripts" / "run.py"), *words]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(stop, signal.SIG_DFL),  # nohup's children ignore Ctrl-C
+    )
     while not list(tmp_path.glob("artifacts/trace/*.building/*")):
         assert process.poll() is None
         time.sleep(0.05)

@@ -70,7 +70,8 @@ def _links(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Lifts of all pairs, and for every expert the one of the next layer that it is linked to, or NONE."""
     of_L = np.maximum(tokens_L, 1)[:, None]
-    expected_LEE = here_LE[:, :, None] * (there_LE / of_L)[:, None, :]
+    # one division: a lift of just `min_lift` must not be rounded below it
+    expected_LEE = here_LE[:, :, None] * there_LE[:, None, :] / of_L[:, :, None]
     absent = (1 - here_LE / of_L)[:, :, None] * (1 - there_LE / of_L)[:, None, :]
     z_LEE = z_values(joint_LEE, expected_LEE, expected_LEE * absent)
     is_tested = expected_LEE >= ENOUGH
