@@ -68,6 +68,8 @@ def record(cfg: Config, folder: Path) -> dict[str, float]:
         (folder / "error.txt").write_text(error + "\n")  # the console forgets
         raise
     finally:
+        if error == "interrupted":
+            (folder / "error.txt").write_text("interrupted: what stands here is not complete\n")
         outputs.lineage(store.used)
         write_index(store, stage=stage, folder=folder, failed=error is not None)
         outputs.finish(error)

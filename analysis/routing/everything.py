@@ -109,7 +109,14 @@ class _Counted:
 def _count(
     trace: Traceable, plan: Plan, settings: Settings, found: Findings, max_rows: int
 ) -> _Counted:
-    pairs = ("transitions", "recall", "recall_curve", "expert_transitions", "families")
+    pairs = (
+        "transitions",
+        "recall",
+        "recall_curve",
+        "recall_summary",
+        "expert_transitions",
+        "families",
+    )
     parts: dict[str, Any] = dict.fromkeys(("next_tokens", "transitions", "coactivation", "domains"))
     with found.told(*pairs):
         parts["transitions"] = Transitions(plan, settings.horizons)
@@ -305,6 +312,17 @@ def analyze_counts(counts: ExpertCounts, settings: Settings) -> Findings:
 
 
 NEED_A_TRACE = (
+    "cache_for_90",
+    "coactivation_summary",
+    "expert_transitions",
+    "gap_histogram",
+    "gate_distances_by_step",
+    "paths",
+    "recall_curve",
+    "recall_summary",
+    "reuse_distances",
+    "router_probability",
+    "usage_timeline",
     "transitions",
     "next_tokens",
     "recall",

@@ -246,6 +246,8 @@ class Drift:
     """`counts_SLE[s, l, e]`: choices in the s-th of equal slices of the whole trace."""
 
     def __init__(self, plan: Plan, slices: int = SLICES) -> None:
+        if slices < 1:
+            raise ValueError(f"slices must be at least 1, got {slices}")
         card = plan.card
         self.plan, self.slices = plan, slices
         self.counts_SLE = np.zeros((slices, card.n_layers, card.n_experts), np.int64)

@@ -26,6 +26,8 @@ class Paths:
     """The first choices of the sampled requests."""
 
     def __init__(self, plan: Plan, samples: int = SAMPLES, tokens: int = TOKENS) -> None:
+        if min(samples, tokens) < 1:
+            raise ValueError(f"samples and tokens must be at least 1, got {samples} and {tokens}")
         self.plan, self.tokens = plan, tokens
         requests = plan.survey.request_R
         spread = np.unique(np.linspace(0, len(requests) - 1, samples).astype(int))

@@ -38,6 +38,7 @@ CLASSES = 4  # phase, then template or not
 CONTROL_ROWS = (
     1 << 14
 )  # so many rows fix the mean of the control to a thousandth; few test rows count repeatedly
+ENOUGH_REQUESTS = 10  # fewer give an interval that is far too narrow
 GUIDE = 256  # steps of the table that tells where in a cdf to look
 
 
@@ -173,9 +174,9 @@ class Recall:
         return np.divide(held_LE, total_L, out=np.full(held_LE.shape, np.nan), where=total_L > 0)
 
     def interval(self, predictor: str, horizon: int) -> tuple[float, float]:
-        """Of recall@K over all choices, bootstrapped over test requests; NaN with fewer than two."""
+        """Of recall@K over all choices, bootstrapped over test requests; NaN where they are too few for that."""
         scored_PR = self.request_HPR[self.horizons.index(horizon)]
-        if scored_PR.shape[1] < 2 or predictor not in INTERVALS:
+        if scored_PR.shape[1] < ENOUGH_REQUESTS or predictor not in INTERVALS:
             return float("nan"), float("nan")
         hits_R, of_R = scored_PR[INTERVALS.index(predictor)], scored_PR[-1]
         return bootstrap(hits_R, of_R, seed=self.plan.seed)
@@ -184,6 +185,10 @@ class Recall:
         """Which rows recall is told for: those of a template shared by the requests stand apart."""
         template = self.plan.split.is_template_DP.any()
         return (*self.plan.phases, *(("new_text", "template") if template else ()))
+
+    def _told(self, part: str) -> tuple[str, ...]:
+        """The control is drawn over the whole trace: it says nothing of a part."""
+        return PREDICTORS if part == "all" else INTERVALS
 
     def table(self) -> pd.DataFrame:
         """One row per part, horizon, layer pair, predictor, and width K, 2K and 4K."""
@@ -198,7 +203,7 @@ class Recall:
             self._rows(part, horizon, predictor)
             for part in self.parts()
             for horizon in self.horizons
-            for predictor in PREDICTORS
+            for predictor in self._told(part)
         ]
         return pd.concat(frames, ignore_index=True)
 
@@ -222,7 +227,7 @@ class Recall:
         rows = []
         for part in self.parts():
             for horizon in self.horizons:
-                for predictor in PREDICTORS:
+                for predictor in self._told(part):
                     recalls_L = self.recall(predictor, horizon, self.plan.card.top_k, part)
                     known_L = recalls_L[~np.isnan(recalls_L)]
                     low, high = (
@@ -323,9 +328,8 @@ def _rank_markov(here_TK, there_TK, chance_EE, class_T, number_T, nobody, ranks_
     score_E = np.zeros(chance_EE.shape[0], np.float32)
     for t in range(here_TK.shape[0]):
         c = class_T[t]
-        if c >= ranks_CE.shape[0]:
+        if c >= ranks_CE.shape[0] or not _add_up(score_E, chance_EE, here_TK[t], nobody):
             continue
-        _add_up(score_E, chance_EE, here_TK[t], nobody)
         for j in range(n_choices):
             if there_TK[t, j] != nobody:
                 rank = _rank(score_E, np.int64(there_TK[t, j]))
@@ -348,9 +352,8 @@ def _rank_drawn(  # type: ignore[no-untyped-def]
         if c >= ranks_CE.shape[0]:
             continue
         state = _mix(seed ^ (np.uint64(row_T[t]) * np.uint64(0x9E3779B97F4A7C15)))
-        if _unit(state) >= share:
+        if _unit(state) >= share or not _add_up(score_E, chance_EE, here_TK[t], nobody):
             continue
-        _add_up(score_E, chance_EE, here_TK[t], nobody)
         for _ in range(max(1, int(share))):
             for j in range(there_TK.shape[1]):
                 if there_TK[t, j] == nobody:
@@ -370,13 +373,17 @@ def _unit(bits):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _add_up(score_E, chance_EE, here_K, nobody):  # type: ignore[no-untyped-def]
+    """Is there an expert to go by?"""
+    is_known = False
     for e in range(score_E.shape[0]):
         score_E[e] = 0
     for i in range(here_K.shape[0]):
         if here_K[i] != nobody:
+            is_known = True
             chance_E = chance_EE[here_K[i]]
             for e in range(score_E.shape[0]):  # spelt out: so it compiles to vector instructions
                 score_E[e] += chance_E[e]
+    return is_known
 
 
 @njit(cache=True, nogil=True)

@@ -25,6 +25,7 @@ from analysis.routing.batch import (
 )
 from analysis.routing.sums import ratio
 from prefetch.trace.card import ModelCard
+from prefetch.trace.counts import ExpertCounts
 from prefetch.trace.routing import PHASES
 
 CHOICES = ("all", "first")
@@ -208,8 +209,10 @@ def leading(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
     return frame[[*names, *(name for name in frame.columns if name not in names)]]
 
 
-def statistics(trace: Traceable) -> pd.DataFrame:
-    """Per-layer statistics of a trace, all phases, over all choices and over the first."""
+def statistics(trace: Traceable | ExpertCounts) -> pd.DataFrame:
+    """Per-layer statistics of a trace, all phases, over all choices and over the first; of counts what they have."""
+    if isinstance(trace, ExpertCounts):
+        return layer_statistics(trace.counts_LE, trace.card)
     plan = plan_of(trace)
     usage = Usage(plan)
     accumulate(trace, plan, [usage], *plan.recorded("weights"))

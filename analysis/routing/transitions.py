@@ -43,6 +43,8 @@ class Transitions:
 
     def __init__(self, plan: Plan, horizons: tuple[int, ...] = (1,)) -> None:
         card = plan.card
+        if min(horizons, default=0) < 1:
+            raise ValueError(f"a horizon is at least one layer, got {horizons}")
         self.plan = plan
         self.horizons = tuple(h for h in horizons if h < card.n_layers)
         if not self.horizons:

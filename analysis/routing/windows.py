@@ -41,6 +41,8 @@ class Windows:
     """
 
     def __init__(self, plan: Plan, tokens: int = WINDOW_TOKENS) -> None:
+        if tokens < 1:
+            raise ValueError(f"a window holds at least 1 token, got {tokens}")
         shape = (plan.card.n_layers, plan.card.n_experts)
         by_factor = (plan.card.n_layers, len(FACTORS_F))
         self.plan, self.tokens = plan, tokens

@@ -138,8 +138,11 @@ def _repeats(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
 
 
 def _cache(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
-    if "lru_hit_rate_25" not in numbers:
+    if "cache_curves" not in found.data:
         return None
+    if "lru_hit_rate_25" not in numbers:
+        too_small = f"a quarter of the experts ({card.n_experts // 4}) has no room for the {card.top_k} of one token"
+        return f"**Cache**: {too_small}. {_ninety(found)}"
     return (
         f"**Cache**: with room for a quarter of every layer's experts ({card.n_experts // 4} of {card.n_experts}) LRU "
         f"hits {_share(numbers['lru_hit_rate_25'])} of the accesses, and no cache that must hold what "
@@ -158,7 +161,7 @@ def _ninety(found: Findings) -> str:
         words = (
             f"{reached.mean():.1f} experts a layer for {policy}"
             if len(reached)
-            else f"no size for {policy}"
+            else f"more than all experts for {policy} (first uses alone miss more)"
         )
         parts.append(
             words + (f" ({never} layers never reach it)" if never and len(reached) else "")
@@ -205,7 +208,10 @@ def _balance(found: Findings, card: ModelCard, numbers: Numbers) -> str:
         )
         silent = f"; {dead + unknown} were never used{too_few}"
     total = card.n_layers * card.n_experts
-    return f"**Balance**: of {total:,} experts {over} are overused and {under} underused beyond chance{silent}."
+    return (
+        f"**Balance**: of {total:,} experts {over} are overused and {under} underused by more than chance would show "
+        f"if tokens were independent{silent}."
+    )
 
 
 def _together(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
@@ -323,7 +329,11 @@ def _doubts(found: Findings, card: ModelCard, provenance: Provenance) -> Iterato
         )
     collapsed = health[health.is_collapsed.astype(bool)]
     if len(collapsed):
-        yield f"layers {', '.join(map(str, collapsed.layer))}: nearly all choices go to few experts (collapse)"
+        layers = ", ".join(map(str, collapsed.layer))
+        yield (
+            f"layers {layers}: most choices go to few experts; a collapsed router does that, and so does one "
+            "narrow text"
+        )
     if found.plan is not None:
         yield from _doubts_about_rows(found, card)
 

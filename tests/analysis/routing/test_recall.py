@@ -47,7 +47,10 @@ def test_the_baselines_of_the_real_traces_are_reproduced(real_data, name):
     assert recall.recall("markov", 1, k).mean() == pytest.approx(markov, abs=0.001)
     assert recall.recall("markov_shuffled", 1, k).mean() == pytest.approx(shuffled, abs=0.02)
     low, high = recall.interval("markov", 1)
-    assert low < recall.recall("markov", 1, k).mean() < high
+    if recall.request_HPR.shape[2] >= 10:
+        assert low < recall.recall("markov", 1, k).mean() < high
+    else:
+        assert np.isnan(low) and np.isnan(high)
     positions = int(recall.plan.split.is_template_DP.sum())
     assert positions == next((n for task, n in TEMPLATES.items() if name.endswith(task)), 0)
 
