@@ -332,7 +332,11 @@ def thinned(names: Sequence[str], most: int = MOST_LABELS) -> list[int]:
 
 
 def _shortened(name: str) -> str:
-    return plain(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…")
+    """Cut in the middle: names of one kind often begin alike."""
+    if len(name) <= LONGEST_NAME:
+        return plain(name)
+    half = LONGEST_NAME // 2
+    return plain(f"{name[: LONGEST_NAME - half - 1]}…{name[-half:]}")
 
 
 def _paint_colour_bars(figure: Figure, places: Sequence[Axes], panels: Sequence[Lines]) -> None:

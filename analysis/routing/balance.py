@@ -123,9 +123,12 @@ def health(
         "tokens_for_dead": tokens_for_dead(counts_LE, tokens_L, top_k, significance),
         "underused": (state_LE == "underused").sum(axis=1),
         "overused": (state_LE == "overused").sum(axis=1),
-        **_concentration(counts_LE, _made(counts_LE, tokens_L, top_k), collapse),
+        **_concentration(counts_LE, _made(counts_LE, tokens_L, top_k)),
         **_health_in_windows(windows, len(counts_LE)),
     }
+    # few tokens use few experts, whatever the router
+    enough_L = tokens_L >= columns["tokens_for_dead"]
+    columns["is_collapsed"] = enough_L & (columns["spread"] < collapse)
     names = layer_columns(card, np.arange(len(counts_LE)))
     return pd.DataFrame({**names, "tokens": tokens_L, **columns})
 
@@ -141,7 +144,7 @@ def _loads(ratio_LE: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 
 
 def _concentration(
-    counts_LE: NDArray[np.int64], made_L: NDArray[np.float64], collapse: float
+    counts_LE: NDArray[np.int64], made_L: NDArray[np.float64]
 ) -> dict[str, NDArray[Any]]:
     n, entropy_L = counts_LE.shape[1], entropy_bits(counts_LE)
     spread_L = ratio(entropy_L - np.log2(made_L), np.log2(n) - np.log2(made_L))
@@ -150,7 +153,6 @@ def _concentration(
         "noise_floor": 1 + np.sqrt(2 * np.log(n) * variance_L),
         "normalized_entropy": ratio(entropy_L, np.log2(n)),
         "spread": spread_L,
-        "is_collapsed": spread_L < collapse,
     }
 
 

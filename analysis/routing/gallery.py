@@ -14,11 +14,16 @@ from analysis.routing.paths import layer_names
 from prefetch.progress import Progress
 from prefetch.trace.card import ModelCard
 
+LEAST_SEEN = 0.01  # of what the layer that saw most has of a phase
+SEEN = ("tokens", "accesses", "mean")  # columns that say how much a layer saw; `mean` is of choices
+
 
 def draw_all(found: Findings, card: ModelCard, folder: Path, note: str) -> list[Path]:
     """Every picture whose tables there are, as SVG and PNG."""
     drawn: list[Path] = []
-    tables = found.tables | found.data
+    tables = {name: well_seen(table) for name, table in (found.tables | found.data).items()}
+    if len(tables["statistics"]) < len(found.tables["statistics"]):
+        note = f"Layers with under {LEAST_SEEN:.0%} of a phase's choices are not drawn. {note}"
     todo = [(needs, draw) for needs, draw in _pictures(found, card) if needs <= set(tables)]
     with Progress("drawing", len(todo), "pictures") as progress:
         for _, draw in todo:
@@ -106,6 +111,18 @@ def _pictures(found: Findings, card: ModelCard) -> list[tuple[set[str], Draw]]:
             ),
         ),
     ]
+
+
+def well_seen(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the layers that saw nearly nothing of their phase (a last layer runs for one token of each prompt).
+
+    Their numbers are of a handful of tokens, and would set the scale of all others.
+    """
+    weight = next((name for name in SEEN if name in table), None)
+    if weight is None or not {"layer", "phase"} <= set(table):
+        return table
+    most = table.groupby("phase")[weight].transform("max")
+    return table[table[weight] >= LEAST_SEEN * most]
 
 
 def _all(table: pd.DataFrame) -> pd.DataFrame:

@@ -57,6 +57,7 @@ from prefetch.figures import (
 
 MOST_CUTS = 24  # more lines between clusters would hide them
 PATH_TOKENS = 64  # of a sampled request
+PARTS = {"all": "all test rows", "prefill": "prefill test rows", "decode": "decode test rows"}
 HORIZONS = (GREY, GREEN, PURPLE, ORANGE, SKY)
 PREDICTORS = {
     "popularity": BLUE,
@@ -76,6 +77,7 @@ MEASURES = (
     ("kurtosis", "Excess kurtosis of use", "normal = 0", None),
 )
 CONDITIONAL, INFORMATION = "conditional_entropy_bits", "mutual_information_bits"
+SHUFFLED = "mutual_information_shuffled_bits"
 SQUARE, WIDE = (3.4, 3.0), (4.2, 2.6)  # inches of a panel
 RECALL = Axis("recall (share of choices)", low=0, high=1.02)
 
@@ -192,7 +194,7 @@ def expert_usage_timeline(
         counts_ES = matrix_of(layers.rows(timeline, i), *size, "count", 0.0)
         shares.append(100 * shares_along(counts_ES, axis=0))
     colours = colours_of(shares, "share of slice's choices (%)")
-    time = Axis("slice of the trace (in time)", whole=True)
+    time = Axis("slice of the trace (in its order)", whole=True)
     panels = [
         HeatMap(layers.title(i), time, expert_axis(), values=share_ES, colours=colours)
         for i, share_ES in zip(layers.spread(), shares, strict=True)
@@ -223,9 +225,13 @@ def entropy_by_layer(
             rows_where(next_token, phase=phase),
         )
         above = rows_where(transitions, phase=phase, horizon=1)
+        if len(above):
+            control = above[CONDITIONAL] + above[INFORMATION] - above[SHUFFLED]
+            above = above.assign(told_nothing=control)
         lines = [
             *line_of(layers, here, "entropy_bits", "entropy", BLACK),
             *line_of(layers, above, CONDITIONAL, "given the layer before", BLUE, ahead=1),
+            *line_of(layers, above, "told_nothing", "given it, shuffled", BLUE, "--", ahead=1),
             *line_of(layers, after, CONDITIONAL, "given the token before", VERMILLION),
         ]
         if lines:
@@ -250,7 +256,7 @@ def recall_by_horizon(
     panels = []
     for part in values_of(means, "part"):
         if lines := _recall_lines(rows_where(means, part=part), "horizon", column):
-            ahead, name = Axis("horizon (layers ahead)", whole=True), PHASE_NAMES.get(part, part)
+            ahead, name = Axis("horizon (layers ahead)", whole=True), PARTS.get(part, part)
             panels.append(Lines(f"{top_k} guesses: {in_words(name)}", ahead, RECALL, lines))
     first = values_of(recall, "part")[:1]
     wider = [rows_where(recall, part=part, horizon=1) for part in first]
@@ -259,7 +265,7 @@ def recall_by_horizon(
             Axis("width (experts guessed)", whole=True),
             Mark(top_k, f"k = {top_k}", ":", True),
         )
-        title = f"One layer ahead: {in_words(PHASE_NAMES.get(first[0], first[0]))}"
+        title = f"One layer ahead: {in_words(PARTS.get(first[0], first[0]))}"
         panels.append(Lines(title, width, RECALL, lines, (mark,)))
     said = f"Lines: mean over layer pairs; bands, where there are any: interval. {note}"
     title = "How much of a later layer's choices the counts can guess"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from analysis.routing.everything import Findings
 from analysis.routing.headline import where
+from analysis.routing.recall import ENOUGH_REQUESTS
 from prefetch.trace.card import ModelCard
 from prefetch.trace.provenance import Provenance
 
@@ -53,9 +54,11 @@ def _origin(found: Findings, card: ModelCard, provenance: Provenance) -> Iterato
         phases = (
             f"{survey.decode_rows:,} of them generated" if survey.decode_rows else "all of prompts"
         )
-        yield f"{survey.executed_rows:,} tokens of {len(survey.request_R):,} requests, {phases}."
+        requests = _several(len(survey.request_R), "request")
+        yield f"{_several(survey.executed_rows, 'token')} of {requests}, {phases}."
         how = {
-            "requests": f"Guesses are learnt on some requests and scored on {len(split.test_requests):,} others.",
+            "requests": "Guesses are learnt on some requests and scored on others: "
+            f"{_several(len(split.test_requests), 'request')}.",
             "time": "Too few requests to split by: guesses are learnt on the first rows and scored on the last.",
         }
         yield how[split.kind]
@@ -96,7 +99,7 @@ def _information(found: Findings, card: ModelCard, numbers: Numbers) -> str | No
     return (
         f"**From layer to layer**: an expert tells {numbers['mutual_information_bits']:.3f} bits about one of the next "
         f"layer's; {numbers['conditional_entropy_bits']:.2f} bits stay open. Shuffled, the same estimate gives "
-        f"{numbers['mutual_information_shuffled_bits']:+.3f}."
+        f"{round(numbers['mutual_information_shuffled_bits'], 3) + 0:.3f}."
     )
 
 
@@ -144,9 +147,9 @@ def _cache(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
         too_small = f"a quarter of the experts ({card.n_experts // 4}) has no room for the {card.top_k} of one token"
         return f"**Cache**: {too_small}. {_ninety(found)}"
     return (
-        f"**Cache**: with room for a quarter of every layer's experts ({card.n_experts // 4} of {card.n_experts}) LRU "
-        f"hits {_share(numbers['lru_hit_rate_25'])} of the accesses, and no cache that must hold what "
-        f"it serves, loaded on demand, hits more than {_share(numbers['optimal_hit_rate_25'])}. {_ninety(found)}"
+        f"**Cache**: with room for a quarter of every layer's experts ({card.n_experts // 4} of {card.n_experts}), "
+        f"kept warm from request to request, LRU hits {_share(numbers['lru_hit_rate_25'])} of the accesses, and no "
+        f"cache that must hold what it serves, loaded on demand, hits more than {_share(numbers['optimal_hit_rate_25'])}. {_ninety(found)}"
     )
 
 
@@ -189,7 +192,7 @@ def _drift(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if table.divergence.isna().all():
         return None
     return (
-        f"**Drift**: a {1 / table.slice.nunique():.1%} slice of the trace differs from the rest by "
+        f"**Drift**: a {1 / table.slice.nunique():.1%} slice of the trace, in its order, differs from the rest by "
         f"{table.divergence.mean():.3f} bits (Jensen-Shannon) on average, where draws from one popularity would differ "
         f"by {table.divergence_even.mean():.3f}."
     )
@@ -342,7 +345,8 @@ def _doubts_about_rows(found: Findings, card: ModelCard) -> Iterator[str]:
     assert found.plan is not None
     survey, split = found.plan.survey, found.plan.split
     if len(split.duplicate_requests):
-        yield f"{len(split.duplicate_requests)} requests repeat an earlier one and are scored nowhere"
+        same = _several(len(split.duplicate_requests), "request")
+        yield f"left out of every score, because an earlier one has the same routing: {same}"
     if survey.rows > survey.executed_rows:
         yield f"{survey.rows - survey.executed_rows:,} rows were never run (prefix cache) and count nowhere"
     assert found.usage is not None
@@ -350,8 +354,15 @@ def _doubts_about_rows(found: Findings, card: ModelCard) -> Iterator[str]:
     if empty:
         share = empty / (card.top_k * survey.executed_rows * card.n_layers)
         yield f"{share:.1%} of the choices name no expert (dropped tokens, layers that did not run)"
+    few = len(split.test_requests)
+    if split.kind == "requests" and few < ENOUGH_REQUESTS:
+        yield f"scored on {_several(few, 'request')} only, too few for an interval: others may give other numbers"
     if split.kind == "time":
         yield "guesses were learnt and scored within the same few requests: believe them less"
+
+
+def _several(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _share(value: float) -> str:

@@ -114,7 +114,8 @@ class Arrays(FileSource):
                     trace = replace(
                         trace, domains=tuple(names.tolist()), domain_T=codes.astype(np.int32)
                     )
-                if "phase" not in found and first == 0 and int(trace.position_T[0]) > 0:
+                starts_late = first == 0 and int(trace.position_T[0]) > 0
+                if "phase" not in found and self.default_phase == "prefill" and starts_late:
                     writer.note(
                         "positions start above 0: if these are generated tokens, pass source.default_phase=decode"
                     )

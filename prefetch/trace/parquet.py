@@ -214,6 +214,11 @@ class TraceReader:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         path = self.folder / "trace.json"
+        if not path.exists() and (self.folder / "counts.json").exists():
+            raise FormatError(
+                f"{self.folder}: holds counts of experts, not a trace; load_counts reads them, "
+                "and of the analyses statistics and expert_load take them"
+            )
         self.about = read_json(path, SCHEMA)
         with reading(path, "the description of a trace"):
             self.n_tokens = int(self.about["tokens"])

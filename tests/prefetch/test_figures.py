@@ -109,6 +109,14 @@ def test_plain_is_one_line_of_known_characters() -> None:
     assert figures.plain("é λ 模\x07") == "é λ □□"
 
 
+def test_long_names_that_begin_alike_stay_different(tmp_path: Path, drawn: list[Figure]) -> None:
+    names = tuple(f"a_very_long_prefix_of_a_domain_{name}" for name in ("law", "code"))
+    panel = HeatMap("", Axis("x"), Axis("", names), values=np.eye(2), colours=Colours("c", 0, 1))
+    draw(tmp_path / "f", "title", [panel])
+    said = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
+    assert len(set(said)) == 2 and said[0].endswith("_law") and "…" in said[0]
+
+
 def test_nothing_to_draw_is_no_file(tmp_path: Path) -> None:
     assert draw(tmp_path / "a", "Title", []) == []
     assert not list(tmp_path.iterdir())

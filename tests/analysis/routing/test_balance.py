@@ -229,6 +229,14 @@ def test_health_by_hand() -> None:
     assert nothing.isna().all(axis=None)
 
 
+def test_a_handful_of_tokens_is_no_collapse() -> None:
+    """Three tokens that agree: no router is broken; 3,000 that agree: this one is."""
+    for tokens, is_collapsed in ((3, False), (3000, True)):
+        counts_LE = np.array([[tokens] + [0] * 63])
+        row = health(counts_LE, np.array([tokens]), 1, card_of(1, 64, 1), None).iloc[0]
+        assert row.spread == 0 and row.is_collapsed == is_collapsed
+
+
 @pytest.mark.parametrize(("top_k", "is_collapsed"), [(1, True), (2, True), (3, False)])
 def test_collapse_is_measured_from_what_k_allows(top_k: int, is_collapsed: bool) -> None:
     """Entropy of k experts out of 64 is log2 k at least, so the same entropy means more at a larger k."""

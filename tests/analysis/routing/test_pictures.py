@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from analysis.routing import pictures
+from analysis.routing import gallery, pictures
 from prefetch import figures
 
 NOTE = "tiny_moe (real), 25,600 tokens, 8 layers of 32 experts, top 2"
@@ -139,7 +139,10 @@ class Tables:
     def transitions(self) -> pd.DataFrame:
         bits = np.log2(self.size.experts)
         rows = self.by_phase(
-            conditional_entropy_bits=self.wobble(0.7 * bits, 0.03 * bits), horizon=1
+            conditional_entropy_bits=self.wobble(0.7 * bits, 0.03 * bits),
+            mutual_information_bits=0.2 * bits,
+            mutual_information_shuffled_bits=0.01 * bits,
+            horizon=1,
         )
         rows = rows.assign(later_layer=rows["layer"] + 1)
         return rows[rows["layer"] < self.numbers[-1]]
@@ -521,8 +524,18 @@ def test_what_the_layer_before_tells_stands_at_the_later_layer(
     assert [panel.title for panel in panels] == ["All tokens", "Prefill", "Decode"]
     x_by_label = {line.label: line.x for line in panels[0].lines}
     np.testing.assert_array_equal(x_by_label["given the layer before"], [1, 2, 3])
+    np.testing.assert_array_equal(x_by_label["given it, shuffled"], [1, 2, 3])
     np.testing.assert_array_equal(x_by_label["given the token before"], [0, 1, 2, 3])
     assert [mark.value for mark in panels[0].marks] == [4, 1]
+
+
+def test_a_layer_that_saw_nearly_nothing_is_not_drawn() -> None:
+    table = pd.DataFrame({"phase": "all", "layer": [0, 1, 2], "tokens": [1000, 9, 10]})
+    assert gallery.well_seen(table).layer.tolist() == [0, 2]
+    by_choices = table.rename(columns={"tokens": "mean"})
+    assert gallery.well_seen(by_choices).layer.tolist() == [0, 2]
+    drift = table.drop(columns="phase")
+    assert gallery.well_seen(drift).layer.tolist() == [0, 1, 2]
 
 
 def test_paths_leave_out_no_expert_and_keep_layers_apart(tmp_path: Path, panels: list[Any]) -> None:

@@ -6,6 +6,7 @@ import pytest
 from prefetch.errors import FormatError
 from prefetch.trace.card import plain_card
 from prefetch.trace.counts import ExpertCounts, load_counts
+from prefetch.trace.parquet import TraceReader
 from prefetch.trace.provenance import Provenance
 
 CARD = plain_card("toy", n_experts=3, top_k=1, layer_numbers=(1, 3))
@@ -39,3 +40,9 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         FormatError, match=r"expected schema prefetch\.counts/1, found prefetch\.trace/1"
     ):
         load_counts(tmp_path)
+
+
+def test_counts_where_a_trace_is_asked_for_are_named(tmp_path):
+    ExpertCounts(CARD, np.array([[1, 2, 3], [0, 0, 9]]), REAL).save(tmp_path)
+    with pytest.raises(FormatError, match="holds counts of experts, not a trace"):
+        TraceReader(tmp_path)
