@@ -149,7 +149,8 @@ def _cache(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     return (
         f"**Cache**: with room for a quarter of every layer's experts ({card.n_experts // 4} of {card.n_experts}), "
         f"kept warm from request to request, LRU hits {_share(numbers['lru_hit_rate_25'])} of the accesses, and no "
-        f"cache that must hold what it serves, loaded on demand, hits more than {_share(numbers['optimal_hit_rate_25'])}. {_ninety(found)}"
+        f"cache that must hold what it serves, loaded on demand, hits more than "
+        f"{_share(numbers['optimal_hit_rate_25'])}. {_ninety(found)}"
     )
 
 
