@@ -13,12 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.routing.batch import (
-    Traceable,
-    accumulate,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import accumulate, layer_columns, plan_of
 from analysis.routing.significance import q_values
 from analysis.routing.statistics import Usage, entropy_bits, gini
 from analysis.routing.sums import ratio, share_of
@@ -30,6 +25,7 @@ from analysis.routing.windows import (
     dropped_share,
     fano,
 )
+from prefetch.trace.blocks import Traceable
 from prefetch.trace.card import ModelCard
 from prefetch.trace.counts import ExpertCounts
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -24,14 +23,12 @@ from numpy.typing import NDArray
 from prefetch.errors import FormatError
 from prefetch.progress import Progress
 from prefetch.scoring import Split, Survey
+from prefetch.trace.blocks import BLOCK_ROWS, Traceable, blocks_of, columns_of
 from prefetch.trace.card import ModelCard
-from prefetch.trace.parquet import TraceReader, wide_columns
 from prefetch.trace.routing import PHASES, RoutingTrace, no_expert
 
-BATCH_ROWS = 1 << 16
 TRAIN_SHARE = 0.7
 THREADS = "layers"
-Traceable = RoutingTrace | TraceReader | Path | str  # what a notebook may hand to a table
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,29 +156,8 @@ class ByPhase(Generic[A]):
         return frame[["phase", *(name for name in frame.columns if name != "phase")]]
 
 
-def blocks_of(
-    trace: Traceable, *recorded: str, max_rows: int = BATCH_ROWS
-) -> Iterator[RoutingTrace]:
-    """A trace from memory, from a reader or from its folder, in blocks of whole requests."""
-    if isinstance(trace, RoutingTrace):
-        yield from _cut(trace, max_rows)
-    else:
-        reader = trace if isinstance(trace, TraceReader) else TraceReader(trace)
-        yield from reader.batches(*recorded, max_rows=max_rows)
-
-
-def _cut(trace: RoutingTrace, max_rows: int) -> Iterator[RoutingTrace]:
-    """At the request boundaries that come next after every `max_rows` rows."""
-    starts, first = trace.starts_R, 0
-    while first < trace.n_tokens:
-        later = starts[starts >= first + max_rows]
-        stop = int(later[0]) if len(later) else trace.n_tokens
-        yield trace.rows(slice(first, stop))
-        first = stop
-
-
 def plan_of(
-    trace: Traceable, *, train_share: float = TRAIN_SHARE, seed: int = 0, max_rows: int = BATCH_ROWS
+    trace: Traceable, *, train_share: float = TRAIN_SHARE, seed: int = 0, max_rows: int = BLOCK_ROWS
 ) -> Plan:
     survey, card = Survey(), None
     with Progress("surveying", None, "tokens") as progress:
@@ -191,17 +167,11 @@ def plan_of(
             progress.advance(block.n_tokens)
     if card is None or not survey.executed_rows:
         raise FormatError("the trace has no executed rows: there is nothing to analyse")
-    return Plan(card, survey, survey.split(train_share, seed), _columns(trace), seed)
-
-
-def _columns(trace: Traceable) -> tuple[str, ...]:
-    if isinstance(trace, RoutingTrace):
-        return tuple(wide_columns(trace))
-    return tuple((trace if isinstance(trace, TraceReader) else TraceReader(trace)).columns)
+    return Plan(card, survey, survey.split(train_share, seed), columns_of(trace), seed)
 
 
 def batches(
-    trace: Traceable, plan: Plan, *recorded: str, max_rows: int = BATCH_ROWS
+    trace: Traceable, plan: Plan, *recorded: str, max_rows: int = BLOCK_ROWS
 ) -> Iterator[Batch]:
     first = 0
     for block in blocks_of(trace, *recorded, max_rows=max_rows):
@@ -219,7 +189,7 @@ def accumulate(
     accumulators: Iterable[Accumulator],
     *recorded: str,
     title: str = "counting",
-    max_rows: int = BATCH_ROWS,
+    max_rows: int = BLOCK_ROWS,
 ) -> None:
     """One pass over the trace, every batch to everyone."""
     with Progress(title, plan.survey.executed_rows, "tokens") as progress:

@@ -14,18 +14,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.routing.batch import (
-    BATCH_ROWS,
-    Batch,
-    Plan,
-    Traceable,
-    accumulate,
-    for_layers,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from prefetch.errors import MissingData
 from prefetch.sim.stacks import MOST_EVENTS, NEVER, LruStacks, OptimalStacks, first_uses
+from prefetch.trace.blocks import BLOCK_ROWS, Traceable
 from prefetch.trace.routing import PHASES
 
 FIRST_USE = -1  # the distance in a table of an access that nothing came before
@@ -212,7 +204,7 @@ def _same_accesses(reuse: ReuseDistances, optimal: OptimalCurve) -> bool:
     return np.array_equal(*counts)
 
 
-def cache_curve(trace: Traceable, *, max_rows: int = BATCH_ROWS) -> pd.DataFrame:
+def cache_curve(trace: Traceable, *, max_rows: int = BLOCK_ROWS) -> pd.DataFrame:
     """Hit rates of an LRU and of an optimal cache per layer, at every capacity from K to E; two passes over the trace.
 
     One cache per layer serves all requests in turn. Prefill is teacher-forced: replayed token by token.

@@ -19,21 +19,14 @@ from scipy.special import erfc
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import silhouette_score
 
-from analysis.routing.batch import (
-    Batch,
-    Plan,
-    Traceable,
-    accumulate,
-    for_layers,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from analysis.routing.pairs import check_bytes
 from analysis.routing.significance import q_values, z_values
 from analysis.routing.statistics import leading
 from analysis.routing.sums import ratio
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
+from prefetch.trace.blocks import Traceable
 
 ENOUGH = (
     5.0  # pairs expected by chance: with fewer the normal law does not hold, and nothing is tested

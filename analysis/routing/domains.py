@@ -19,21 +19,14 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.naive_bayes import MultinomialNB
 
-from analysis.routing.batch import (
-    Batch,
-    Plan,
-    Traceable,
-    accumulate,
-    for_layers,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from analysis.routing.pairs import SKIP, count_pairs
 from analysis.routing.significance import q_values
 from analysis.routing.statistics import entropy_bits
 from analysis.routing.sums import ratio
 from prefetch.errors import MissingData
 from prefetch.scoring import LEFT_OUT, TEST, TRAIN
+from prefetch.trace.blocks import Traceable
 
 MOST_REQUESTS = 4000  # whose usage is kept one by one
 MOST_BYTES = 400_000_000  # of pair counts and the chances made of them

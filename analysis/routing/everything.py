@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.routing import balance, cache, coactivation, domains, families, gates, remedies
-from analysis.routing.batch import BATCH_ROWS, ByPhase, Plan, Traceable, accumulate, plan_of
+from analysis.routing.batch import ByPhase, Plan, accumulate, plan_of
 from analysis.routing.locality import Drift, Gaps, WorkingSets
 from analysis.routing.paths import Paths
 from analysis.routing.recall import Recall
@@ -25,6 +25,7 @@ from analysis.routing.transitions import NextTokens, Transitions
 from analysis.routing.windows import Windows, capacity_curve
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
+from prefetch.trace.blocks import BLOCK_ROWS, Traceable
 from prefetch.trace.card import ModelCard
 from prefetch.trace.counts import ExpertCounts
 
@@ -73,7 +74,7 @@ class Findings:
             (self.data if long else self.tables)[name] = frame
 
 
-def analyze_trace(trace: Traceable, settings: Settings, max_rows: int = BATCH_ROWS) -> Findings:
+def analyze_trace(trace: Traceable, settings: Settings, max_rows: int = BLOCK_ROWS) -> Findings:
     """All that the routing of a trace tells."""
     found = Findings()
     plan = plan_of(trace, train_share=settings.train_share, seed=settings.seed, max_rows=max_rows)
@@ -278,7 +279,7 @@ def _look_at_gates(trace: Traceable, plan: Plan, settings: Settings, found: Find
     columns = plan.recorded(
         "weights", "scores", "score_ids", *(("gate_inputs",) if distances else ())
     )
-    rows = max(256, min(BATCH_ROWS, WIDE_BYTES // _row_bytes(plan, columns)))
+    rows = max(256, min(BLOCK_ROWS, WIDE_BYTES // _row_bytes(plan, columns)))
     accumulate(trace, plan, parts, *columns, title="reading scores and gates", max_rows=rows)
     if router is not None:
         found.tell("router", router.table)

@@ -13,12 +13,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from analysis.routing.batch import Traceable, accumulate, layer_columns, plan_of
+from analysis.routing.batch import accumulate, layer_columns, plan_of
 from analysis.routing.coactivation import ENOUGH, SIGNIFICANCE
 from analysis.routing.significance import q_values, z_values
 from analysis.routing.sums import ratio, share_of
 from analysis.routing.transitions import Transitions
 from prefetch.errors import MissingData
+from prefetch.trace.blocks import Traceable
 from prefetch.trace.card import ModelCard
 
 SHORTEST = 3  # layers

@@ -17,18 +17,11 @@ from numba import njit
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from analysis.routing.batch import (
-    Batch,
-    Plan,
-    Traceable,
-    accumulate,
-    for_layers,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from analysis.routing.sums import Sums, ratio
 from prefetch.errors import FormatError, MissingData
 from prefetch.scoring import LEFT_OUT
+from prefetch.trace.blocks import Traceable
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.routing import DECODE, PHASES, PREFILL, RoutingTrace

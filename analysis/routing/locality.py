@@ -14,17 +14,10 @@ import pandas as pd
 from numba import njit
 from numpy.typing import NDArray
 
-from analysis.routing.batch import (
-    Batch,
-    Plan,
-    Traceable,
-    accumulate,
-    for_layers,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from analysis.routing.statistics import entropy_bits
 from analysis.routing.sums import ratio
+from prefetch.trace.blocks import Traceable
 
 WINDOWS = (1, 4, 16, 64, 256, 1024)
 SLICES = 32

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.routing.batch import Batch, Plan, Traceable, accumulate, plan_of
+from analysis.routing.batch import Batch, Plan, accumulate, plan_of
+from prefetch.trace.blocks import Traceable
 from prefetch.trace.card import ModelCard
 
 SAMPLES = 8  # requests, evenly spread over the trace

@@ -15,20 +15,13 @@ import pandas as pd
 from numba import njit
 from numpy.typing import NDArray
 
-from analysis.routing.batch import (
-    Batch,
-    Plan,
-    Traceable,
-    accumulate,
-    for_layers,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from analysis.routing.pairs import SKIP, shuffled
 from analysis.routing.statistics import Usage, leading
 from analysis.routing.transitions import Transitions
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN, bootstrap
+from prefetch.trace.blocks import Traceable
 from prefetch.trace.routing import PHASES
 
 SMOOTHING = 0.5  # how many rows of popularity every expert's row of the Markov table starts with

@@ -13,18 +13,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.routing import scores
-from analysis.routing.batch import (
-    Batch,
-    Plan,
-    Traceable,
-    accumulate,
-    for_layers,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from analysis.routing.scores import LOGITS, LOST, OVERRULED, PROBABILITIES, SHARES
 from analysis.routing.sums import Sums, ratio
 from prefetch.errors import FormatError, MissingData
+from prefetch.trace.blocks import Traceable
 from prefetch.trace.routing import PHASES
 
 BINS = 1000  # of the quantiles, over 0 to 1

@@ -14,16 +14,9 @@ import pandas as pd
 from numba import njit
 from numpy.typing import NDArray
 
-from analysis.routing.batch import (
-    Batch,
-    Plan,
-    Traceable,
-    accumulate,
-    for_layers,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from analysis.routing.sums import ratio
+from prefetch.trace.blocks import Traceable
 from prefetch.trace.card import ModelCard
 from prefetch.trace.counts import ExpertCounts
 from prefetch.trace.routing import PHASES

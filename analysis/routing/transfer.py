@@ -12,12 +12,13 @@ import pandas as pd
 from numba import njit
 from numpy.typing import NDArray
 
-from analysis.routing.batch import Batch, Plan, Traceable, accumulate, for_layers
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers
 from analysis.routing.domains import Domains, counted_domains, hash_of_request
 from analysis.routing.recall import smoothed
 from analysis.routing.sums import ratio
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
+from prefetch.trace.blocks import Traceable
 
 SCORED_ROWS = 4096  # test rows per domain to score transitions on: recall to tenths of a per cent
 

@@ -13,15 +13,7 @@ import pandas as pd
 from numba import njit
 from numpy.typing import NDArray
 
-from analysis.routing.batch import (
-    Batch,
-    Plan,
-    Traceable,
-    accumulate,
-    for_layers,
-    layer_columns,
-    plan_of,
-)
+from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from analysis.routing.pairs import (
     CONTROL,
     INFORMATION,
@@ -34,6 +26,7 @@ from analysis.routing.pairs import (
 from analysis.routing.statistics import leading
 from prefetch.errors import MissingData
 from prefetch.scoring import LEFT_OUT, TRAIN
+from prefetch.trace.blocks import Traceable
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import PHASES
 
