@@ -39,6 +39,16 @@ class AnalyzeConfig:
 
 
 @dataclass
+class TrainConfig:
+    horizons: list[int] = field(default_factory=lambda: [1, 4])  # layers ahead
+    width: int | None = None  # guesses kept per layer; None = 2k
+    folds: int = 5  # of five that are fitted and scored; 1 for speed
+    baselines: str = "fast"  # all | fast | none: what stands beside the chosen predictor
+    test_trace: str | None = None  # score on this trace instead: a folder, or a path for the source
+    figures: bool = True
+
+
+@dataclass
 class ArtifactsConfig:
     remove: str | None = None  # "unused", or kind/key (a prefix will do); None = only list
     spare_minutes: float = (
@@ -53,11 +63,13 @@ class Config:
 
     stage: Any
     source: Any
+    predictor: Any
     hardware: Any
     tracker: Any
     makers: dict[str, str]  # artifact kind -> the function that says how to make it
     collect: CollectConfig = field(default_factory=CollectConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     trace: str | None = None  # folder of a trace to use as it is; None = collect it from `source`
     store: str = "artifacts"  # folder of what runs share
@@ -103,7 +115,7 @@ def overview() -> str:
 
 def check_values(cfg: Config) -> None:
     """What the types of the trunk cannot say."""
-    analyze = cfg.analyze
+    analyze, train = cfg.analyze, cfg.train
     claims = {
         f"analyze.horizon={analyze.horizon}: must be at least 1": analyze.horizon >= 1,
         f"analyze.train_share={analyze.train_share}: must lie between 0 and 1": 0
@@ -114,6 +126,15 @@ def check_values(cfg: Config) -> None:
         < 1,
         f"analyze.window_tokens={analyze.window_tokens}: must be at least 1": analyze.window_tokens
         >= 1,
+        f"train.horizons={list(train.horizons)}: expected different numbers from 1 on": bool(
+            train.horizons
+        )
+        and min(train.horizons) >= 1
+        and len(set(train.horizons)) == len(train.horizons),
+        f"train.width={train.width}: must be at least 1": train.width is None or train.width >= 1,
+        f"train.folds={train.folds}: must be from 1 to 5": 1 <= train.folds <= 5,
+        f"train.baselines={train.baselines}: expected all, fast or none": train.baselines
+        in ("all", "fast", "none"),
         f"seed={cfg.seed}: must not be negative": cfg.seed >= 0,
         f"collect.max_dropped={cfg.collect.max_dropped}: must be a share from 0 to 1": 0
         <= cfg.collect.max_dropped

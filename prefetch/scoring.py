@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from prefetch.trace.routing import DECODE, RoutingTrace, no_expert
 
-TRAIN, TEST, LEFT_OUT = 0, 1, 2  # parts; what is left out repeats an earlier request
+TRAIN, TEST, LEFT_OUT, VALIDATION = 0, 1, 2, 3  # parts; what is left out repeats an earlier request
+FOLDS = 5
+TIME_SHARES = (0.6, 0.7)  # of the rows, where a split is in time: train ends, validation ends
 TEMPLATE_AGREEMENT = 0.9  # of the choices of neighbouring requests, at one position
 TEMPLATE_POSITIONS = 512  # a template stands at the start: later positions are not looked at
 TEMPLATE_PAIRS = 3  # fewer pairs of requests agree by chance
@@ -45,9 +47,25 @@ class Split:
 
     def is_template(self, block: RoutingTrace) -> NDArray[np.bool_]:
         """Rows whose text the requests share: what is learnt there says nothing about new text."""
-        near_T = (block.position_T >= 0) & (block.position_T < TEMPLATE_POSITIONS)
-        position_T = np.where(near_T, block.position_T, 0)
-        return near_T & self.is_template_DP[block.domain_T, position_T]
+        return template_rows(block, self.is_template_DP)
+
+
+def template_rows(block: RoutingTrace, is_template_DP: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    near_T = (block.position_T >= 0) & (block.position_T < TEMPLATE_POSITIONS)
+    position_T = np.where(near_T, block.position_T, 0)
+    return near_T & is_template_DP[block.domain_T, position_T]
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """One of several splits into train, validation and test; every request is tested in exactly one of them."""
+
+    number: int
+    kind: str  # requests | time
+    train: NDArray[np.int64]  # requests, ascending
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+    cuts: tuple[int, int]  # rows where validation and test begin, where the split is in time
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +88,7 @@ class Survey:
         self.n_rows_R: list[int] = []
         self.domain_R: list[int] = []
         self.digest_R: list[bytes] = []
+        self.ran_R: list[bool] = []  # has it a row that was executed?
         # per domain: shared choices, choices, pairs at every position
         self._agreement: dict[int, NDArray[np.int64]] = {}
         self._nobody = 0
@@ -93,6 +112,7 @@ class Survey:
         self.request_R.append(int(block.request_T[start]))
         self.n_rows_R.append(stop - start)
         self.domain_R.append(domain)
+        self.ran_R.append(bool(block.executed_T[start:stop].any()))
         self.digest_R.append(hashlib.blake2b(ids_TLK.data, digest_size=8).digest())
         position_T = block.position_T[start:stop]
         near = np.flatnonzero((position_T >= 0) & (position_T < TEMPLATE_POSITIONS))
@@ -132,6 +152,7 @@ class Survey:
             "n_rows_R",
             "domain_R",
             "digest_R",
+            "ran_R",
         ):
             setattr(self, name, getattr(self, name) + getattr(later, name))
 
@@ -172,6 +193,31 @@ class Survey:
             first_test_row=int(train_share * self.rows) if in_time else self.rows,
             is_template_DP=self.template(),
         )
+
+    def folds(self, seed: int) -> list[Fold]:
+        """Five by request, of every domain a fair share; one in time, where there are too few requests.
+
+        A fold tests a fifth, validates on half of the next fifth, and trains on the rest.
+        """
+        duplicates = set(self.duplicates().tolist())
+        domain_of = dict(zip(self.request_R, self.domain_R, strict=True))
+        ran = zip(self.request_R, self.ran_R, strict=True)
+        unique = np.array([r for r, has_run in ran if has_run and r not in duplicates], np.int64)
+        if len(unique) < SMALLEST_SPLIT:
+            cuts = tuple(int(share * self.executed_rows) for share in TIME_SHARES)
+            return [Fold(0, "time", unique, unique, unique, (cuts[0], cuts[1]))]
+        mixed = np.random.default_rng(seed).permutation(unique)
+        dealt = mixed[np.argsort([domain_of[r] for r in mixed.tolist()], kind="stable")]
+        n = min(FOLDS, len(dealt))
+        place = np.arange(len(dealt))
+        folds = []
+        for number in range(n):
+            is_test = place % n == number
+            is_validation = (place % n == (number + 1) % n) & (place // n % 2 == 0)
+            parts = (dealt[~is_test & ~is_validation], dealt[is_validation], dealt[is_test])
+            train, validation, test = map(np.sort, parts)
+            folds.append(Fold(number, "requests", train, validation, test, (0, 0)))
+        return folds
 
 
 @njit(cache=True, nogil=True)

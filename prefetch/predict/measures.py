@@ -1,0 +1,241 @@
+"""How good guesses are, from a predictions folder and the trace that it is about: counts first, rates from them.
+
+Whoever made the guesses (ours, a notebook, another tool), they are scored here, in the same way. Rows of a template
+are kept apart. T tokens, H horizons, L layers, K choices, P width, E experts, R requests, X = new text | template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from prefetch.errors import FormatError
+from prefetch.predict.part import Part
+from prefetch.scoring import template_rows
+from prefetch.trace.predictions import Predictions, PredictionsReader
+from prefetch.trace.routing import no_expert
+
+CACHE_SHARE = 4  # the stated cache holds one of so many experts of every layer
+BINS = 20  # of the reliability curve
+# Columns of `layer_HXLM` and `request_HXGRM`; hits are within k and within 2k guesses.
+EVENTS, CHOICES, HITS_K, HITS_2K, EXACT, GUESSED_K, FIRST_MISS = range(7)
+MISSES, MISSES_K, MISSES_2K, LOADS_K, LOADS_2K = range(7, 12)
+COLUMNS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Sums over the rows of a part; two can be added, two rates cannot."""
+
+    horizons: tuple[int, ...]
+    top_k: int
+    n_experts: int
+    request_R: NDArray[np.int64]
+    domain_R: NDArray[np.int64]
+    layer_HXLM: NDArray[np.int64]
+    request_HXGRM: NDArray[np.int64]  # G = first layers (l < horizon) | the others
+    rank_HXLP: NDArray[np.int64]  # true choices that stood at this rank
+    bin_HBC: NDArray[np.float64]  # of the reliability curve: guesses, sum of scores, right ones
+
+
+def count(guesses: PredictionsReader, part: Part, is_template_DP: NDArray[np.bool_]) -> Counts:
+    """Scores the guesses about the rows of a part. The cache that misses are counted on starts empty and stays warm."""
+    card, about = part.card, guesses.card
+    if (about.n_experts, about.n_layers) != (card.n_experts, card.n_layers):
+        raise FormatError(
+            f"{guesses.folder}: guesses about {about.n_layers} layers of {about.n_experts} experts, the trace has "
+            f"{card.n_layers} of {card.n_experts}"
+        )
+    n_horizons, n_requests = len(about.horizons), len(part.requests)
+    shape = (n_horizons, 2, card.n_layers)
+    counts = Counts(
+        horizons=about.horizons,
+        top_k=card.top_k,
+        n_experts=card.n_experts,
+        request_R=part.requests,
+        domain_R=np.full(n_requests, -1, np.int64),
+        layer_HXLM=np.zeros((*shape, COLUMNS), np.int64),
+        request_HXGRM=np.zeros((n_horizons, 2, 2, n_requests, COLUMNS), np.int64),
+        rank_HXLP=np.zeros((*shape, about.width), np.int64),
+        bin_HBC=np.zeros((n_horizons, BINS, 3)),
+    )
+    capacity = card.n_experts // CACHE_SHARE
+    stamp_LE = np.full(
+        (card.n_layers, card.n_experts), -1, np.int64
+    )  # of the last use; -1 = not resident
+    clock = np.ones(1, np.int64)
+    is_probability = about.score == "probability"
+    rows = _Aligned(guesses)
+    for block, counted_T in part.blocks():
+        mine = rows.take(block.request_T, block.position_T)
+        request_T = np.searchsorted(part.requests, block.request_T)
+        counts.domain_R[request_T] = block.domain_T
+        row_T = np.where(counted_T, template_rows(block, is_template_DP).astype(np.int8), -1)
+        _count(
+            block.ids_TLK, mine[0], mine[1].astype(np.float32), row_T, request_T, no_expert(card.n_experts),
+            np.array(about.horizons), capacity, stamp_LE, clock, is_probability,
+            counts.layer_HXLM, counts.request_HXGRM, counts.rank_HXLP, counts.bin_HBC,
+        )  # fmt: skip
+    rows.end()
+    return counts
+
+
+class _Aligned:
+    """Reads guesses in step with the trace's rows, and refuses those that are about other rows."""
+
+    def __init__(self, guesses: PredictionsReader) -> None:
+        self._folder, self._blocks = guesses.folder, guesses.batches()
+        self._rest: list[Predictions] = []
+        self._row = 0
+
+    def take(
+        self, request_T: NDArray[np.int32], position_T: NDArray[np.int32]
+    ) -> tuple[NDArray[Any], NDArray[np.float16]]:
+        wanted = len(request_T)
+        pieces = list(self._next(wanted))
+        found = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in _ROWS]
+        differs = (found[0] != request_T) | (found[1] != position_T)
+        if differs.any():
+            t = int(np.flatnonzero(differs)[0])
+            raise FormatError(
+                f"{self._folder}: row {self._row + t} is about request {found[0][t]}, position {found[1][t]}; "
+                f"the trace's row is request {request_T[t]}, position {position_T[t]}"
+            )
+        twice = _named_twice(found[2], no_expert(pieces[0].card.n_experts))
+        if twice >= 0:
+            raise FormatError(f"{self._folder}: row {self._row + twice} guesses one expert twice")
+        self._row += wanted
+        return found[2], found[3]
+
+    def _next(self, wanted: int) -> Iterator[Predictions]:
+        while wanted:
+            block = self._rest.pop() if self._rest else next(self._blocks, None)
+            if block is None:
+                raise FormatError(f"{self._folder}: ends at row {self._row}; the trace goes on")
+            n = len(block.request_T)
+            if n > wanted:
+                self._rest.append(_rows(block, slice(wanted, n)))
+                block, n = _rows(block, slice(0, wanted)), wanted
+            wanted -= n
+            yield block
+
+    def end(self) -> None:
+        if self._rest or next(self._blocks, None) is not None:
+            raise FormatError(
+                f"{self._folder}: has rows after row {self._row}, where the trace's requests end"
+            )
+
+
+_ROWS = ("request_T", "position_T", "ids_THLP", "scores_THLP")
+
+
+def _rows(block: Predictions, rows: slice) -> Predictions:
+    return Predictions(block.card, *(getattr(block, name)[rows] for name in _ROWS))
+
+
+@njit(cache=True, nogil=True)
+def _named_twice(ids_THLP, nobody):  # type: ignore[no-untyped-def]
+    """The first row that names an expert twice for one layer, or -1."""
+    n_tokens, width = ids_THLP.shape[0], ids_THLP.shape[3]
+    lists = ids_THLP.reshape(-1, width)
+    per_row = len(lists) // max(1, n_tokens)
+    for i in range(len(lists)):
+        for p in range(1, width):
+            for q in range(p):
+                if lists[i, p] != nobody and lists[i, p] == lists[i, q]:
+                    return i // per_row
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _count(  # type: ignore[no-untyped-def]  # noqa: C901  # one loop over events is what this is
+    ids_TLK, guess_THLP, score_THLP, row_T, request_T, nobody, horizons, capacity, stamp_LE, clock,
+    is_probability, layer_HXLM, request_HXGRM, rank_HXLP, bin_HBC,
+):  # fmt: skip
+    """Event by event: guesses are compared with what was resident before it, then the event moves the cache."""
+    n_layers, top_k, width = ids_TLK.shape[1], ids_TLK.shape[2], guess_THLP.shape[3]
+    one = np.zeros(COLUMNS, np.int64)
+    for t in range(ids_TLK.shape[0]):
+        for layer in range(n_layers):
+            ids, stamp_E = ids_TLK[t, layer], stamp_LE[layer]
+            needed = 0
+            for k in range(top_k):
+                needed += ids[k] != nobody
+            if needed == 0:
+                continue
+            for h in range(len(horizons)):
+                if row_T[t] < 0:
+                    break
+                one[:] = 0
+                one[EVENTS], one[CHOICES] = 1, needed
+                for k in range(top_k):
+                    if ids[k] != nobody and stamp_E[ids[k]] < 0:
+                        one[MISSES] += 1
+                rank_P = rank_HXLP[h, row_T[t], layer]
+                _one(ids, guess_THLP[t, h, layer], score_THLP[t, h, layer], nobody, stamp_E, top_k,
+                     min(width, 2 * top_k), is_probability, one, rank_P, bin_HBC[h])  # fmt: skip
+                one[EXACT] = one[HITS_K] == needed
+                group = 1 if layer >= horizons[h] else 0
+                for m in range(COLUMNS):
+                    layer_HXLM[h, row_T[t], layer, m] += one[m]
+                    request_HXGRM[h, row_T[t], group, request_T[t], m] += one[m]
+            if needed <= capacity:
+                _use(ids, nobody, stamp_E, capacity, clock)
+
+
+@njit(cache=True, nogil=True)
+def _one(ids, guess_P, score_P, nobody, stamp_E, top_k, reach, is_probability, one, rank_P, bin_BC):  # type: ignore[no-untyped-def]  # fmt: skip
+    first_miss = 0
+    for p in range(len(guess_P)):
+        expert = guess_P[p]
+        if expert == nobody:
+            break
+        is_right = False
+        for k in range(len(ids)):
+            is_right |= ids[k] == expert
+        if is_right:
+            rank_P[p] += 1
+        elif first_miss == 0:
+            first_miss = p + 1
+        if is_probability:
+            score = min(max(score_P[p], 0.0), 1.0)
+            place = min(int(score * len(bin_BC)), len(bin_BC) - 1)
+            bin_BC[place, 0] += 1
+            bin_BC[place, 1] += score
+            bin_BC[place, 2] += is_right
+        if p >= reach:
+            continue
+        is_load = stamp_E[expert] < 0
+        one[HITS_2K] += is_right
+        one[LOADS_2K] += is_load
+        one[MISSES_2K] += is_right and is_load
+        if p < top_k:
+            one[GUESSED_K] += 1
+            one[HITS_K] += is_right
+            one[LOADS_K] += is_load
+            one[MISSES_K] += is_right and is_load
+    one[FIRST_MISS] = first_miss if first_miss > 0 else len(guess_P) + 1
+
+
+@njit(cache=True, nogil=True)
+def _use(ids, nobody, stamp_E, capacity, clock):  # type: ignore[no-untyped-def]
+    """LRU: the event's experts are the most recent, later ones more so; who is least recent leaves."""
+    for k in range(len(ids)):
+        if ids[k] != nobody:
+            stamp_E[ids[k]] = clock[0]
+            clock[0] += 1
+    resident = 0
+    for expert in range(len(stamp_E)):
+        resident += stamp_E[expert] >= 0
+    while resident > capacity:
+        oldest = -1
+        for expert in range(len(stamp_E)):
+            if stamp_E[expert] >= 0 and (oldest < 0 or stamp_E[expert] < stamp_E[oldest]):
+                oldest = expert
+        stamp_E[oldest] = -1
+        resident -= 1

@@ -1,0 +1,128 @@
+"""Some requests of a trace, to learn from or to be asked about. Rows that were never run are not there.
+
+It knows no predictor and no score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefetch.errors import MissingData
+from prefetch.predict.past import Past
+from prefetch.scoring import Fold, Survey
+from prefetch.trace.blocks import Traceable, blocks_of, columns_of
+from prefetch.trace.card import ModelCard
+from prefetch.trace.parquet import TraceReader, concat
+from prefetch.trace.routing import RoutingTrace
+
+PART_ROWS = 1 << 12  # of a block: scores of all experts must fit beside it
+
+
+class Lesson(NamedTuple):
+    """What was known, and what came: a block of whole requests, of which `counted_T` rows belong to the part."""
+
+    past: Past
+    ids_TLK: NDArray[Any]
+    counted_T: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The given requests of a trace; where a split is in time, only the rows from `first` up to `stop` count."""
+
+    trace: Traceable
+    requests: NDArray[np.int64]
+    first: int = 0
+    stop: int | None = None
+
+    @cached_property
+    def card(self) -> ModelCard:
+        if isinstance(self.trace, (RoutingTrace, TraceReader)):
+            return self.trace.card
+        return TraceReader(self.trace).card
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Of the whole trace."""
+        return survey_of(self.trace)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return columns_of(self.trace)
+
+    def require(self, *columns: str) -> None:
+        """Refuses by name what the trace has not recorded."""
+        missing = [name for name in columns if name not in self.columns]
+        if missing:
+            raise MissingData(
+                f"needs {', '.join(missing)}, which this trace has not recorded (it has {', '.join(self.columns)})"
+            )
+
+    def blocks(
+        self, *columns: str, max_rows: int = PART_ROWS
+    ) -> Iterator[tuple[RoutingTrace, NDArray[np.bool_]]]:
+        """Whole requests with the rows that count; a later part of a request comes with what was before it."""
+        row = 0
+        for whole in blocks_of(self.trace, *columns, max_rows=max_rows):
+            block = whole if whole.executed_T.all() else whole.rows(whole.executed_T)
+            row_T = np.arange(row, row + block.n_tokens)
+            row += block.n_tokens
+            wanted_T = np.isin(block.request_T, self.requests)
+            if self.stop is not None:
+                wanted_T &= row_T < self.stop
+            if not wanted_T.any():
+                continue
+            if not wanted_T.all():
+                row_T, block = row_T[wanted_T], block.rows(wanted_T)
+            counted_T = row_T >= self.first
+            if counted_T.any():
+                yield block, counted_T
+
+    def lessons(self, horizon: int, *columns: str, max_rows: int = PART_ROWS) -> Iterator[Lesson]:
+        for block, counted_T in self.blocks(*columns, max_rows=max_rows):
+            yield Lesson(Past(block, horizon), block.ids_TLK, counted_T)
+
+    def load(self, *columns: str) -> tuple[RoutingTrace, NDArray[np.bool_]]:
+        """All of it in memory, for what learns from many passes."""
+        read = list(self.blocks(*columns, max_rows=1 << 16))
+        if not read:
+            raise MissingData("this part of the trace has no rows to learn from")
+        return concat([block for block, _ in read]), np.concatenate([rows for _, rows in read])
+
+
+class Parts(NamedTuple):
+    train: Part
+    validation: Part
+    test: Part
+
+
+def parts_of(trace: Traceable, fold: Fold) -> Parts:
+    """Train, validation and test of one fold."""
+    if fold.kind == "requests":
+        return Parts(*(Part(trace, chosen) for chosen in (fold.train, fold.validation, fold.test)))
+    validation, test = fold.cuts
+    return Parts(
+        Part(trace, fold.train, 0, validation),
+        Part(trace, fold.train, validation, test),
+        Part(trace, fold.train, test),
+    )
+
+
+def survey_of(trace: Traceable) -> Survey:
+    survey = Survey()
+    for block in blocks_of(trace):
+        survey.add(block)
+    if not survey.executed_rows:
+        raise MissingData("the trace has no executed rows: there is nothing to learn from")
+    return survey
+
+
+def whole(trace: Traceable) -> Part:
+    """Everything, for a notebook that has its own split."""
+    return Part(trace, np.array(survey_of(trace).request_R, np.int64))

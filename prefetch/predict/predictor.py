@@ -1,0 +1,118 @@
+"""What a predictor is: settings in its constructor, `fit` on some requests, a score for every expert of a `Past`.
+
+It knows no predictor by name. T tokens, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefetch.errors import ConfigError, FormatError, reading
+from prefetch.predict.part import Part
+from prefetch.predict.past import Past
+from prefetch.trace.card import ModelCard
+
+STATE, ABOUT = "state.safetensors", "predictor.json"
+SCHEMA = "prefetch.predictor/1"
+PROBABILITY = "probability"  # that the expert is among the chosen ones
+NOT_GUESSED = -np.inf
+
+
+class Predictor(Protocol):
+    """What the stage asks of a predictor. What it learnt stands in array attributes that end in an underscore."""
+
+    needs: ClassVar[tuple[str, ...]]  # columns that the trace must have, beside the choices
+    sees: ClassVar[str]  # routing history | + weights | gate inputs | token ids | the answer
+    score: ClassVar[str]  # what a score means: probability, logit, similarity, rank
+    horizons: tuple[int, ...]
+
+    def fit(self, train: Part, validation: Part) -> Self: ...
+    def scores(self, past: Past) -> NDArray[np.float32]:
+        """[T, L, E]: larger = likelier; -inf = not guessed at all."""
+        ...
+
+
+class Online(Protocol):
+    """The same answers, one event at a time, for an engine."""
+
+    def start(self) -> None:
+        """A request begins: nothing of another one is known."""
+        ...
+
+    def observe(
+        self, layer: int, ids: NDArray[Any], gate_input: NDArray[Any] | None = None
+    ) -> None:
+        """These experts were chosen at this layer; the last layer ends the token."""
+        ...
+
+    def guess(self, layer: int) -> NDArray[np.float32]:
+        """[E]: scores of a layer of the token that runs, or that comes next; its distance is the horizon."""
+        ...
+
+
+def cheats(predictor: Predictor) -> bool:
+    return predictor.sees == "the answer"
+
+
+def horizons_of(given: Iterable[int]) -> tuple[int, ...]:
+    """Settings of every predictor: how far ahead it is asked, each at least 1, none twice."""
+    horizons = tuple(int(horizon) for horizon in given)
+    if not horizons or min(horizons) < 1 or len(set(horizons)) < len(horizons):
+        raise ConfigError(
+            f"horizons: expected different whole numbers from 1 on, got {list(horizons)}"
+        )
+    return horizons
+
+
+def state_of(predictor: Predictor) -> dict[str, NDArray[Any]]:
+    """What it learnt."""
+    return {
+        name: np.ascontiguousarray(value)
+        for name, value in sorted(vars(predictor).items())
+        if name.endswith("_") and isinstance(value, np.ndarray)
+    }
+
+
+def parameter_bytes(predictor: Predictor) -> int:
+    return sum(array.nbytes for array in state_of(predictor).values())
+
+
+def save(predictor: Predictor, folder: Path, about: dict[str, Any], fit_seconds: float) -> None:
+    """`fit.json` is apart: a time is not the same twice."""
+    from safetensors.numpy import save_file
+
+    save_file(state_of(predictor), str(folder / STATE))
+    (folder / "fit.json").write_text(json.dumps({"seconds": fit_seconds}) + "\n")
+    (folder / ABOUT).write_text(json.dumps({"schema": SCHEMA, **about}, indent=1) + "\n")
+
+
+def restore(predictor: Predictor, folder: Path) -> dict[str, Any]:
+    """Puts back what was learnt; returns what was said about it."""
+    from safetensors.numpy import load_file
+
+    path = folder / ABOUT
+    with reading(path, "the description of a fitted predictor"):
+        about: dict[str, Any] = json.loads(path.read_text())
+        if about.get("schema") != SCHEMA:
+            raise FormatError(f"expected schema {SCHEMA}, found {about.get('schema')}")
+    with reading(folder / STATE, "the arrays of a fitted predictor"):
+        for name, array in load_file(folder / STATE).items():
+            setattr(predictor, name, array)
+    return about
+
+
+def check_same_shape(learnt: ModelCard, asked: ModelCard) -> None:
+    """A predictor of another model is refused: its experts are not these."""
+    for name in ("n_layers", "n_experts", "top_k"):
+        here, there = getattr(learnt, name), getattr(asked, name)
+        if here != there:
+            raise FormatError(
+                f"learnt on {learnt.name} with {name}={here}, asked about {asked.name} with {name}={there}: "
+                "a predictor serves the model that it was learnt on"
+            )
