@@ -91,7 +91,7 @@ class _Aligned:
     def __init__(self, guesses: PredictionsReader) -> None:
         self._folder, self._blocks = guesses.folder, guesses.batches()
         self._rest: list[Predictions] = []
-        self._row = 0
+        self._row, self._end = 0, guesses.n_tokens
 
     def take(
         self, request_T: NDArray[np.int32], position_T: NDArray[np.int32]
@@ -116,7 +116,7 @@ class _Aligned:
         while wanted:
             block = self._rest.pop() if self._rest else next(self._blocks, None)
             if block is None:
-                raise FormatError(f"{self._folder}: ends at row {self._row}; the trace goes on")
+                raise FormatError(f"{self._folder}: ends at row {self._end}; the trace goes on")
             n = len(block.request_T)
             if n > wanted:
                 self._rest.append(_rows(block, slice(wanted, n)))

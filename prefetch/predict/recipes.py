@@ -59,7 +59,8 @@ def predictor_recipe(cfg: Config, fold: int = 0) -> Recipe:
         }
         save(predictor, folder, about, seconds)
 
-    kind = type(made(cfg))
+    predictor_at_rest = made(cfg)
+    kind = type(predictor_at_rest)
     return Recipe(
         kind="predictor",
         version=RECIPE * 1000 + int(getattr(kind, "version", 1)),
@@ -73,6 +74,7 @@ def predictor_recipe(cfg: Config, fold: int = 0) -> Recipe:
         build=build,
         upstream={"trace": trace_recipe(cfg)},
         libraries=("numpy", *getattr(kind, "libraries", ())),
+        files=getattr(predictor_at_rest, "files", {}),
     )
 
 

@@ -29,7 +29,6 @@ from prefetch.predict.recipes import (
     with_predictor,
 )
 from prefetch.predict.results import Scored
-from prefetch.progress import Progress
 from prefetch.scoring import SMALLEST_SPLIT
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.predictions import PredictionsReader
@@ -53,15 +52,13 @@ def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
         **{name: with_predictor(cfg, name) for name in baselines(cfg, reader, chosen)},
     }
     folds, scored, left_out = n_folds(reader, cfg), list[Scored](), dict[str, str]()
-    with Progress("fitting", folds * len(runs), "folds") as progress:
-        for name, one in runs.items():
-            try:
-                scored.append(_score(one, store, tested, folds, progress))
-            except MissingData as error:
-                if name == chosen:
-                    raise
-                left_out[name] = str(error)
-                progress.advance(folds)
+    for name, one in runs.items():
+        try:
+            scored.append(_score(one, store, tested, folds))
+        except MissingData as error:
+            if name == chosen:
+                raise MissingData(f"predictor={name}: {error}") from error
+            left_out[name] = str(error)
     return _write(cfg, reader, tested, scored, left_out, outputs)
 
 
@@ -75,9 +72,7 @@ def baselines(cfg: Config, reader: TraceReader, chosen: str) -> Iterator[str]:
             yield name
 
 
-def _score(
-    cfg: Config, store: Store, tested: TraceReader, folds: int, progress: Progress
-) -> Scored:
+def _score(cfg: Config, store: Store, tested: TraceReader, folds: int) -> Scored:
     name, predictor = name_of(cfg), made(cfg)
     is_template_DP = None
     counts, seconds, n_bytes, event_us = list[Counts](), list[float](), 0, list[float]()
@@ -94,7 +89,8 @@ def _score(
         n_bytes = guesses.card.parameter_bytes
         if guesses.card.event_us is not None:
             event_us.append(guesses.card.event_us)
-        progress.advance(1)
+        if fitted.was_made:
+            log.info("%s: fold %d of %d fitted in %.1f s", name, fold + 1, folds, seconds[-1])
     return Scored(
         name=name,
         sees=predictor.sees,

@@ -1,0 +1,175 @@
+"""Guesses that somebody else made: a predictions folder, or an npz with ids; scored like our own.
+
+What they were allowed to see cannot be checked here; it is what the file, or `causality`, declares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefetch.errors import ConfigError, FormatError, reading
+from prefetch.predict.part import Part
+from prefetch.predict.past import Past
+from prefetch.predict.predictor import NOT_GUESSED, horizons_of
+from prefetch.trace.blocks import blocks_of
+from prefetch.trace.predictions import CAUSALITIES, PredictionsReader
+from prefetch.trace.routing import no_expert
+
+
+@dataclass
+class Imported:
+    """`path`: a folder with predictions.json, or an npz with `ids` [T, L, P] or [T, H, L, P].
+
+    An npz may hold `scores` of the same shape, `horizons` [H], and `request` and `position` [T]; without these its rows
+    are the trace's, in order.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    path: str | None = None
+    horizons: tuple[int, ...] = (1,)
+    causality: str = "decode"  # of an npz: decode | prefill | cheats
+    sees: str = field(default="as declared: decode", init=False)
+    score: str = field(default="rank", init=False)
+
+    def __post_init__(self) -> None:
+        self.horizons = horizons_of(self.horizons)
+        if self.causality not in CAUSALITIES:
+            raise ConfigError(f"causality: expected one of {CAUSALITIES}, got {self.causality!r}")
+        if self.path is None:
+            raise ConfigError("path: must be given: the folder or npz that holds the guesses")
+        if not Path(self.path).exists():
+            raise ConfigError(f"path={self.path}: not found")
+        declared = self.causality
+        if self._is_folder:
+            declared = PredictionsReader(self.path).card.causality
+        self.sees = "the answer" if declared == "cheats" else f"as declared: {declared}"
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Whose content the result depends on."""
+        path = Path(str(self.path))
+        paths = sorted(path.iterdir()) if path.is_dir() else [path]
+        return {part.name: part for part in paths if part.is_file()}
+
+    @property
+    def _is_folder(self) -> bool:
+        return Path(str(self.path)).is_dir()
+
+    def fit(self, train: Part, validation: Part) -> Self:
+        """Reads them; nothing is fitted."""
+        self._take(
+            *(_of_folder(str(self.path)) if self._is_folder else _of_npz(str(self.path), train))
+        )
+        return self
+
+    def _take(
+        self, row_T2: NDArray[np.int64], ids_THLP: NDArray[Any], scores_THLP: NDArray[Any], horizons: list[int]
+    ) -> None:  # fmt: skip
+        missing = [horizon for horizon in self.horizons if horizon not in horizons]
+        if missing:
+            raise ConfigError(
+                f"{self.path}: guesses for the horizons {horizons}, not for {missing}; pass train.horizons={horizons}"
+            )
+        order = np.lexsort((row_T2[:, 1], row_T2[:, 0]))
+        chosen = [horizons.index(horizon) for horizon in self.horizons]
+        self.row_T2_ = row_T2[order]
+        self.ids_THLP_ = ids_THLP[order][:, chosen]
+        self.scores_THLP_ = scores_THLP[order][:, chosen].astype(np.float32)
+
+    def scores(self, past: Past) -> NDArray[np.float32]:
+        place_T = self._places(past)
+        h = self.horizons.index(past.horizon)
+        ids, scores = self.ids_THLP_[place_T, h].astype(np.int64), self.scores_THLP_[place_T, h]
+        self._check(ids, past)
+        n_experts = past.card.n_experts
+        beyond = np.where(ids == past.nobody, n_experts, ids)
+        scores_TLE = np.full((*past.shape[:2], n_experts + 1), NOT_GUESSED, np.float32)
+        np.put_along_axis(scores_TLE, beyond, scores, axis=2)
+        return scores_TLE[:, :, :n_experts]
+
+    def _places(self, past: Past) -> NDArray[np.int64]:
+        """Where each row's guesses stand."""
+        keys = self.row_T2_[:, 0] << 32 | self.row_T2_[:, 1]
+        wanted = past.request_T.astype(np.int64) << 32 | past.position_T
+        place_T = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        absent = np.flatnonzero(keys[place_T] != wanted)
+        if len(absent):
+            t = int(absent[0])
+            raise FormatError(
+                f"{self.path}: no guesses for request {past.request_T[t]}, position {past.position_T[t]}; every "
+                "request that is tested must be covered (train.folds=1 tests a fifth of them)"
+            )
+        return place_T
+
+    def _check(self, ids_TLP: NDArray[np.int64], past: Past) -> None:
+        n_layers, n_experts = past.card.n_layers, past.card.n_experts
+        if ids_TLP.shape[1] != n_layers:
+            raise FormatError(
+                f"{self.path}: guesses for {ids_TLP.shape[1]} layers, the trace has {n_layers}"
+            )
+        outside = (ids_TLP < 0) | ((ids_TLP >= n_experts) & (ids_TLP != past.nobody))
+        if outside.any():
+            t, layer, _ = (int(x) for x in np.argwhere(outside)[0])
+            raise FormatError(
+                f"{self.path}: request {past.request_T[t]}, position {past.position_T[t]}, layer slot {layer}: "
+                f"expert id {ids_TLP[outside][0]} is out of range for {n_experts} experts"
+            )
+
+
+def _of_folder(path: str) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any], list[int]]:
+    reader = PredictionsReader(path)
+    blocks = list(reader.batches())
+    rows = [np.stack([b.request_T, b.position_T], axis=1).astype(np.int64) for b in blocks]
+    ids = np.concatenate([block.ids_THLP for block in blocks])
+    scores = np.concatenate([block.scores_THLP for block in blocks])
+    return np.concatenate(rows), ids, scores, list(reader.card.horizons)
+
+
+def _of_npz(
+    path: str, train: Part
+) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any], list[int]]:
+    with reading(path, "an npz with `ids`"), np.load(path, allow_pickle=False) as arrays:
+        if "ids" not in arrays:
+            raise FormatError(f"expected an array `ids`, found {sorted(arrays)}")
+        ids = arrays["ids"]
+        if ids.dtype.kind not in "iu" or ids.ndim not in (3, 4):
+            raise FormatError(
+                f"ids: expected whole numbers [token, layer, guess] or [token, horizon, layer, guess], got "
+                f"{ids.dtype} {list(ids.shape)}"
+            )
+        scores = dict(arrays).get("scores")
+        horizons = arrays["horizons"].tolist() if "horizons" in arrays else [1]
+        named = {name: arrays[name] for name in ("request", "position") if name in arrays}
+    ids = ids[:, None] if ids.ndim == 3 else ids
+    if ids.shape[1] != len(horizons):
+        raise FormatError(f"{path}: ids for {ids.shape[1]} horizons, `horizons` names {horizons}")
+    ids = np.where(ids < 0, no_expert(train.card.n_experts), ids)
+    rows = _rows_of(train) if len(named) < 2 else np.stack([*named.values()], axis=1)
+    if len(rows) != len(ids):
+        raise FormatError(f"{path}: {len(ids)} rows of ids, expected {len(rows)}")
+    return rows.astype(np.int64), ids, _scores_of(scores, ids, path), horizons
+
+
+def _scores_of(scores: NDArray[Any] | None, ids: NDArray[Any], path: str) -> NDArray[Any]:
+    if scores is None:  # the order of the guesses is all that is known
+        return np.broadcast_to(-np.arange(ids.shape[3], dtype=np.float32), ids.shape)
+    scores = scores[:, None] if scores.ndim == 3 else scores
+    if scores.shape != ids.shape:
+        raise FormatError(f"{path}: scores {list(scores.shape)} do not fit ids {list(ids.shape)}")
+    return scores
+
+
+def _rows_of(part: Part) -> NDArray[np.int64]:
+    """(request, position) of every executed row of the trace."""
+    return np.concatenate(
+        [
+            np.stack([block.request_T, block.position_T], axis=1)[block.executed_T]
+            for block in blocks_of(part.trace)
+        ]
+    )

@@ -1,0 +1,123 @@
+"""Scores from files equal a slow definition: recall, exact sets, and what an LRU cache would have missed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from routing_traces import random_trace
+
+from prefetch.errors import FormatError
+from prefetch.predict import measures as m
+from prefetch.predict.guesses import write_guesses
+from prefetch.predict.markov import Markov
+from prefetch.predict.measures import Counts, count
+from prefetch.predict.part import Part, whole
+from prefetch.predict.popularity import Popularity
+from prefetch.predict.predictor import Predictor
+from prefetch.trace.predictions import PredictionsReader
+from prefetch.trace.routing import RoutingTrace
+
+NO_TEMPLATE = np.zeros((1, 512), bool)
+
+
+def written(predictor: Predictor, part: Part, folder: Path, width: int) -> PredictionsReader:
+    folder.mkdir(exist_ok=True)
+    write_guesses(
+        predictor, part, folder, name="p", trace="t", width=width, fitted=(), n_bytes=0, event_us=None
+    )  # fmt: skip
+    return PredictionsReader(folder)
+
+
+def slow(trace: RoutingTrace, guess_TLP: np.ndarray, top_k: int) -> np.ndarray:
+    """[L, M] by Python sets and an ordered dict per layer."""
+    card = trace.card
+    sums = np.zeros((card.n_layers, m.COLUMNS), np.int64)
+    for layer in range(card.n_layers):
+        lru: OrderedDict[int, None] = OrderedDict()
+        for t in range(trace.n_tokens):
+            row = [int(e) for e in trace.ids_TLK[t, layer] if e != 255]
+            if not row:
+                continue
+            true, guess = set(row), [int(e) for e in guess_TLP[t, layer] if e != 255]
+            k, two = set(guess[:top_k]), set(guess[: 2 * top_k])
+            missed, out = true - set(lru), sums[layer]
+            wrong = [rank for rank, e in enumerate(guess, 1) if e not in true]
+            out[m.EVENTS] += 1
+            out[m.CHOICES] += len(true)
+            out[m.HITS_K] += len(k & true)
+            out[m.HITS_2K] += len(two & true)
+            out[m.EXACT] += true <= k
+            out[m.GUESSED_K] += len(k)
+            out[m.FIRST_MISS] += wrong[0] if wrong else guess_TLP.shape[2] + 1
+            out[m.MISSES] += len(missed)
+            out[m.MISSES_K] += len(missed & k)
+            out[m.MISSES_2K] += len(missed & two)
+            out[m.LOADS_K] += len(k - set(lru))
+            out[m.LOADS_2K] += len(two - set(lru))
+            for expert in row:
+                lru.pop(expert, None)
+                lru[expert] = None
+            while len(lru) > card.n_experts // 4:
+                lru.popitem(last=False)
+    return sums
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("width", [3, 6, 16])
+def test_counts_equal_a_slow_definition(tmp_path: Path, width: int, holes: bool) -> None:
+    trace = random_trace(n_requests=6, tokens=30)
+    if holes:
+        trace.ids_TLK[::5, 1, 2] = 255
+        trace.ids_TLK[::7, 2] = 255
+    part = whole(trace)
+    reader = written(Markov((1, 2)).fit(part, part), part, tmp_path / "p", width)
+    counts = count(reader, part, NO_TEMPLATE)
+    guess_THLP = np.concatenate([block.ids_THLP for block in reader.batches()])
+    for h in range(2):
+        expected = slow(trace, guess_THLP[:, h], 3)
+        np.testing.assert_array_equal(counts.layer_HXLM[h, 0], expected)
+        total = counts.request_HXGRM[h].sum(axis=(0, 1, 2))
+        np.testing.assert_array_equal(total, expected.sum(axis=0))
+        first = counts.request_HXGRM[h, 0, 0].sum(axis=0)
+        np.testing.assert_array_equal(first, expected[: h + 1].sum(axis=0))
+        hits = counts.rank_HXLP[h, 0].cumsum(axis=1)
+        np.testing.assert_array_equal(hits[:, 2], expected[:, m.HITS_K])
+
+
+def test_rows_of_a_template_stand_apart(tmp_path: Path) -> None:
+    trace = random_trace(n_requests=6, tokens=30)
+    template = NO_TEMPLATE.copy()
+    template[-1, :4] = True
+    part = whole(trace)
+    reader = written(Popularity().fit(part, part), part, tmp_path / "p", 6)
+    counts = count(reader, part, template)
+    assert counts.layer_HXLM[0, 1, :, m.EVENTS].tolist() == [24] * 4
+    assert counts.layer_HXLM[0, 0, :, m.EVENTS].tolist() == [156] * 4
+
+
+def test_probabilities_are_binned(tmp_path: Path) -> None:
+    """Popularity on its own trace is right as often as it says."""
+    part = whole(random_trace(n_requests=60))
+    counts: Counts = count(
+        written(Popularity().fit(part, part), part, tmp_path / "p", 16), part, NO_TEMPLATE
+    )
+    guesses, scores, right = counts.bin_HBC[0].sum(axis=0)
+    assert guesses == 60 * 40 * 4 * 16 and right == 60 * 40 * 4 * 3
+    assert scores == pytest.approx(right, rel=1e-3)  # float16
+
+
+def test_guesses_about_other_rows_are_refused(tmp_path: Path) -> None:
+    trace = random_trace()
+    part = whole(trace)
+    reader = written(Popularity().fit(part, part), part, tmp_path / "p", 6)
+    with pytest.raises(FormatError, match="ends at row 1200; the trace goes on"):
+        count(reader, whole(random_trace(n_requests=31)), NO_TEMPLATE)
+    with pytest.raises(FormatError, match="has rows after row 1160"):
+        count(reader, whole(random_trace(n_requests=29)), NO_TEMPLATE)
+    with pytest.raises(FormatError, match="row 40 is about request 1, position 0"):
+        count(reader, whole(random_trace(n_requests=24, tokens=50)), NO_TEMPLATE)
+    with pytest.raises(FormatError, match="the trace has 4 of 15"):
+        count(reader, whole(random_trace(n_experts=15)), NO_TEMPLATE)

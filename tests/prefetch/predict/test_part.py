@@ -1,0 +1,78 @@
+"""Parts and folds: every request tested once, nothing in two parts, rows that never ran nowhere."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from routing_traces import random_trace
+
+from prefetch.errors import MissingData
+from prefetch.predict.part import Part, parts_of, survey_of, whole
+from prefetch.scoring import FOLDS
+
+
+def test_every_request_is_tested_once_and_learnt_from_elsewhere() -> None:
+    folds = survey_of(random_trace(n_requests=33)).folds(0)
+    assert len(folds) == FOLDS
+    np.testing.assert_array_equal(np.sort(np.concatenate([f.test for f in folds])), range(33))
+    for fold in folds:
+        together = np.concatenate([fold.train, fold.validation, fold.test])
+        np.testing.assert_array_equal(np.sort(together), range(33))
+        assert 3 <= len(fold.validation) <= 4 and 6 <= len(fold.test) <= 7
+    again = survey_of(random_trace(n_requests=33)).folds(0)
+    np.testing.assert_array_equal(again[2].train, folds[2].train)
+    assert not np.array_equal(
+        survey_of(random_trace(n_requests=33)).folds(1)[0].test, folds[0].test
+    )
+
+
+def test_every_domain_has_its_share_of_every_fold() -> None:
+    trace = random_trace(n_requests=40)
+    domain_T = np.where(trace.request_T < 10, 0, 1).astype(np.int32)
+    trace = dataclasses.replace(trace, domains=("few", "many"), domain_T=domain_T)
+    for fold in survey_of(trace).folds(0):
+        assert (fold.test < 10).sum() == 2 and (fold.test >= 10).sum() == 6
+
+
+def test_repeated_requests_are_in_no_part() -> None:
+    trace = random_trace(n_requests=10)
+    trace.ids_TLK[280:320] = trace.ids_TLK[:40]
+    for fold in survey_of(trace).folds(0):
+        assert 7 not in np.concatenate([fold.train, fold.validation, fold.test])
+
+
+def test_few_requests_are_split_in_time_and_know_what_was_before() -> None:
+    trace = random_trace(n_requests=1, tokens=100)
+    (fold,) = survey_of(trace).folds(0)
+    assert fold.kind == "time"
+    train, validation, test = parts_of(trace, fold)
+    seen = {name: [] for name in ("train", "validation", "test")}
+    for name, part in (("train", train), ("validation", validation), ("test", test)):
+        for block, counted_T in part.blocks():
+            seen[name] += block.position_T[counted_T].tolist()
+            assert block.position_T[0] == 0
+    assert seen == {
+        "train": list(range(60)),
+        "validation": list(range(60, 70)),
+        "test": list(range(70, 100)),
+    }
+
+
+def test_rows_that_never_ran_are_not_there() -> None:
+    trace = random_trace(n_requests=5)
+    trace.executed_T[10:20] = False
+    trace.executed_T[40:80] = False
+    rows = sum(block.n_tokens for block, _ in whole(trace).blocks())
+    assert rows == 150
+    everything = np.concatenate([f.test for f in survey_of(trace).folds(0)])
+    assert 1 not in everything
+
+
+def test_what_was_not_recorded_is_refused_by_name() -> None:
+    part = whole(random_trace())
+    with pytest.raises(MissingData, match="needs gate_inputs, which this trace has not recorded"):
+        part.require("gate_inputs")
+    with pytest.raises(MissingData, match="no rows to learn from"):
+        Part(random_trace(), np.array([999])).load()
