@@ -1,0 +1,405 @@
+"""Route memory: a token goes on like the tokens that routed alike so far.
+
+Two memories, nothing fitted but how they are mixed: the earlier tokens of the same request, and tokens of the training
+requests. How alike two tokens are is the count of experts they share, older layers counting less, carried over in part
+from the tokens before them. An idea of our own; no training, and every token that is served could enlarge it.
+
+M remembered tokens, S earlier tokens of the request, L layers, K choices, E experts, W words of 64 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from prefetch.errors import ConfigError
+from prefetch.predict.guesses import ranked
+from prefetch.predict.part import Part
+from prefetch.predict.past import Past
+from prefetch.predict.predictor import PROBABILITY, horizons_of
+from prefetch.predict.tables import chance_of_use, use_of
+from prefetch.trace.routing import no_expert
+
+SHARPNESS = (0.4, 0.8, 1.6)  # tried in each memory
+WEIGHTS = (0.25, 1.0, 4.0)  # of the training requests, tried beside 1 for the same request
+TUNING_TOKENS, TUNING_BLOCK = 800, 128  # of the validation requests: enough to tell mixtures apart
+STRIDE = 128  # remembered tokens that are looked at together
+PRIOR = 1e-3  # of popularity in every guess: it breaks ties, and guesses where nothing is known
+
+
+class Memory(NamedTuple):
+    """Training tokens, by the experts that they used: lists of who used which."""
+
+    ids_MLK: NDArray[Any]
+    goes_on_M: NDArray[
+        np.bool_
+    ]  # the token before it in memory is the one before it in its request
+    offset_LE: NDArray[
+        np.int64
+    ]  # where the list of (layer, expert) begins in `users`; one more at the end
+    users: NDArray[np.int32]
+
+
+class Running(NamedTuple):
+    """What is known of the token that runs. What is alike grows by 1 / decay a layer: nothing old is touched."""
+
+    alike_M: NDArray[np.float32]
+    before_M: NDArray[np.float32]  # when the token before was complete
+    alike_S: NDArray[np.float32]
+    before_S: NDArray[np.float32]
+    weight_S: NDArray[np.float32]
+    bits_SLW: NDArray[np.uint64]
+    ids_SLK: NDArray[Any]
+    now_LK: NDArray[Any]
+    known: NDArray[np.int64]  # [layers of this token, tokens of this request]
+
+
+class Mix(NamedTuple):
+    """How the memories answer."""
+
+    decay: float
+    carry: float
+    nearest: int
+    inside: float  # sharpness: how much more the most alike count
+    outside: float
+    weight: float  # of the training requests, beside 1 for the same request
+
+
+@dataclass
+class RouteMemory:
+    needs: ClassVar[tuple[str, ...]] = ()
+    sees: ClassVar[str] = "routing history"
+    score: ClassVar[str] = PROBABILITY
+
+    horizons: tuple[int, ...] = (1,)
+    memory_tokens: int = 16384  # of the training requests; 0 = the same request alone
+    window: int = 1024  # earlier tokens of the same request
+    nearest: int = 32  # remembered training tokens that are asked
+    decay: float = 0.85  # a layer further back counts so much
+    carry: float = 0.05  # of how alike the tokens before were
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._memory: Memory | None = None
+        self.horizons = horizons_of(self.horizons)
+        claims = {
+            f"memory_tokens={self.memory_tokens}: must not be negative": self.memory_tokens >= 0,
+            f"window={self.window}: must be at least 1": self.window >= 1,
+            f"nearest={self.nearest}: must be at least 1": self.nearest >= 1,
+            f"decay={self.decay}: must be above 0, at most 1": 0 < self.decay <= 1,
+            f"carry={self.carry}: must be from 0 to 1": 0 <= self.carry <= 1,
+        }
+        for claim, holds in claims.items():
+            if not holds:
+                raise ConfigError(claim)
+
+    def fit(self, train: Part, validation: Part) -> Self:
+        """Remembers whole training requests, drawn by the seed; tunes how sharply each memory answers."""
+        self.chance_LE_ = chance_of_use(*use_of(train))
+        self.ids_MLK_, self.goes_on_M_ = _remembered(train, self.memory_tokens, self.seed)
+        self.mix_H3_ = np.array([self._tuned(validation, horizon) for horizon in self.horizons])
+        return self
+
+    def _tuned(self, validation: Part, horizon: int) -> tuple[float, float, float]:
+        """(sharpness inside, sharpness outside, weight of outside) with the best recall, one after the other."""
+        lessons, asked = [], 0
+        for lesson in validation.lessons(horizon, max_rows=TUNING_BLOCK):
+            lessons.append(lesson)
+            asked += int(lesson.counted_T.sum())
+            if asked >= TUNING_TOKENS:
+                break
+
+        def recall(mix: tuple[float, float, float]) -> int:
+            return sum(
+                _hits(self._scores(past, mix), ids, counted) for past, ids, counted in lessons
+            )
+
+        inside = max(SHARPNESS, key=lambda value: recall((value, 1.0, 0.0)))
+        outside = max(SHARPNESS, key=lambda value: recall((inside, value, 1e6)))
+        weight = max(WEIGHTS, key=lambda value: recall((inside, outside, value)))
+        return inside, outside, weight
+
+    def scores(self, past: Past) -> NDArray[np.float32]:
+        return self._scores(past, tuple(self.mix_H3_[self.horizons.index(past.horizon)].tolist()))
+
+    def _scores(self, past: Past, mix: tuple[float, ...]) -> NDArray[np.float32]:
+        out_TLE, here_TLK = np.empty(past.shape, np.float32), past.here()
+        memory, running, how = self.memory(), self.running(past.card.top_k), self.mixed(mix)
+        stops = [*past.starts_R[1:].tolist(), past.n_tokens]
+        for first, stop in zip(past.starts_R.tolist(), stops, strict=True):
+            _replay(
+                past.earlier(stop - 1), here_TLK[first:stop], past.horizon, past.nobody, memory, running, how,
+                self.chance_LE_, out_TLE[first:stop],
+            )  # fmt: skip
+        return out_TLE
+
+    def memory(self) -> Memory:
+        """Made when first asked for: the lists follow from what is remembered."""
+        if self._memory is None or self._memory.ids_MLK is not self.ids_MLK_:
+            n_experts = self.chance_LE_.shape[1]
+            lists = _lists(self.ids_MLK_, n_experts, no_expert(n_experts))
+            self._memory = Memory(self.ids_MLK_, self.goes_on_M_, *lists)
+        return self._memory
+
+    def running(self, top_k: int) -> Running:
+        n_layers, n_experts = self.chance_LE_.shape
+        n_remembered, dtype = len(self.ids_MLK_), self.ids_MLK_.dtype
+        return Running(
+            alike_M=np.zeros(n_remembered, np.float32),
+            before_M=np.zeros(n_remembered, np.float32),
+            alike_S=np.zeros(self.window, np.float32),
+            before_S=np.zeros(self.window, np.float32),
+            weight_S=np.zeros(self.window, np.float32),
+            bits_SLW=np.zeros((self.window, n_layers, -(-n_experts // 64)), np.uint64),
+            ids_SLK=np.zeros((self.window, n_layers, top_k), dtype),
+            now_LK=np.zeros((n_layers, top_k), dtype),
+            known=np.zeros(2, np.int64),
+        )
+
+    def mixed(self, mix: tuple[float, ...]) -> Mix:
+        return Mix(self.decay, self.carry, self.nearest, *mix)
+
+    def online(self, horizon: int) -> RouteMemoryOnline:
+        return RouteMemoryOnline(self, horizon)
+
+
+class RouteMemoryOnline:
+    """The same answers, one event at a time."""
+
+    def __init__(self, fitted: RouteMemory, horizon: int) -> None:
+        mix = fitted.mix_H3_[fitted.horizons.index(horizon)].tolist()
+        self._memory, self._how = fitted.memory(), fitted.mixed(tuple(mix))
+        self._running = fitted.running(fitted.ids_MLK_.shape[2])
+        self._chance_LE, self._nobody = fitted.chance_LE_, no_expert(fitted.chance_LE_.shape[1])
+        self._out_E = np.empty(fitted.chance_LE_.shape[1], np.float32)
+
+    def start(self) -> None:
+        _begin(self._running)
+
+    def observe(
+        self, layer: int, ids: NDArray[Any], gate_input: NDArray[Any] | None = None
+    ) -> None:
+        _observe(ids, layer, self._nobody, self._memory, self._running, self._how)
+        if layer == len(self._chance_LE) - 1:
+            _end(self._nobody, self._memory, self._running, self._how)
+
+    def guess(self, layer: int) -> NDArray[np.float32]:
+        _guess(
+            layer,
+            self._nobody,
+            self._memory,
+            self._running,
+            self._how,
+            self._chance_LE,
+            self._out_E,
+        )
+        return self._out_E
+
+
+def _remembered(train: Part, most: int, seed: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Whole training requests in an order drawn by the seed, until there are enough tokens; kept in trace order."""
+    lengths: dict[int, int] = {}
+    for block, counted_T in train.blocks():
+        requests, counts = np.unique(block.request_T[counted_T], return_counts=True)
+        lengths |= dict(zip(requests.tolist(), counts.tolist(), strict=True))
+    chosen, total = set(), 0
+    for request in np.random.default_rng(seed).permutation(sorted(lengths)).tolist():
+        if total >= most:
+            break
+        chosen.add(request)
+        total += lengths[request]
+    ids, goes_on = [], []
+    for block, counted_T in train.blocks():
+        kept_T = counted_T & np.isin(block.request_T, sorted(chosen))
+        ids.append(block.ids_TLK[kept_T])
+        goes_on.append(np.diff(block.request_T[kept_T], prepend=-1) == 0)
+    ids_MLK = np.concatenate(ids)[:most]
+    return ids_MLK, np.concatenate(goes_on)[:most]
+
+
+@njit(cache=True, nogil=True)
+def _lists(ids_MLK, n_experts, nobody):  # type: ignore[no-untyped-def]
+    """Who used each expert of each layer: where its list begins, and the lists."""
+    n_layers = ids_MLK.shape[1]
+    offset = np.zeros(n_layers * n_experts + 1, np.int64)
+    for m in range(ids_MLK.shape[0]):
+        for layer in range(n_layers):
+            for k in range(ids_MLK.shape[2]):
+                if ids_MLK[m, layer, k] != nobody:
+                    offset[layer * n_experts + ids_MLK[m, layer, k] + 1] += 1
+    offset = np.cumsum(offset)
+    place, users = offset.copy(), np.zeros(offset[-1], np.int32)
+    for m in range(ids_MLK.shape[0]):
+        for layer in range(n_layers):
+            for k in range(ids_MLK.shape[2]):
+                if ids_MLK[m, layer, k] != nobody:
+                    at = layer * n_experts + ids_MLK[m, layer, k]
+                    users[place[at]] = m
+                    place[at] += 1
+    return offset, users
+
+
+def _hits(
+    scores_TLE: NDArray[np.float32], ids_TLK: NDArray[Any], counted_T: NDArray[np.bool_]
+) -> int:
+    """True choices among the best k."""
+    best_TLK, _ = ranked(scores_TLE[counted_T], ids_TLK.shape[2])
+    true_TLK = ids_TLK[counted_T]
+    known = true_TLK < scores_TLE.shape[2]
+    return int(((true_TLK[..., None] == best_TLK[:, :, None, :]).any(axis=3) & known).sum())
+
+
+@njit(cache=True, nogil=True)
+def _replay(ids_SLK, here_TLK, horizon, nobody, memory, running, how, chance_LE, out_TLE):  # type: ignore[no-untyped-def]  # fmt: skip
+    """One request; `ids_SLK` has no last token, because nobody comes after it."""
+    n_layers = here_TLK.shape[1]
+    _begin(running)
+    for t in range(here_TLK.shape[0]):
+        for layer in range(n_layers):
+            if layer >= horizon:
+                _observe(here_TLK[t, layer], layer - horizon, nobody, memory, running, how)
+            _guess(layer, nobody, memory, running, how, chance_LE, out_TLE[t, layer])
+        if t < len(ids_SLK):
+            for layer in range(max(0, n_layers - horizon), n_layers):
+                _observe(ids_SLK[t, layer], layer, nobody, memory, running, how)
+            _end(nobody, memory, running, how)
+
+
+@njit(cache=True, nogil=True)
+def _begin(running):  # type: ignore[no-untyped-def]
+    running.alike_M[:] = 0
+    running.known[:] = 0
+
+
+@njit(cache=True, nogil=True)
+def _observe(ids_K, layer, nobody, memory, running, how):  # type: ignore[no-untyped-def]
+    """Everyone who used these experts here becomes more alike."""
+    gain = np.float32(how.decay**-layer)
+    n_experts = (len(memory.offset_LE) - 1) // running.now_LK.shape[0]
+    running.now_LK[layer] = ids_K
+    running.known[0] = layer + 1
+    bits_W = np.zeros(running.bits_SLW.shape[2], np.uint64)
+    for k in range(len(ids_K)):
+        if ids_K[k] == nobody:
+            continue
+        bits_W[ids_K[k] >> 6] |= np.uint64(1) << np.uint64(ids_K[k] & 63)
+        at = layer * n_experts + ids_K[k]
+        for i in range(memory.offset_LE[at], memory.offset_LE[at + 1]):
+            running.alike_M[memory.users[i]] += gain
+    for s in range(min(running.known[1], len(running.alike_S))):
+        shared = np.uint64(0)
+        for w in range(len(bits_W)):
+            shared += _ones(running.bits_SLW[s, layer, w] & bits_W[w])
+        running.alike_S[s] += gain * np.float32(shared)
+
+
+@njit(cache=True, nogil=True)
+def _ones(x):  # type: ignore[no-untyped-def]
+    x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
+
+
+@njit(cache=True, nogil=True)
+def _end(nobody, memory, running, how):  # type: ignore[no-untyped-def]
+    """The token is complete: it is remembered, and what was alike passes on in part to who comes next."""
+    n_layers, window = running.now_LK.shape[0], len(running.alike_S)
+    passed = np.float32(how.carry * how.decay ** (n_layers - 1))
+    for m in range(len(running.alike_M)):
+        running.before_M[m] = running.alike_M[m] * passed
+    for m in range(len(running.alike_M)):
+        running.alike_M[m] = running.before_M[m - 1] if memory.goes_on_M[m] else np.float32(0)
+    place, n = running.known[1] % window, min(running.known[1], window)
+    for s in range(n):
+        running.before_S[s] = running.alike_S[s] * passed
+    for s in range(
+        n
+    ):  # the token before s stands at s - 1; nobody knows what was before the oldest
+        is_oldest = s == (running.known[1] + 1) % window if running.known[1] >= window else s == 0
+        running.alike_S[s] = np.float32(0) if is_oldest else running.before_S[s - 1]
+    running.alike_S[place] = running.before_S[place - 1] if running.known[1] > 0 else np.float32(0)
+    for layer in range(n_layers):
+        running.bits_SLW[place, layer] = 0
+        for k in range(running.now_LK.shape[1]):
+            expert = running.now_LK[layer, k]
+            running.ids_SLK[place, layer, k] = expert
+            if expert != nobody:
+                running.bits_SLW[place, layer, expert >> 6] |= np.uint64(1) << np.uint64(
+                    expert & 63
+                )
+    running.known[0] = 0
+    running.known[1] += 1
+
+
+@njit(cache=True, nogil=True)
+def _guess(layer, nobody, memory, running, how, chance_LE, out_E):  # type: ignore[no-untyped-def]
+    scale = how.decay ** max(0, running.known[0] - 1)
+    for expert in range(len(out_E)):
+        out_E[expert] = PRIOR * chance_LE[layer, expert]
+    total = PRIOR
+    n = min(running.known[1], len(running.alike_S))
+    if n > 0:
+        most = running.alike_S[:n].max()
+        sharp, weights = np.float32(how.inside * scale), 0.0
+        for s in range(n):
+            running.weight_S[s] = np.exp(sharp * (running.alike_S[s] - most))
+            weights += running.weight_S[s]
+        for s in range(n):
+            weight = running.weight_S[s] / weights
+            if weight > 1e-5:
+                _vote(running.ids_SLK[s, layer], weight, nobody, out_E)
+        total += 1.0
+    if len(running.alike_M) > 0 and how.weight > 0:
+        total += how.weight
+        _ask_nearest(layer, nobody, memory, running, how, how.outside * scale, out_E)
+    for expert in range(len(out_E)):
+        out_E[expert] /= total
+
+
+@njit(cache=True, nogil=True)
+def _vote(ids_K, weight, nobody, out_E):  # type: ignore[no-untyped-def]
+    for k in range(len(ids_K)):
+        if ids_K[k] != nobody:
+            out_E[ids_K[k]] += weight
+
+
+@njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc"})
+def _peak(alike_M, first, stop):  # type: ignore[no-untyped-def]
+    """The largest of some; several at a time, because their order does not matter."""
+    peak = alike_M[first]
+    for m in range(first, stop):
+        peak = max(peak, alike_M[m])
+    return peak
+
+
+@njit(cache=True, nogil=True)
+def _ask_nearest(layer, nobody, memory, running, how, sharp, out_E):  # type: ignore[no-untyped-def]
+    """The most alike training tokens, found in one walk; the least alike of them is what has to be beaten."""
+    most = min(how.nearest, len(running.alike_M))
+    near, who = np.empty(most, np.float32), np.empty(most, np.int64)
+    found, least = 0, 0
+    for first in range(0, len(running.alike_M), STRIDE):
+        stop = min(first + STRIDE, len(running.alike_M))
+        if found == most and _peak(running.alike_M, first, stop) <= near[least]:
+            continue
+        for m in range(first, stop):
+            alike = running.alike_M[m]
+            if found < most:
+                near[found], who[found] = alike, m
+                found += 1
+                if found == most:
+                    least = np.argmin(near)
+            elif alike > near[least]:
+                near[least], who[least] = alike, m
+                least = np.argmin(near)
+    best, weights = near.max(), 0.0
+    for i in range(most):
+        near[i] = np.exp(sharp * (near[i] - best))
+        weights += near[i]
+    for i in range(most):
+        _vote(memory.ids_MLK[who[i], layer], how.weight * near[i] / weights, nobody, out_E)
