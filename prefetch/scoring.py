@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ TRAIN, TEST, LEFT_OUT, VALIDATION = 0, 1, 2, 3  # parts; what is left out repeat
 FOLDS = 5
 TIME_SHARES = (0.6, 0.7)  # of the rows, where a split is in time: train ends, validation ends
 TEMPLATE_AGREEMENT = 0.9  # of the choices of neighbouring requests, at one position
-TEMPLATE_POSITIONS = 512  # a template stands at the start: later positions are not looked at
-TEMPLATE_PAIRS = 3  # fewer pairs of requests agree by chance
+TEMPLATE_POSITIONS = 4096  # a template stands at the start: later positions are not looked at
+TEMPLATE_PAIRS = 2  # fewer pairs of requests agree by chance
 TEMPLATE_LAYERS = 8  # so many layers, evenly spread, tell a shared text from chance
 DUPLICATE_ROWS = 8  # shorter requests are equal by chance
 SMALLEST_SPLIT = 4  # fewer requests are split in time
+MANY_REQUESTS = 20_000  # of which a ratio is as good as normal: more are not drawn, but computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,7 @@ class Survey:
         self.domain_R: list[int] = []
         self.digest_R: list[bytes] = []
         self.ran_R: list[bool] = []  # has it a row that was executed?
+        self.heads_R: list[tuple[bytes, ...]] = []  # digests of its first 8, 16, 32, ... rows
         # per domain: shared choices, choices, pairs at every position
         self._agreement: dict[int, NDArray[np.int64]] = {}
         self._nobody = 0
@@ -113,6 +116,7 @@ class Survey:
         self.n_rows_R.append(stop - start)
         self.domain_R.append(domain)
         self.ran_R.append(bool(block.executed_T[start:stop].any()))
+        self.heads_R.append(_heads(ids_TLK))
         self.digest_R.append(hashlib.blake2b(ids_TLK.data, digest_size=8).digest())
         position_T = block.position_T[start:stop]
         near = np.flatnonzero((position_T >= 0) & (position_T < TEMPLATE_POSITIONS))
@@ -153,6 +157,7 @@ class Survey:
             "domain_R",
             "digest_R",
             "ran_R",
+            "heads_R",
         ):
             setattr(self, name, getattr(self, name) + getattr(later, name))
 
@@ -165,6 +170,24 @@ class Survey:
                 repeated.append(request)
             seen.add(digest)
         return np.array(repeated, np.int64)
+
+    def groups(self) -> NDArray[np.int64]:
+        """[R] the first of the requests that each belongs with: one that holds another's routing, at least half of it.
+
+        A conversation that is sent again with every turn is such a group: one part of a split must hold all of it.
+        """
+        own = [heads[-1] if heads else None for heads in self.heads_R]
+        first_of: dict[bytes, int] = {}
+        for r, head in enumerate(own):
+            if head is not None:
+                first_of.setdefault(head, r)
+        group_R = np.arange(len(own))
+        for r, heads in enumerate(self.heads_R):
+            met = [_root(group_R, first_of[head]) for head in heads if head in first_of]
+            together = min([_root(group_R, r), *met])
+            for other in (*met, _root(group_R, r)):
+                group_R[other] = together
+        return np.array([_root(group_R, r) for r in range(len(own))], np.int64)
 
     def template(self) -> NDArray[np.bool_]:
         """[domain, position]: do neighbouring requests agree there, and do most of them reach so far?
@@ -182,13 +205,18 @@ class Survey:
     def split(self, train_share: float, seed: int) -> Split:
         """By request; in time where there are too few, or where one request is nearly all there is."""
         duplicates = self.duplicates()
-        unique = np.setdiff1d(np.array(self.request_R, np.int64), duplicates)
-        mixed = np.random.default_rng(seed).permutation(unique)
-        n_train = max(1, int(train_share * len(unique)))
-        in_time = len(unique) < SMALLEST_SPLIT
+        request_R, group_R = np.array(self.request_R, np.int64), self.groups()
+        is_unique_R = ~np.isin(request_R, duplicates)
+        # a group goes by the number of its first request
+        named_R = request_R[group_R] if len(group_R) else request_R
+        groups = np.unique(named_R[is_unique_R])
+        mixed = np.random.default_rng(seed).permutation(groups)
+        n_train = max(1, int(train_share * len(groups)))
+        in_time = len(groups) < SMALLEST_SPLIT
+        tested = np.sort(request_R[is_unique_R & np.isin(named_R, mixed[n_train:])])
         return Split(
             kind="time" if in_time else "requests",
-            test_requests=mixed[:0] if in_time else np.sort(mixed[n_train:]),
+            test_requests=mixed[:0] if in_time else tested,
             duplicate_requests=duplicates,
             first_test_row=int(train_share * self.rows) if in_time else self.rows,
             is_template_DP=self.template(),
@@ -199,23 +227,25 @@ class Survey:
 
         A fold tests a fifth, validates on half of the next fifth, and trains on the rest.
         """
-        duplicates = set(self.duplicates().tolist())
-        domain_of = dict(zip(self.request_R, self.domain_R, strict=True))
-        ran = zip(self.request_R, self.ran_R, strict=True)
-        unique = np.array([r for r, has_run in ran if has_run and r not in duplicates], np.int64)
-        if len(unique) < SMALLEST_SPLIT:
+        request_R, group_R = np.array(self.request_R, np.int64), self.groups()
+        kept_R = np.array(self.ran_R, bool) & ~np.isin(request_R, self.duplicates())
+        groups = np.unique(group_R[kept_R])
+        if len(groups) < SMALLEST_SPLIT:
             cuts = tuple(int(share * self.executed_rows) for share in TIME_SHARES)
-            return [Fold(0, "time", unique, unique, unique, (cuts[0], cuts[1]))]
-        mixed = np.random.default_rng(seed).permutation(unique)
-        dealt = mixed[np.argsort([domain_of[r] for r in mixed.tolist()], kind="stable")]
+            everything = np.sort(request_R[kept_R])
+            return [Fold(0, "time", everything, everything, everything, (cuts[0], cuts[1]))]
+        mixed = np.random.default_rng(seed).permutation(groups)
+        dealt = mixed[np.argsort(np.array(self.domain_R)[mixed], kind="stable")]
         n = min(FOLDS, len(dealt))
         place = np.arange(len(dealt))
         folds = []
         for number in range(n):
             is_test = place % n == number
             is_validation = (place % n == (number + 1) % n) & (place // n % 2 == 0)
-            parts = (dealt[~is_test & ~is_validation], dealt[is_validation], dealt[is_test])
-            train, validation, test = map(np.sort, parts)
+            train, validation, test = (
+                np.sort(request_R[kept_R & np.isin(group_R, dealt[chosen])])
+                for chosen in (~is_test & ~is_validation, is_validation, is_test)
+            )
             folds.append(Fold(number, "requests", train, validation, test, (0, 0)))
         return folds
 
@@ -238,12 +268,30 @@ def _shared(one_TLK, other_TLK, nobody):  # type: ignore[no-untyped-def]
     return shared_T, of_T
 
 
+def _heads(ids_TLK: NDArray[Any]) -> tuple[bytes, ...]:
+    """Digests of the first 8, 16, 32, ... rows."""
+    digest, done, rows, found = hashlib.blake2b(digest_size=8), 0, DUPLICATE_ROWS, list[bytes]()
+    while rows <= len(ids_TLK):
+        digest.update(np.ascontiguousarray(ids_TLK[done:rows]).data)
+        found.append(digest.digest())
+        done, rows = rows, 2 * rows
+    return tuple(found)
+
+
+def _root(group_R: NDArray[np.int64], r: int) -> int:
+    while group_R[r] != r:
+        r = int(group_R[r])
+    return r
+
+
 def bootstrap(
     hits_R: NDArray[Any], of_R: NDArray[Any], *, seed: int, draws: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
     """Interval of a ratio of sums, by drawing requests with replacement."""
     if len(hits_R) < 2:
         raise ValueError("an interval over requests needs two of them")
+    if len(hits_R) > MANY_REQUESTS:
+        return _normal_interval(hits_R, of_R, level)
     rng = np.random.default_rng(seed)
     ratios = np.empty(draws)
     for draw in range(draws):
@@ -251,3 +299,11 @@ def bootstrap(
         ratios[draw] = hits_R[chosen].sum() / max(1, of_R[chosen].sum())
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _normal_interval(hits_R: NDArray[Any], of_R: NDArray[Any], level: float) -> tuple[float, float]:
+    """By the variance of a ratio of sums (Cochran 1977): what drawing very many requests would give."""
+    ratio = hits_R.sum() / max(1, of_R.sum())
+    spread = np.sqrt(((hits_R - ratio * of_R) ** 2).sum()) / max(1, of_R.sum())
+    reach = float(NormalDist().inv_cdf((1 + level) / 2) * spread)
+    return float(ratio - reach), float(ratio + reach)

@@ -23,6 +23,7 @@ from prefetch.figures import (
 RECALL = Axis("recall (share of choices)", low=0, high=1.02)
 WIDE = (4.6, 2.9)
 OTHERS = tuple(colour for colour in CATEGORIES if colour not in (VERMILLION, BLACK))
+ENOUGH_GUESSES = 100  # of a point of the reliability curve
 DASHES: tuple[Dash, ...] = ("-", "--", ":")
 
 
@@ -117,7 +118,9 @@ def reliability(table: pd.DataFrame, looks: dict[str, Key], folder: Path, note: 
     for horizon, of_horizon in table.groupby("horizon"):
         lines = [Line([0, 1], [0, 1], "as often as said", GREY, ":", dots=False)]
         for name, key in looks.items():
-            rows = of_horizon[of_horizon.predictor == name]
+            rows = of_horizon[
+                (of_horizon.predictor == name) & (of_horizon.guesses >= ENOUGH_GUESSES)
+            ]
             if len(rows):
                 x, y = rows.mean_score.to_numpy(), rows.share_right.to_numpy()
                 lines.append(Line(x, y, name, key.colour, key.dash, dots=True))
@@ -125,4 +128,5 @@ def reliability(table: pd.DataFrame, looks: dict[str, Key], folder: Path, note: 
         title = f"{horizon} {'layer' if horizon == 1 else 'layers'} ahead"
         panels.append(Lines(title, x_axis, Axis("share that was right", low=0, high=1.02), lines))
     title = "Do scores say how often a guess is right?"
-    return draw(folder / "reliability", title, panels, columns=2, note=note, panel_size=WIDE)
+    said = f"Points of {ENOUGH_GUESSES} guesses and more. {note}"
+    return draw(folder / "reliability", title, panels, columns=2, note=said, panel_size=WIDE)

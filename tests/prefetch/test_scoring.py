@@ -36,6 +36,54 @@ def test_the_split_is_by_request_and_the_one_that_the_readme_of_the_traces_state
     }
 
 
+def test_turns_of_a_conversation_stay_on_one_side():
+    """Each request holds the one before it: guesses must not be learnt on one turn and scored on the next."""
+    block = trace([48] * 20)
+    turns = [block.rows(slice(48 * c, 48 * c + 12 * n)) for c in range(20) for n in range(1, 5)]
+    ids = np.concatenate([turn.ids_TLK for turn in turns])
+    lengths = [turn.n_tokens for turn in turns]
+    grown = trace_of(CARD, ids, request_T=np.repeat(np.arange(80), lengths))
+    found = survey(grown)
+    np.testing.assert_array_equal(found.groups(), np.arange(80) // 4 * 4)
+    assert found.duplicates().size == 0
+    test = found.split(0.7, 0).test_requests
+    assert len(test) == 24 and set(np.bincount(test // 4, minlength=20)) == {0, 4}
+    for fold in found.folds(0):
+        for part in (fold.train, fold.validation, fold.test):
+            assert set(np.bincount(part // 4, minlength=20)) <= {0, 4}
+    halves = survey(grown, (int(np.flatnonzero(grown.request_T == 41)[0]),))
+    first, second = Survey(), Survey()
+    first.add(grown.rows(grown.request_T < 41))
+    second.add(grown.rows(grown.request_T >= 41))
+    first.merge(second)
+    np.testing.assert_array_equal(first.groups(), halves.groups())
+
+
+def test_a_shared_template_is_no_conversation():
+    block = trace([30] * 12)
+    ids = block.ids_TLK.copy().reshape(12, 30, 3, 2)
+    ids[:, :12] = ids[0, :12]
+    found = survey(trace_of(CARD, ids.reshape(-1, 3, 2), request_T=block.request_T))
+    np.testing.assert_array_equal(found.groups(), np.arange(12))
+
+
+def test_a_long_system_prompt_is_a_template():
+    block = trace([700] * 4)
+    ids = block.ids_TLK.copy().reshape(4, 700, 3, 2)
+    ids[:, :600] = ids[0, :600]
+    found = survey(trace_of(CARD, ids.reshape(-1, 3, 2), request_T=block.request_T))
+    assert np.flatnonzero(found.template()[-1]).tolist() == list(range(600))
+
+
+def test_many_requests_have_the_interval_that_drawing_would_give():
+    rng = np.random.default_rng(0)
+    of_R = rng.integers(1, 50, 20_001)
+    hits_R = rng.binomial(of_R, rng.beta(2, 3, 20_001))
+    low, high = bootstrap(hits_R, of_R, seed=0)
+    drawn = bootstrap(hits_R[:20_000], of_R[:20_000], seed=0)
+    assert (low, high) == pytest.approx(drawn, abs=4e-4)
+
+
 def test_few_requests_are_split_in_time():
     block = trace([10, 10, 10])
     split = survey(block).split(0.7, 0)

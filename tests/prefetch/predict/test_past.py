@@ -13,7 +13,10 @@ from prefetch import config
 from prefetch.predict.part import whole
 from prefetch.predict.past import Answered, Past
 from prefetch.predict.predictor import Predictor, cheats
+from prefetch.trace.parquet import TraceReader
+from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import RoutingTrace
+from prefetch.trace.writer import TraceWriter
 
 SMALL = {  # settings that keep a fit short
     "hidden_mlp": {"hidden": 8, "epochs": 1},
@@ -41,6 +44,22 @@ def full_trace(seed: int = 0, n_requests: int = 8, tokens: int = 10) -> RoutingT
         gate_inputs_TLD=rng.normal(size=(n, 4, 6)).astype(np.float16),
         pre_attention_TLD=rng.normal(size=(n, 4, 6)).astype(np.float16),
     )
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[TraceReader, TraceReader]:
+    """Two traces on disk, with the routers beside them: to learn from, and to tune on."""
+    readers = []
+    for seed in (0, 5):
+        folder, trace = tmp_path_factory.mktemp("trace"), full_trace(seed)
+        writer = TraceWriter(folder, Provenance("synthetic", "test"), max_dropped=0.5)
+        writer.begin(trace.card)
+        writer.append(trace)
+        rng = np.random.default_rng(seed)
+        writer.router_weights({n: rng.normal(size=(16, 6)).astype(np.float32) for n in range(4)})
+        writer.close()
+        readers.append(TraceReader(folder))
+    return readers[0], readers[1]
 
 
 def built(name: str, horizons: list[int]) -> Predictor:
@@ -105,10 +124,12 @@ def changed_after(trace: RoutingTrace, row: int, layer: int, horizon: int) -> Ro
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_comes_later_changes_no_guess(name: str) -> None:
+def test_what_comes_later_changes_no_guess(
+    name: str, recorded: tuple[TraceReader, TraceReader]
+) -> None:
     """For every predictor: other routing, inputs and words from then on leave every earlier guess as it was."""
     trace, horizons = full_trace(), [1, 2]
-    predictor = built(name, horizons).fit(whole(trace), whole(full_trace(5)))
+    predictor = built(name, horizons).fit(*map(whole, recorded))
     view, moved = (Answered if cheats(predictor) else Past), 0
     for horizon in horizons:
         plain = predictor.scores(view(trace, horizon))
@@ -127,10 +148,10 @@ def past_shape(trace: RoutingTrace) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_requests_are_strangers(name: str) -> None:
+def test_requests_are_strangers(name: str, recorded: tuple[TraceReader, TraceReader]) -> None:
     """A guess about one request is the same when it stands alone."""
     trace = full_trace()
-    predictor = built(name, [1]).fit(whole(trace), whole(full_trace(5)))
+    predictor = built(name, [1]).fit(*map(whole, recorded))
     view = Answered if cheats(predictor) else Past
     alone = predictor.scores(view(trace.rows(slice(30, 40)), 1))
     np.testing.assert_allclose(alone, predictor.scores(view(trace, 1))[30:40], atol=1e-5)

@@ -37,6 +37,8 @@ CHAIN = (
 
 
 def configured(tmp_path: Path, *words: str) -> Config:
+    if not any(word.startswith("predictor=") for word in words):
+        words = ("predictor=markov", *words)
     with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
         cfg = compose("config", overrides=["stage=train", f"store={tmp_path / 'store'}", *words])
     config.check_values(cast(Config, cfg))

@@ -1,0 +1,155 @@
+"""The default learned predictor: one small network on routing history alone, for all layers, of one horizon each.
+
+It sees this token's experts up to layer l - horizon, the token before, and two decayed averages of earlier tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefetch.errors import ConfigError
+from prefetch.predict import history
+from prefetch.predict.part import Part
+from prefetch.predict.past import Past
+from prefetch.predict.predictor import PROBABILITY, horizons_of
+from prefetch.predict.tables import chance_of_use, use_of
+from prefetch.trace.routing import no_expert
+
+DECAYS = (0.0, 0.8, 0.97)  # a usage average with decay 0 is the token before
+
+
+@dataclass
+class Mlp:
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "lightning")
+    needs: ClassVar[tuple[str, ...]] = ()
+    sees: ClassVar[str] = "routing history"
+    score: ClassVar[str] = PROBABILITY
+
+    horizons: tuple[int, ...] = (1,)
+    hidden: int = 128
+    epochs: int = 8
+    batch: int = 256
+    learning_rate: float = 4e-3
+    dropout: float = 0.2
+    patience: int = 3
+    most_tokens: int = (
+        100_000  # of the training requests; more take memory, whole requests are dropped
+    )
+    seed: int = 0
+    accelerator: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.resume: Path | None = None  # where an interrupted fit left its checkpoints
+        self.horizons = horizons_of(self.horizons)
+        if self.hidden < 1 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"hidden={self.hidden}, dropout={self.dropout}: expected at least 1, and a share below 1"
+            )
+
+    def fit(self, train: Part, validation: Part) -> Self:
+        self.chance_LE_ = chance_of_use(*use_of(train))
+        self.decays_C_ = np.array(DECAYS, np.float32)
+        told, asked = _Told.of(train, self.most_tokens), _Told.of(validation, self.most_tokens)
+        for horizon in self.horizons:
+            weights = self._fit(told, asked, horizon)
+            setattr(self, f"network_h{horizon}_", history.packed(weights))
+        self.top_k_ = np.array([train.card.top_k], np.int64)
+        return self
+
+    def _fit(self, told: _Told, asked: _Told, horizon: int) -> history.Weights:
+        import torch
+
+        from prefetch.predict.history_net import HistoryNet, Rows, loss, right
+        from prefetch.predict.training import alone, train_net, training_of
+
+        with alone(self.seed):
+            chance_LE = torch.tensor(self.chance_LE_)
+            net = HistoryNet(chance_LE, len(DECAYS), self.hidden, horizon, self.dropout)
+        train_net(
+            net,
+            Rows(told.ids_TLK, told.context_TCLE, told.rows),
+            Rows(asked.ids_TLK, asked.context_TCLE, asked.rows),
+            loss=loss,
+            score=right,
+            settings=training_of(self),
+            title=f"mlp, {horizon} ahead",
+        )
+        return net.weights()
+
+    def scores(self, past: Past) -> NDArray[np.float32]:
+        out_TLE, here_TLK = np.empty(past.shape, np.float32), past.here()
+        weights, sizes = self.network(past.horizon)
+        floats, now_LK = history.fresh(sizes, past.card.top_k)
+        stops = [*past.starts_R[1:].tolist(), past.n_tokens]
+        for first, stop in zip(past.starts_R.tolist(), stops, strict=True):
+            history.replay(
+                past.earlier(stop - 1), here_TLK[first:stop], weights, sizes, self.decays_C_, floats, now_LK,
+                out_TLE[first:stop],
+            )  # fmt: skip
+        return out_TLE
+
+    def network(self, horizon: int) -> tuple[history.Float, history.Sizes]:
+        n_layers, n_experts = self.chance_LE_.shape
+        nobody = no_expert(n_experts)
+        sizes = history.Sizes(n_layers, n_experts, self.hidden, len(DECAYS), horizon, nobody)
+        return getattr(self, f"network_h{horizon}_"), sizes
+
+    def online(self, horizon: int) -> MlpOnline:
+        return MlpOnline(self, horizon)
+
+
+class MlpOnline:
+    """The same answers, one event at a time."""
+
+    def __init__(self, fitted: Mlp, horizon: int) -> None:
+        self._weights, self._sizes = fitted.network(horizon)
+        self._decays_C, top_k = fitted.decays_C_, int(fitted.top_k_[0])
+        self._floats, self._now_LK = history.fresh(self._sizes, top_k)
+        self._out_E = np.empty(self._sizes.experts, np.float32)
+
+    def start(self) -> None:
+        self._floats[:] = 0
+
+    def observe(
+        self, layer: int, ids: NDArray[Any], gate_input: NDArray[Any] | None = None
+    ) -> None:
+        history.observe(
+            ids, layer, self._weights, self._sizes, self._decays_C, self._floats, self._now_LK
+        )
+
+    def guess(self, layer: int) -> NDArray[np.float32]:
+        history.guess(layer, self._weights, self._sizes, self._floats, self._now_LK, self._out_E)
+        return self._out_E
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What the network learns from: routing, and the usage of earlier tokens."""
+
+    ids_TLK: NDArray[Any]
+    context_TCLE: NDArray[np.float16]
+    rows: NDArray[np.int64]  # those that count
+
+    @classmethod
+    def of(cls, part: Part, most: int) -> _Told:
+        ids, contexts, counted, total = [], [], [], 0
+        for past, ids_TLK, counted_T in part.lessons(1):
+            if total and total + len(ids_TLK) > most:
+                break
+            total += len(ids_TLK)
+            ids.append(ids_TLK)
+            contexts.append(
+                np.stack([past.usage(decay) for decay in DECAYS], axis=1).astype(np.float16)
+            )
+            counted.append(counted_T)
+        return cls(
+            np.concatenate(ids), np.concatenate(contexts), np.flatnonzero(np.concatenate(counted))
+        )
