@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 RUNS = "runs"  # index of runs, wherever they wrote
 BUILDING = ".building"  # suffix of a temporary folder; only the holder of its lock may touch it
+UNFINISHED = ".unfinished"  # suffix of what an interrupted build left to go on from
 Build = Callable[[Path, Mapping[str, Path]], None]
 
 

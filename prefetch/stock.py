@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefetch.artifacts import BUILDING, RUNS, Store, lock_path, read_manifest
+from prefetch.artifacts import BUILDING, RUNS, UNFINISHED, Store, lock_path, read_manifest
 from prefetch.config import ArtifactsConfig, Config
 from prefetch.errors import ArtifactError, ConfigError
 
@@ -109,11 +109,28 @@ def sweep_remains(store: Store) -> list[Path]:
     return swept
 
 
+def drop_unfinished(store: Store) -> list[Path]:
+    """Where interrupted fits would go on; not those that go on now."""
+    dropped = []
+    for folder in store.root.glob(f"*/.*{UNFINISHED}"):
+        key = folder.name.removeprefix(".").removesuffix(UNFINISHED)
+        try:
+            with FileLock(lock_path(folder.with_name(key)), timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+                dropped.append(folder)
+        except Timeout:
+            continue
+    return dropped
+
+
 def run(cfg: Config, store: Store) -> None:
     """Lists; with artifacts.remove=unused or kind/key it removes first."""
     try:
         for folder in sweep_remains(store):
             print(f"removed the remains of a killed run: {folder}")
+        if cfg.artifacts.remove == "unused":
+            for folder in drop_unfinished(store):
+                print(f"removed the checkpoints of an interrupted fit: {folder}")
         held = entries(store)
         used = used_names(store, held)
         for entry in _doomed(cfg.artifacts, held, used):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from prefetch import config
-from prefetch.artifacts import Outside, Recipe
+from prefetch.artifacts import BUILDING, UNFINISHED, Outside, Recipe
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.predict.guesses import write_guesses
@@ -44,9 +45,15 @@ def predictor_recipe(cfg: Config, fold: int = 0) -> Recipe:
         train, validation, _ = parts_of(reader, part)
         for needed in (train, validation):
             needed.require(*predictor.needs)
+        unfinished = folder.with_name(f".{folder.name.removesuffix(BUILDING)}{UNFINISHED}")
+        if hasattr(predictor, "resume"):
+            predictor.resume = (
+                unfinished  # beside what is built: that is removed when a run is interrupted
+            )
         started = time.perf_counter()
         predictor.fit(train, validation)
         seconds = time.perf_counter() - started
+        shutil.rmtree(unfinished, ignore_errors=True)
         about = {
             "predictor": name,
             "settings": settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError, MissingData
 from prefetch.predict.recipes import predictions_recipe
 from prefetch.predict.train import run
+from prefetch.stock import drop_unfinished
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.predictions import PredictionsReader
 from prefetch.trace.provenance import Provenance
@@ -240,3 +242,35 @@ def test_one_request_is_split_in_time(tmp_path: Path) -> None:
 def test_nonsense_is_one_clear_line(tmp_path: Path, word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         trained(tmp_path, *CHAIN, word)
+
+
+def test_an_interrupted_fit_goes_on_and_ends_like_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the third epoch: the next run starts there, and nothing is left behind."""
+    from prefetch.predict import learner
+
+    words = (*CHAIN, "predictor=mlp", "predictor.hidden=8", "predictor.epochs=4", "train.folds=1",
+             "train.horizons=[1]", "train.baselines=none")  # fmt: skip
+    plain, _, _ = trained(tmp_path / "plain", *words)
+    epochs: list[int] = []
+    original = learner.Learner.on_train_epoch_start
+
+    def interrupted(self: learner.Learner) -> None:
+        epochs.append(self.current_epoch)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        original(self)
+
+    monkeypatch.setattr(learner.Learner, "on_train_epoch_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "other", *words)
+    assert list((tmp_path / "other" / "store" / "predictor").glob(".*.unfinished/*"))
+    shutil.copytree(tmp_path / "other", tmp_path / "third")
+    resumed, _, _ = trained(tmp_path / "other", *words)
+    assert epochs == [0, 1, 2, 2, 3]
+    for name in ("recall_at_k", "recall_at_2k", "exact_match", "calibration_error"):
+        assert resumed[name] == plain[name]
+    assert not list((tmp_path / "other" / "store" / "predictor").glob(".*.unfinished"))
+    store = Store(tmp_path / "third" / "store")
+    assert len(drop_unfinished(store)) == 1 and not drop_unfinished(store)
