@@ -1,7 +1,7 @@
 """Whether every expert carries its part: load with significance, health, hotspots.
 
 It knows no router scores and no time. An expert counts as dead only where so many tokens cannot have missed it by
-chance. T tokens, L layers, K choices, E experts.
+chance. T tokens, L layers, K choices, E experts, U quantiles.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import chdtr
+from scipy.stats import binom
 
 from analysis.routing.batch import accumulate, layer_columns, plan_of
 from analysis.routing.significance import q_values
@@ -31,6 +33,7 @@ from prefetch.trace.counts import ExpertCounts
 
 SIGNIFICANCE = 0.01
 TOO_FEW = "unused: too few tokens"
+QUANTILES_U = (np.arange(256) + 0.5) / 256  # their mean is an expectation to 1 in 1000
 
 
 def load(
@@ -45,11 +48,12 @@ def load(
 ) -> pd.DataFrame:
     """One row per layer and expert, in the order of the counts.
 
-    z: against every expert being equally likely, tokens taken as independent. q_value: Benjamini-Hochberg within the
-    layer. Under- or overused is what is significant and beyond the threshold of share x E.
+    z, p_value: against every expert being equally likely, tokens taken as independent; z describes, the p-value is
+    exact (binomial, two-sided). q_value: Benjamini-Hochberg within the layer. Under- or overused is what is
+    significant and beyond the threshold of share x E.
     """
     z_LE = _z_values(counts_LE, tokens_L, top_k)
-    p_LE = np.reshape([math.erfc(abs(z) / math.sqrt(2)) for z in z_LE.ravel()], z_LE.shape)
+    p_LE = _p_values(counts_LE, tokens_L, top_k)
     q_LE, share_LE = q_values(p_LE), share_of(counts_LE)
     ratio_LE, is_sure_LE = share_LE * card.n_experts, q_LE <= significance
     enough_L = tokens_L >= tokens_for_dead(counts_LE, tokens_L, top_k, significance)
@@ -82,6 +86,14 @@ def _z_values(counts_LE: NDArray[Any], tokens_L: NDArray[Any], top_k: int) -> ND
     return np.where(counts_LE.any(axis=1, keepdims=True), z_LE, np.nan)
 
 
+def _p_values(counts_LE: NDArray[Any], tokens_L: NDArray[Any], top_k: int) -> NDArray[np.float64]:
+    """Twice the smaller tail: where an expert's even part is a few tokens, a normal law calls one token too many."""
+    chance_L1 = _made(counts_LE, tokens_L, top_k)[:, None] / counts_LE.shape[1]
+    even = binom(tokens_L[:, None], chance_L1)
+    p_LE = np.minimum(1, 2 * np.minimum(even.cdf(counts_LE), even.sf(counts_LE - 1)))
+    return np.where(counts_LE.any(axis=1, keepdims=True), p_LE, np.nan)
+
+
 def tokens_for_dead(
     counts_LE: NDArray[Any], tokens_L: NDArray[Any], top_k: int, significance: float
 ) -> NDArray[np.float64]:
@@ -105,10 +117,12 @@ def health(
     """One row per layer.
 
     max_violation and min_violation: load over the mean, minus 1 (arXiv 2408.15664); max_violation_windows: its mean
-    over full windows. noise_floor: max_over_mean that even choices would show. unused_experts: never chosen, but too
-    few tokens to call them dead. spread: entropy on the scale from log2 k, the least that k different experts per
-    token can have, to log2 E; a layer below `collapse` is collapsed. Without windows, what they tell is NaN.
+    over full windows. noise_floor: max_over_mean that even choices show on average. too_even_p_value: the chance that
+    even choices of independent tokens would be as even as these. unused_experts: never chosen, but too few tokens to
+    call them dead. spread: entropy on the scale from log2 k, the least that k different experts per token can have,
+    to log2 E; a layer below `collapse` is collapsed. Without windows, what they tell is NaN.
     """
+    made_L = _made(counts_LE, tokens_L, top_k)
     rows = load(counts_LE, tokens_L, top_k, card, significance=significance)
     state_LE = rows.state.to_numpy().reshape(counts_LE.shape)
     columns = {
@@ -119,7 +133,9 @@ def health(
         "tokens_for_dead": tokens_for_dead(counts_LE, tokens_L, top_k, significance),
         "underused": (state_LE == "underused").sum(axis=1),
         "overused": (state_LE == "overused").sum(axis=1),
-        **_concentration(counts_LE, _made(counts_LE, tokens_L, top_k)),
+        "noise_floor": _noise_floor(tokens_L, made_L, card.n_experts),
+        "too_even_p_value": _too_even(counts_LE, tokens_L, top_k),
+        **_concentration(counts_LE, made_L),
         **_health_in_windows(windows, len(counts_LE)),
     }
     # few tokens use few experts, whatever the router
@@ -139,14 +155,42 @@ def _loads(ratio_LE: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     }
 
 
+def _noise_floor(
+    tokens_L: NDArray[Any], made_L: NDArray[np.float64], n_experts: int
+) -> NDArray[np.float64]:
+    """Expected max/mean of E binomial counts; that they have one sum spreads them by sqrt(E / (E - 1))."""
+    largest_U = QUANTILES_U ** (1 / n_experts)
+    chance_L = made_L / n_experts
+    largest_L = binom.ppf(largest_U, tokens_L[:, None], chance_L[:, None]).mean(axis=1)
+    apart = np.sqrt(n_experts / max(1, n_experts - 1))
+    return 1 + apart * (ratio(largest_L, tokens_L * chance_L) - 1)
+
+
+def _too_even(
+    counts_LE: NDArray[np.int64], tokens_L: NDArray[Any], top_k: int
+) -> NDArray[np.float64]:
+    """Lower tail of the chi-square of dispersion, E - 1 degrees of freedom; NaN where nothing can vary.
+
+    Never too small: the counts' distance from even use grows by the farthest that any point lies from whole counts of
+    that sum (so that few tokens, spread as evenly as they can be, are no wonder), and where tokens have fewer than k
+    choices, these are taken to be spread over the tokens as unevenly as can be.
+    """
+    n, made_L = counts_LE.shape[1], counts_LE.sum(axis=1)
+    off_LE = counts_LE - counts_LE.mean(axis=1, keepdims=True)
+    rounding = np.sqrt((n // 2) * (n - n // 2) / n)  # covering radius of the lattice A_(E-1)
+    distance_L = np.sqrt((off_LE**2).sum(axis=1)) + rounding
+    # over tokens with j of k choices: j**2 <= (k + 1) j - k
+    squares_L = (top_k + 1) * made_L - top_k * tokens_L
+    variance_L = (made_L - squares_L / n) / max(1, n - 1)  # in every direction that keeps the sum
+    return np.asarray(chdtr(n - 1, ratio(distance_L**2, variance_L)))
+
+
 def _concentration(
     counts_LE: NDArray[np.int64], made_L: NDArray[np.float64]
 ) -> dict[str, NDArray[Any]]:
     n, entropy_L = counts_LE.shape[1], entropy_bits(counts_LE)
     spread_L = ratio(entropy_L - np.log2(made_L), np.log2(n) - np.log2(made_L))
-    variance_L = ratio(n - made_L, counts_LE.sum(axis=1))  # of an even expert's load over the mean
     return {
-        "noise_floor": 1 + np.sqrt(2 * np.log(n) * variance_L),
         "normalized_entropy": ratio(entropy_L, np.log2(n)),
         "spread": spread_L,
     }

@@ -77,14 +77,16 @@ class Batch:
 
     @cached_property
     def first_choice_LT(self) -> NDArray[Any]:
-        """The choice of the largest weight; where no weights were read, the first of the row."""
+        """The choice of the largest weight; where no weights were read, the first that names an expert."""
         weights_TLK = self.block.weights_TLK
-        if weights_TLK is None or self.ids_LTK.shape[2] == 1:
+        if self.ids_LTK.shape[2] == 1:
             return self.ids_LTK[:, :, 0]
+        if weights_TLK is None:
+            place_LT1 = (self.ids_LTK != self.nobody).argmax(axis=2)[:, :, None]
+            return np.take_along_axis(self.ids_LTK, place_LT1, axis=2)[:, :, 0]
         first_LT = np.empty(self.ids_LTK.shape[:2], self.ids_LTK.dtype)
-        bits_TLK = weights_TLK.view(
-            np.int16
-        )  # numba has no float16; among weights >= 0 bits order alike
+        # numba has no float16; among weights >= 0 bits order alike (-0.0 made 0.0)
+        bits_TLK = (weights_TLK + np.float16(0)).view(np.int16)
         for_layers(
             lambda layer: _heaviest(
                 self.ids_LTK[layer], bits_TLK[:, layer], self.nobody, first_LT[layer]
@@ -122,7 +124,7 @@ def _heaviest(ids_TK, bits_TK, nobody, first_T):  # type: ignore[no-untyped-def]
     for t in range(ids_TK.shape[0]):
         best, first_T[t] = -1, nobody
         for k in range(ids_TK.shape[1]):
-            if ids_TK[t, k] != nobody and bits_TK[t, k] > best:
+            if ids_TK[t, k] != nobody and (first_T[t] == nobody or bits_TK[t, k] > best):
                 best, first_T[t] = bits_TK[t, k], ids_TK[t, k]
 
 

@@ -15,22 +15,18 @@ import numpy as np
 import pandas as pd
 from numba import njit
 from numpy.typing import NDArray
-from scipy.special import erfc
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import silhouette_score
 
 from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
-from analysis.routing.pairs import check_bytes
-from analysis.routing.significance import q_values, z_values
+from analysis.routing.pairs import SKIP, Spread, check_bytes
+from analysis.routing.significance import ENOUGH, FEWEST_REQUESTS, q_values, tail, z_values
 from analysis.routing.statistics import leading
 from analysis.routing.sums import ratio
 from prefetch.errors import MissingData
-from prefetch.scoring import TEST, TRAIN
+from prefetch.scoring import LEFT_OUT, TEST, TRAIN
 from prefetch.trace.blocks import Traceable
 
-ENOUGH = (
-    5.0  # pairs expected by chance: with fewer the normal law does not hold, and nothing is tested
-)
 SIGNIFICANCE = 0.01
 SIZES = (2, 3, 4, 6, 8, 12, 16)  # numbers of clusters that are tried
 FEWEST = 4  # used experts that a layer must have to be clustered
@@ -46,17 +42,22 @@ class CoActivation:
             raise MissingData("one expert per token: nothing is chosen together")
         self.plan = plan
         shape = (2, card.n_layers, card.n_experts, card.n_experts)
-        check_bytes(4 * len(plan.phases) * math.prod(shape), card)
+        n_bytes = 4 * math.prod(shape) + Spread.n_bytes(card.n_layers, card.n_experts)
+        check_bytes(len(plan.phases) * n_bytes, card)
         self._half_CLEE = np.zeros(shape, np.int32)  # each pair once, where its first expert stood
         self.tokens_CL = np.zeros(shape[:2], np.int64)
+        self.spread = Spread(card.n_layers, card.n_experts)
         self._compared: tuple[_Compared, _Compared, _Compared] | None = None
 
     def add(self, batch: Batch) -> None:
         self._compared = None
+        class_T = np.where(batch.part_T == LEFT_OUT, SKIP, 0).astype(np.uint8)
 
         def count(layer: int) -> None:
             half_CEE, tokens_C = self._half_CLEE[:, layer], self.tokens_CL[:, layer]
-            _count_together(batch.ids_LTK[layer], batch.part_T, batch.nobody, half_CEE, tokens_C)
+            ids_TK = batch.ids_LTK[layer]
+            _count_together(ids_TK, batch.part_T, batch.nobody, half_CEE, tokens_C)
+            self.spread.add(layer, ids_TK, ids_TK, batch.starts_R, class_T, batch.nobody)
 
         for_layers(count, len(batch.ids_LTK))
 
@@ -64,6 +65,7 @@ class CoActivation:
         self._compared = None
         self._half_CLEE += later._half_CLEE
         self.tokens_CL += later.tokens_CL
+        self.spread.merge(later.spread)
 
     @property
     def pairs_CLEE(self) -> NDArray[np.int32]:
@@ -76,8 +78,11 @@ class CoActivation:
     def pairs(self) -> pd.DataFrame:
         """One row per layer and pair that was seen, or that chance would have shown.
 
-        `is_significant` asks both halves of the requests (train and test) for q < 0.01 in the same direction, because
-        the tokens of one request are not independent: `q_value`, over all tokens, takes them as if they were.
+        `z` and `q_value` are over all tokens, but the tokens of one request are not independent: the variance is
+        multiplied by `design_effect`, by how much more the pair's excess spreads over requests than with independent
+        tokens (1 at least), and a pair is tested where `expected` / `design_effect` is 5 or more. `is_significant`:
+        q < 0.01 in the train and in the test part, in the same direction. Fewer than 10 requests do not tell: the three
+        columns are empty then, and no pair is significant.
         """
         all_, train, test = self._compare()
         layer, pair = np.nonzero((all_.count_LN > 0) | (all_.expected_LN >= ENOUGH))
@@ -89,6 +94,7 @@ class CoActivation:
             "count": all_.count_LN[layer, pair],
             "expected": all_.expected_LN[layer, pair],
             "lift": all_.lift_LN[layer, pair],
+            "design_effect": all_.effect_LN[layer, pair],
             "z": all_.z_LN[layer, pair],
             "q_value": all_.q_LN[layer, pair],
             "lift_train": train.lift_LN[layer, pair],
@@ -98,22 +104,28 @@ class CoActivation:
         return pd.DataFrame(columns)
 
     def summary(self) -> pd.DataFrame:
-        """One row per layer; the strongest lift is that of a pair frequent enough to be tested."""
+        """One row per layer; the strongest lift is that of a pair frequent enough to be tested.
+
+        What is significant is empty with fewer than 10 requests, which do not tell; `design_effect` is the median.
+        """
         all_, train, test = self._compare()
         agreed_LN = _agreed(train, test)
         tested_LN = ~np.isnan(all_.q_LN)
         lift_LN = np.where(tested_LN, all_.lift_LN, -np.inf)
         strongest_L = lift_LN.argmax(axis=1)
         is_known_L = tested_LN.any(axis=1)
+        is_told_L = self.spread.requests_L >= FEWEST_REQUESTS
         used_L = (np.diagonal(self.pairs_CLEE.sum(axis=0), axis1=1, axis2=2) > 0).sum(axis=1)
         one_N, other_N = np.triu_indices(self.plan.card.n_experts, 1)
         columns = {
             **layer_columns(self.plan.card, np.arange(len(used_L))),
             "tokens": self.tokens_CL.sum(axis=0),
+            "requests": self.spread.requests_L,
+            "design_effect": np.where(is_told_L, np.median(all_.effect_LN, axis=1), np.nan),
             "pairs_possible": used_L * (used_L - 1) // 2,
             "pairs_tested": tested_LN.sum(axis=1),
-            "pairs_significant": agreed_LN.sum(axis=1),
-            "pairs_attracted": (agreed_LN & (all_.z_LN > 0)).sum(axis=1),
+            "pairs_significant": _where(is_told_L, agreed_LN.sum(axis=1)),
+            "pairs_attracted": _where(is_told_L, (agreed_LN & (all_.z_LN > 0)).sum(axis=1)),
             "strongest_lift": np.where(is_known_L, lift_LN.max(axis=1), np.nan),
             "expert_a": _where(is_known_L, one_N[strongest_L]),
             "expert_b": _where(is_known_L, other_N[strongest_L]),
@@ -136,15 +148,30 @@ class CoActivation:
         return leading(whole.assign(**columns), *columns)
 
     def _compare(self) -> tuple[_Compared, _Compared, _Compared]:
-        """All tokens, the train half, the test half; kept until more is counted."""
+        """All tokens, the train part, the test part; kept until more is counted."""
         if self._compared is None:
-            pairs_CLEE = self.pairs_CLEE
+            pairs_CLEE, requests_L = self.pairs_CLEE, self.spread.requests_L
+            effect_LN = self._effects(pairs_CLEE.sum(axis=0), self.tokens_CL.sum(axis=0))
+            effect = effect_LN, requests_L[:, None]
             self._compared = (
-                _Compared.of(pairs_CLEE.sum(axis=0), self.tokens_CL.sum(axis=0)),
-                _Compared.of(pairs_CLEE[TRAIN], self.tokens_CL[TRAIN]),
-                _Compared.of(pairs_CLEE[TEST], self.tokens_CL[TEST]),
+                _Compared.of(pairs_CLEE.sum(axis=0), self.tokens_CL.sum(axis=0), *effect),
+                _Compared.of(pairs_CLEE[TRAIN], self.tokens_CL[TRAIN], *effect),
+                _Compared.of(pairs_CLEE[TEST], self.tokens_CL[TEST], *effect),
             )
         return self._compared
+
+    def _effects(self, pairs_LEE: NDArray[Any], tokens_L: NDArray[Any]) -> NDArray[np.float64]:
+        """Design effects, from all requests: those of the test part alone would be too few."""
+        above = np.triu_indices(pairs_LEE.shape[-1], 1)
+
+        def effect(layer: int) -> NDArray[np.float64]:
+            pairs_EE = pairs_LEE[layer]
+            used_E = pairs_EE.diagonal()
+            x_E = factors((pairs_EE.sum(axis=1) - used_E)[None])[0]
+            given = used_E, used_E, np.outer(x_E, x_E), int(tokens_L[layer])
+            return self.spread.effects(layer, pairs_EE, *given)[above]
+
+        return np.stack(for_layers(effect, len(pairs_LEE)))
 
 
 @njit(cache=True, nogil=True)
@@ -176,11 +203,18 @@ class _Compared:
     count_LN: NDArray[Any]
     expected_LN: NDArray[np.float64]
     lift_LN: NDArray[np.float64]
+    effect_LN: NDArray[np.float64]  # NaN, and all that follows, where too few requests tell
     z_LN: NDArray[np.float64]
     q_LN: NDArray[np.float64]  # NaN where chance gives too few pairs to test
 
     @classmethod
-    def of(cls, pairs_LEE: NDArray[Any], tokens_L: NDArray[Any]) -> _Compared:
+    def of(
+        cls,
+        pairs_LEE: NDArray[Any],
+        tokens_L: NDArray[Any],
+        effect_LN: NDArray[np.float64],
+        requests_L1: NDArray[Any],
+    ) -> _Compared:
         one_N, other_N = np.triu_indices(pairs_LEE.shape[-1], 1)
         count_LN = pairs_LEE[:, one_N, other_N]
         used_LE = np.diagonal(pairs_LEE, axis1=1, axis2=2)
@@ -189,10 +223,11 @@ class _Compared:
         absent_LE = 1 - used_LE / np.maximum(tokens_L, 1)[:, None]
         # given how often each is used, b falls on the tokens of a as balls drawn without replacement
         variance_LN = expected_LN * absent_LE[:, one_N] * absent_LE[:, other_N]
-        z_LN = z_values(count_LN, expected_LN, variance_LN)
-        p_LN = np.where(expected_LN >= ENOUGH, erfc(np.abs(z_LN) / np.sqrt(2)), np.nan)
+        z_LN = z_values(count_LN, expected_LN, variance_LN) / np.sqrt(effect_LN)
+        is_tested_LN = expected_LN / effect_LN >= ENOUGH
+        p_LN = np.where(is_tested_LN, 2 * tail(np.abs(z_LN), requests_L1), np.nan)
         lift_LN = ratio(count_LN, expected_LN)
-        return cls(count_LN, expected_LN, lift_LN, z_LN, q_values(p_LN))
+        return cls(count_LN, expected_LN, lift_LN, effect_LN, z_LN, q_values(p_LN))
 
 
 def factors(partners_LE: NDArray[Any]) -> NDArray[np.float64]:
@@ -315,5 +350,5 @@ def coactivation(trace: Traceable) -> pd.DataFrame:
 
 
 def expert_clusters(trace: Traceable) -> pd.DataFrame:
-    """Clusters of the experts of every layer by how often they are chosen together."""
+    """Spread of the experts of every layer by how often they are chosen together."""
     return _counted(trace).clusters()

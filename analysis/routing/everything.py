@@ -184,7 +184,10 @@ def _tell_transitions(found: Findings, counted: Transitions) -> None:
     if 1 in counted.horizons:
         found.joint_LEE = counted.joint(1)
         margins = counted.here(1), counted.there(1), counted.tokens(1)
-        found.tell("families", lambda: families.families(counted.joint(1), *margins, card))
+        found.tell(
+            "families",
+            lambda: families.families(counted.joint(1), *margins, card, spread=counted.spread),
+        )
 
 
 def tell_balance(

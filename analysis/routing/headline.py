@@ -22,6 +22,7 @@ def metrics(found: Findings, top_k: int, n_experts: int) -> dict[str, float]:
             "conditional_entropy_bits",
             "mutual_information_bits",
             "mutual_information_shuffled_bits",
+            "mutual_information_shifted_bits",
         ):
             numbers[name] = rows[name].mean()
     if "recall_summary" in tables:
@@ -45,6 +46,7 @@ def metrics(found: Findings, top_k: int, n_experts: int) -> dict[str, float]:
 
 def _of_usage(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     rows = where(tables["statistics"], phase="all", choices="all")
+    rows = rows[rows.total_usage > 0]  # a layer that never ran has no entropy
     return {
         "entropy_bits": rows.entropy_bits.mean(),
         "normalized_entropy": rows.normalized_entropy.mean(),

@@ -1,8 +1,9 @@
 """Locality in time: how many experts a stretch of text needs, how an expert's uses cluster, how usage drifts.
 
-It knows no cache. Working sets and gaps stay within a request, and their clock counts the rows that have an expert at
-the layer: the rows of the other stack of an encoder-decoder model are no pauses.
-T tokens, L layers, K choices, E experts, R requests, W windows, G gaps, M moments, B bins, S slices, D draws.
+It knows no cache. Working sets and gaps stay within a run: rows of one request whose positions follow each other (of
+one phase: a turn). Their clock counts the rows that have an expert at the layer: the rows of the other stack of an
+encoder-decoder model are no pauses.
+T tokens, L layers, K choices, E experts, R runs, W windows, G gaps, M moments, B bins, S slices.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ WINDOWS = (1, 4, 16, 64, 256, 1024)
 SLICES = 32
 ENOUGH_GAPS = 10  # of one expert; the spread of fewer says little
 BINS = 40  # [1, 1], [2, 3], [4, 7], ... rows
-DRAWS = 4  # of a trace without drift; each is a sum over E experts, so a few are enough
+UNLIKELY = 1e-17  # of the likeliest count; what is rarer adds nothing to a mean of numbers below 1
 LOG2_N = np.array([0, *(n.bit_length() - 1 for n in range(1, 4096))], np.uint8)
 
 
 class WorkingSets:
-    """How many different experts a layer uses within w rows of one request, over all such windows.
+    """How many different experts a layer uses within w rows in a row of one request, over all such windows.
 
     An expert is missing from the windows that lie between two of its uses, so gaps tell the sum over all windows (the
-    average footprint of Xiang et al. 2011). With g the gaps of an expert used in a request of n rows, the way from
+    average footprint of Xiang et al. 2011). With g the gaps of an expert used in a run of n rows, the way from
     before the first row and the way to behind the last among them, it is in sum of min(g, w) - min(n + 1, w) windows.
     """
 
@@ -48,7 +49,7 @@ class WorkingSets:
         self.windows_LW = np.zeros((card.n_layers, len(self.size_W)), np.int64)
 
     def add(self, batch: Batch) -> None:
-        bounds_R = _bounds(batch)
+        bounds_R = _runs(batch)
 
         def count(layer: int) -> None:
             self.tokens_L[layer] += _count_gaps(
@@ -68,16 +69,15 @@ class WorkingSets:
             getattr(self, name).__iadd__(getattr(later, name))
 
     def table(self) -> pd.DataFrame:
-        """One row per layer and window size that fits into a request.
+        """One row per layer and window size that fits into a run.
 
-        independent_experts: what tokens that choose by the same popularity, but regardless of each other, would use.
+        independent_experts: what as many tokens, picked at random from all, use on average.
         """
         gap_G = np.arange(self.gaps_LG.shape[1])
         met_LW = self.gaps_LG @ np.minimum(gap_G[:, None], self.size_W)
         layer, w = np.nonzero(self.windows_LW)
         windows, mean = self.windows_LW[layer, w], met_LW[layer, w] / self.windows_LW[layer, w]
-        missed_LE = 1 - self.uses_LE / np.maximum(1, self.tokens_L)[:, None]
-        independent = (1 - missed_LE[layer] ** self.size_W[w][:, None]).sum(axis=1)
+        independent = self._independent_LW()[layer, w]
         return pd.DataFrame(
             {
                 **layer_columns(self.plan.card, layer),
@@ -89,6 +89,19 @@ class WorkingSets:
                 "ratio": ratio(mean, independent),
             }
         )
+
+    def _independent_LW(self) -> NDArray[np.float64]:
+        """Sum over experts of 1 - C(T - c, w) / C(T, w), for an expert that c of T tokens use."""
+        used_LW = np.zeros(self.windows_LW.shape)
+        left_L1 = self.tokens_L[:, None].astype(float)
+        missed_LE, others_LE = np.ones(self.uses_LE.shape), left_L1 - self.uses_LE
+        size = 0
+        for w in np.flatnonzero(self.windows_LW.any(axis=0)):
+            for picked in range(size, self.size_W[w]):
+                missed_LE *= np.maximum(0, others_LE - picked) / np.maximum(1, left_L1 - picked)
+            size = self.size_W[w]
+            used_LW[:, w] = (1 - missed_LE).sum(axis=1)
+        return used_LW
 
 
 @njit(cache=True, nogil=True)
@@ -120,10 +133,10 @@ def _count_gaps(ids_TK, bounds_R, nobody, size_W, gaps_G, uses_E, windows_W):  #
 
 
 class Gaps:
-    """Rows from one use of an expert to its next in the same layer and request.
+    """Rows from one use of an expert to its next in the same layer and run.
 
-    `moments_LEM[l, e]`: uses, gaps, their sum, the sum of their squares. Ends of requests cut long gaps off, of
-    independent choices too: where requests are short, burstiness lies below its geometric value without any cause.
+    `moments_LEM[l, e]`: uses, gaps, their sum, the sum of their squares. Ends of runs cut long gaps off, of
+    independent choices too: where runs are short, burstiness lies below its geometric value without any cause.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -134,7 +147,7 @@ class Gaps:
         self.bins_LB = np.zeros((card.n_layers, BINS), np.int64)
 
     def add(self, batch: Batch) -> None:
-        bounds_R = _bounds(batch)
+        bounds_R = _runs(batch)
 
         def count(layer: int) -> None:
             moments_EM, bins_B = self.moments_LEM[layer], self.bins_LB[layer]
@@ -155,12 +168,12 @@ class Gaps:
 
         burstiness: -1 = at regular intervals, 0 = at random in continuous time, towards 1 = in bursts (Goh and
         Barabasi 2008); a mean over experts. geometric_burstiness: of independent choices at the same rates.
-        expected_repeat: share of a token's choices that the token before made too, were the two independent.
+        expected_repeat: share of a token's choices that another token, picked at random, made too.
         """
         layers = np.flatnonzero(self.tokens_L)
         uses_LE, gaps_LE, sum_LE, _ = np.moveaxis(self.moments_LEM[layers].astype(float), 2, 0)
         burstiness_L, geometric_L = self._burstiness(layers)
-        share_LE = uses_LE / self.tokens_L[layers, None]
+        others_LE = ratio(uses_LE - 1, self.tokens_L[layers, None] - 1)
         return pd.DataFrame(
             {
                 **layer_columns(self.plan.card, layers),
@@ -168,7 +181,7 @@ class Gaps:
                 "mean_gap": ratio(sum_LE.sum(axis=1), gaps_LE.sum(axis=1)),
                 "burstiness": burstiness_L,
                 "geometric_burstiness": geometric_L,
-                "expected_repeat": ratio((share_LE**2).sum(axis=1), share_LE.sum(axis=1)),
+                "expected_repeat": ratio((uses_LE * others_LE).sum(axis=1), uses_LE.sum(axis=1)),
             }
         )
 
@@ -263,7 +276,8 @@ class Drift:
         """One row per layer and slice with tokens; divergences are Jensen-Shannon's, 0 to 1 bit.
 
         divergence: between the slice's usage and that of all others; NaN where there is no other.
-        divergence_even: the same in a trace without drift, which draws every slice from the pooled usage.
+        divergence_even: its mean over all orders of the trace's tokens: what is left where nothing drifts. Exact where
+        every token makes as many choices; where some are missing, a slice has its even part of the choices.
         """
         measured = for_layers(self._divergences, self.plan.card.n_layers)
         layer, s = np.nonzero(self.tokens_SL.T)
@@ -278,18 +292,13 @@ class Drift:
         )
 
     def _divergences(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Drawn, because the chi-square approximation exceeds 1 bit where a slice has fewer choices than experts."""
-        counts_SE = self.counts_SLE[:, layer]
-        pooled_E, of_S = counts_SE.sum(axis=0), counts_SE.sum(axis=1)
-        total, active = of_S.sum(), np.count_nonzero(pooled_E)
-        if not total:
-            return (np.full(self.slices, np.nan),) * 2
-        rng = np.random.default_rng((self.plan.seed, layer))
-        drawn_DSE = rng.multinomial(of_S, pooled_E / total, size=(DRAWS, self.slices))
-        per_token = total / self.tokens_SL[:, layer].sum()
-        # A token's k choices differ: sum_e var(c_e) / p_e is n (A - k), and n (A - 1) if they were drawn alone.
-        distinct = max(0, active - per_token) / max(1, active - 1)
-        return _from_others(counts_SE), distinct * _from_others(drawn_DSE).mean(axis=0)
+        """Computed, because the chi-square approximation exceeds 1 bit where a slice has fewer choices than experts."""
+        counts_SE, tokens_S = self.counts_SLE[:, layer], self.tokens_SL[:, layer]
+        even_S = np.full(self.slices, np.nan)
+        for tokens in np.unique(tokens_S[(tokens_S > 0) & (tokens_S < tokens_S.sum())]):
+            even = _even_divergence(counts_SE.sum(axis=0), tokens, tokens_S.sum())
+            even_S[tokens_S == tokens] = min(1.0, even)
+        return _from_others(counts_SE), even_S
 
     def timeline(self) -> pd.DataFrame:
         """One row per layer, slice and expert that it used."""
@@ -317,9 +326,52 @@ def _from_others(counts_SE: NDArray[Any]) -> NDArray[np.float64]:
     return np.maximum(0, mixed_S - (entropy_bits(counts_SE) + entropy_bits(other_SE)) / 2)
 
 
-def _bounds(batch: Batch) -> NDArray[np.int64]:
-    """First row of every request, and the end."""
-    return np.append(batch.starts_R, batch.block.n_tokens)
+@njit(cache=True, nogil=True)
+def _even_divergence(uses_E, picked, tokens):  # type: ignore[no-untyped-def]
+    """Mean divergence between `picked` tokens and the rest, over all ways to pick them out of all.
+
+    It is a sum over experts, so how their uses hang together does not matter: the picked tokens that use an expert
+    are hypergeometric. The sum over their numbers starts at the likeliest and goes both ways until it is nothing.
+    """
+    left, total = tokens - picked, 0.0
+    choices, others = picked * uses_E.sum() / tokens, left * uses_E.sum() / tokens
+    for named in uses_E:
+        uses = min(named, tokens)  # if a row of an unchecked trace names an expert twice
+        mode = (picked + 1) * (uses + 1) // (tokens + 2)
+        more, above = _upwards(mode, uses, picked, left, choices, others)
+        fewer, below = _upwards(uses - mode, uses, left, picked, others, choices)
+        total += (more + fewer) / (above + below)
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _upwards(count, uses, picked, left, choices, others):  # type: ignore[no-untyped-def]
+    """An expert's part of the divergence times its weight, and the weights; the first, 1, is halved."""
+    weight, weights, total = 1.0, -0.5, -0.5 * _apart(count / choices, (uses - count) / others)
+    while weight > UNLIKELY:
+        weights += weight
+        total += weight * _apart(count / choices, (uses - count) / others)
+        weight *= (uses - count) * (picked - count)  # 0 behind the last
+        weight /= (count + 1.0) * (left - uses + count + 1.0)
+        count += 1
+    return total, weights
+
+
+@njit(cache=True, nogil=True)
+def _apart(p, q):  # type: ignore[no-untyped-def]
+    """What an expert of these two shares adds to the Jensen-Shannon divergence, in bits."""
+    total = 0.0
+    for share in (p, q):
+        if share > 0:
+            total += share * np.log2(2 * share / (p + q)) / 2
+    return total
+
+
+def _runs(batch: Batch) -> NDArray[np.int64]:
+    """First row of every run, and the end."""
+    block = batch.block
+    goes_on_T = (np.diff(block.request_T) == 0) & (np.diff(block.position_T) == 1)
+    return np.concatenate([[0], np.flatnonzero(~goes_on_T) + 1, [block.n_tokens]])
 
 
 def working_sets(trace: Traceable, windows: tuple[int, ...] = WINDOWS) -> pd.DataFrame:

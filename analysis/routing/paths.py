@@ -18,7 +18,8 @@ from prefetch.trace.card import ModelCard
 SAMPLES = 8  # requests, evenly spread over the trace
 TOKENS = 256  # of each, from its start
 SCHEMA = {
-    "expert_sequence": "first choice (largest weight) per token, -1 = no expert; in every layer the same tokens",
+    "expert_sequence": "first choice (largest weight; first listed, where no weights were recorded) per token, "
+    "-1 = no expert; in every layer the same tokens",
     "tokens": f"the first {TOKENS} executed rows of each of {SAMPLES} requests evenly spread over the trace",
 }
 

@@ -78,10 +78,8 @@ class Recall:
         )
         self.control_share = CONTROL_ROWS / max(1, int(usage.tokens(part=TEST).max()))
         shape = CLASSES, card.n_layers, card.n_experts
-        self.known_PCLE = np.zeros(
-            (2, *shape), np.int64
-        )  # at the target layer, whatever the horizon
-        self.markov_HPCLE = np.zeros((len(self.horizons), 2, *shape), np.int64)
+        # popularity, previous token, Markov, control; the pair of layer l - horizon and l stands at l - horizon
+        self.ranks_HPCLE = np.zeros((len(self.horizons), len(PREDICTORS), *shape), np.int64)
         # per test request and horizon: choices within K guesses by predictor, then choices; for intervals
         self.request_HPR = np.zeros((len(self.horizons), len(INTERVALS) + 1, 0), np.int64)
 
@@ -89,46 +87,37 @@ class Recall:
         rows = _Rows.of(batch)
         if (rows.class_T == SKIP).all():
             return
-        n_layers = self.plan.card.n_layers
-        known_LPR = np.stack(
-            for_layers(lambda layer: self._rank_known(batch, rows, layer), n_layers)
+        scored_HPR = np.stack([self._rank(batch, rows, h) for h in range(len(self.horizons))])
+        self.request_HPR = np.concatenate(
+            [self.request_HPR, scored_HPR[:, :, rows.is_test_R]], axis=2
         )
-        scored_HPR = [
-            self._rank_markov(batch, rows, h, known_LPR[horizon:].sum(axis=0))
-            for h, horizon in enumerate(self.horizons)
-        ]
-        tested_HPR = np.stack(scored_HPR)[:, :, rows.is_test_R]
-        self.request_HPR = np.concatenate([self.request_HPR, tested_HPR], axis=2)
 
-    def _rank_known(self, batch: Batch, rows: _Rows, layer: int) -> NDArray[np.int64]:
-        """Popularity and the previous token; returns what each request scored, then its choices."""
-        request_PR = np.zeros((3, rows.n_requests), np.int64)
-        _rank_known(
-            batch.ids_LTK[layer],
-            rows.follows_T,
-            self.rank_LE[layer],
-            rows.class_T,
-            rows.number_T,
-            batch.nobody,
-            self.known_PCLE[:, :, layer],
-            request_PR,
-        )
-        return request_PR
+    def _rank(self, batch: Batch, rows: _Rows, h: int) -> NDArray[np.int64]:
+        """Every layer pair of one horizon, all predictors on the same rows: those with an expert at both layers.
 
-    def _rank_markov(
-        self, batch: Batch, rows: _Rows, h: int, known_PR: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Markov counts and their control for every layer pair of one horizon."""
+        Returns what each request scored by predictor, then its choices.
+        """
         horizon, nobody = self.horizons[h], batch.nobody
         control_LEE, rest_LE = self.control[horizon]
 
         def score(layer: int) -> NDArray[np.int64]:
             here, there = batch.ids_LTK[layer], batch.ids_LTK[layer + horizon]
-            hits_R = np.zeros(rows.n_requests, np.int64)
-            ranks_PCE = self.markov_HPCLE[h, :, :, layer]
+            request_PR = np.zeros((len(INTERVALS) + 1, rows.n_requests), np.int64)
+            ranks_PCE = self.ranks_HPCLE[h, :, :, layer]
+            class_T = np.where((here != nobody).any(axis=1), rows.class_T, SKIP).astype(np.uint8)
+            _rank_known(
+                there,
+                rows.follows_T,
+                self.rank_LE[layer + horizon],
+                class_T,
+                rows.number_T,
+                nobody,
+                ranks_PCE,
+                request_PR,
+            )
             chance_EE = self.chance[horizon][layer]
             _rank_markov(
-                here, there, chance_EE, rows.class_T, rows.number_T, nobody, ranks_PCE[0], hits_R
+                here, there, chance_EE, class_T, rows.number_T, nobody, ranks_PCE[2], request_PR[2]
             )
             seed = np.uint64(hash_of(self.plan.seed, horizon, layer))
             guide = np.searchsorted(rest_LE[layer], np.arange(GUIDE) / GUIDE, side="right")
@@ -140,15 +129,14 @@ class Recall:
                 seed,
                 self.control_share,
             )
-            _rank_drawn(here, there, *control, rows.class_T, nobody, ranks_PCE[1])
-            return hits_R
+            _rank_drawn(here, there, *control, class_T, nobody, ranks_PCE[3])
+            return request_PR
 
-        hits_LR = for_layers(score, self.plan.card.n_layers - horizon)
-        return np.stack([known_PR[0], known_PR[1], np.sum(hits_LR, axis=0), known_PR[2]])
+        per_layer = for_layers(score, self.plan.card.n_layers - horizon)
+        return np.sum(per_layer, axis=0, dtype=np.int64) if per_layer else _nothing(rows)
 
     def merge(self, later: Recall) -> None:
-        self.known_PCLE += later.known_PCLE
-        self.markov_HPCLE += later.markov_HPCLE
+        self.ranks_HPCLE += later.ranks_HPCLE
         self.request_HPR = np.concatenate([self.request_HPR, later.request_HPR], axis=2)
 
     def recall(
@@ -159,20 +147,27 @@ class Recall:
 
     def _curve(self, predictor: str, horizon: int, part: str) -> NDArray[np.float64]:
         h, p = self.horizons.index(horizon), PREDICTORS.index(predictor)
-        known_CLE = self.known_PCLE[p % 2, :, horizon:]
-        ranks_CLE = known_CLE if p < 2 else self.markov_HPCLE[h, p % 2, :, : known_CLE.shape[1]]
+        ranks_CLE = self.ranks_HPCLE[h, p, :, : max(0, self.plan.card.n_layers - horizon)]
         ranks_LE = ranks_CLE[_chosen(part)].sum(axis=0)
         total_L = ranks_LE.sum(axis=1, keepdims=True)
         held_LE = np.cumsum(ranks_LE, axis=1)
         return np.divide(held_LE, total_L, out=np.full(held_LE.shape, np.nan), where=total_L > 0)
 
     def interval(self, predictor: str, horizon: int) -> tuple[float, float]:
-        """Of recall@K over all choices, bootstrapped over test requests; NaN where they are too few for that."""
+        """Of the mean recall@K over layer pairs, bootstrapped over test requests; NaN where they are too few for that.
+
+        What is drawn is the recall over all choices; pairs that some tokens skip make it differ from the mean, by which
+        the interval is moved.
+        """
         scored_PR = self.request_HPR[self.horizons.index(horizon)]
+        scored_PR = scored_PR[:, scored_PR[-1] > 0]
         if scored_PR.shape[1] < ENOUGH_REQUESTS or predictor not in INTERVALS:
             return float("nan"), float("nan")
         hits_R, of_R = scored_PR[INTERVALS.index(predictor)], scored_PR[-1]
-        return bootstrap(hits_R, of_R, seed=self.plan.seed)
+        low, high = bootstrap(hits_R, of_R, seed=self.plan.seed)
+        mean = np.nanmean(self.recall(predictor, horizon, self.plan.card.top_k))
+        moved = float(mean - hits_R.sum() / of_R.sum())
+        return max(0.0, low + moved), min(1.0, high + moved)
 
     def parts(self) -> tuple[str, ...]:
         """Which rows recall is told for: those of a template shared by the requests stand apart."""
@@ -282,6 +277,10 @@ def _control(
     return np.stack([chance_EE for chance_EE, _ in drawn]), np.stack(
         [rest_E for _, rest_E in drawn]
     )
+
+
+def _nothing(rows: _Rows) -> NDArray[np.int64]:
+    return np.zeros((len(INTERVALS) + 1, rows.n_requests), np.int64)
 
 
 @njit(cache=True, nogil=True)

@@ -1,6 +1,7 @@
 """What would help: bytes of experts, and what pinning, replicas, placement and capacity would change.
 
-Every effect is computed by replay on requests that it was not fitted on; where data are missing there is no row.
+Every effect but that of capacity is computed by replay on requests that it was not fitted on; where data are missing
+there is no row.
 L layers, E experts, F capacity factors, R ranks.
 """
 
@@ -62,7 +63,10 @@ def remedies(
     card: ModelCard,
     windows: Windows | None,
 ) -> pd.DataFrame:
-    """What each would have changed: decided on training requests, computed on test requests, means over layers."""
+    """What each would have changed, means over layers: decided on training requests, computed on test requests.
+
+    Not so the capacity: its factor is the smallest that would have been enough for the very windows it is scored on.
+    """
     used_L = train_counts_LE.any(axis=1) & test_counts_LE.any(axis=1)
     train_LE, test_LE = train_counts_LE[used_L], test_counts_LE[used_L]
     rows = [] if windows is None else _capacity(windows)
@@ -158,8 +162,8 @@ def _capacity(windows: Windows) -> list[Remedy]:
     f = int(enough_F.argmax())
     before, after = dropped_LF[:, FACTORS_F == 1.0].mean(), dropped_LF[:, f].mean()
     how = (
-        f"computed from windows of {windows.tokens} rows; before: factor 1; every layer within "
-        f"{MOST_DROPPED:.0%}; for engines with a capacity only"
+        f"computed from windows of {windows.tokens} rows of all requests, the same that the factor is chosen on (it "
+        f"is no forecast); before: factor 1; every layer within {MOST_DROPPED:.0%}; for engines with a capacity only"
     )
     setting, unit = f"factor {FACTORS_F[f]:g}", "share of choices dropped"
     return [Remedy("raise capacity", setting, before, after, unit, "low", how)]

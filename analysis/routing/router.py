@@ -31,7 +31,8 @@ SPREAD = ("confidence", "margin", "boundary_margin", "topk_mass")  # the first f
 class RouterStatistics:
     """Per phase and layer, from all scores, else from the best M, else from the weights alone.
 
-    Scores are probabilities if those of the first executed row are a distribution at every layer, else logits;
+    Scores are probabilities if those of the first executed row are a distribution at every layer, shares if the card
+    says sigmoid and they lie between 0 and 1 (the sigmoid was taken before they were recorded), else logits;
     `meaning` says which where that goes wrong. A layer that did not run for a row (no expert, all zeros) is left out.
     """
 
@@ -277,6 +278,11 @@ def _meaning(batch: Batch, has_all: bool) -> str | None:
     off_L = np.abs(over_L) if has_all else over_L
     looks_so = bool((row_LM >= 0).all() and (off_L <= SUM_TOLERANCE).all())
     if block.scores_TLM is not None:
+        is_after_sigmoid = (
+            block.card.score_function == "sigmoid" and row_LM.min() >= 0 >= row_LM.max() - 1
+        )
+        if is_after_sigmoid and not looks_so:  # no row of logits lies between 0 and 1
+            return SHARES
         return PROBABILITIES if looks_so else LOGITS
     is_raw = block.card.weights_normalised is False
     return (

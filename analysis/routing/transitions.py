@@ -1,7 +1,8 @@
 """From one layer to a later one, and from one token to the next: joint counts, and what they tell in bits.
 
 Counts are kept whole, for train and test requests apart, so that whoever scores a guess can fit on one part. Requests
-that repeat an earlier one are left out. It knows no predictor. L layers, E experts, H horizons, C row classes.
+that repeat an earlier one are left out. It knows no predictor.
+T tokens, L layers, K choices, E experts, H horizons, C row classes, P phases.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from analysis.routing.pairs import (
     CONTROL,
     INFORMATION,
     SKIP,
+    Spread,
     check_bytes,
     control,
+    count_margins,
     count_pairs,
+    has_both,
     information,
+    left_open,
 )
 from analysis.routing.statistics import leading
+from analysis.routing.sums import ratio
 from prefetch.errors import MissingData
 from prefetch.scoring import LEFT_OUT, TRAIN
 from prefetch.trace.blocks import Traceable
@@ -43,7 +49,11 @@ class Transitions:
         if not self.horizons:
             raise MissingData("one layer: there is no later layer to go to")
         shapes = [(4, card.n_layers - h, card.n_experts, card.n_experts) for h in self.horizons]
-        check_bytes(sum(4 * int(np.prod(shape)) for shape in shapes), card)
+        near = (card.n_layers - 1, card.n_experts) if 1 in self.horizons else (0, card.n_experts)
+        n_bytes = Spread.n_bytes(*near) + Shifted.n_bytes(*near)
+        check_bytes(n_bytes + sum(4 * int(np.prod(shape)) for shape in shapes), card)
+        # of horizon 1 only, which is what families and the first page tell
+        self.spread, self.shifted = Spread(*near), Shifted(*near)
         self.joint_HCLEE = [np.zeros(shape, np.int32) for shape in shapes]
         # rows of class c with a at layer l (b at layer l + horizon), of those that have both
         self.here_HCLE = [np.zeros(shape[:3], np.int64) for shape in shapes]
@@ -59,7 +69,7 @@ class Transitions:
                 if layer + horizon < len(ids_LTK):
                     here, there = ids_LTK[layer], ids_LTK[layer + horizon]
                     count_pairs(here, there, class_T, batch.nobody, self.joint_HCLEE[h][:, layer])
-                    _count_margins(
+                    count_margins(
                         here,
                         there,
                         class_T,
@@ -68,13 +78,19 @@ class Transitions:
                         self.there_HCLE[h][:, layer],
                         self.tokens_HCL[h][:, layer],
                     )
+                if horizon == 1 and layer + 1 < len(ids_LTK):
+                    two = ids_LTK[layer], ids_LTK[layer + 1]
+                    self.spread.add(layer, *two, batch.starts_R, class_T, batch.nobody)
 
         for_layers(count, len(ids_LTK) - 1)
+        self.shifted.add(batch, class_T)
 
     def merge(self, later: Transitions) -> None:
         for name in ("joint_HCLEE", "here_HCLE", "there_HCLE", "tokens_HCL"):
             for mine, other in zip(getattr(self, name), getattr(later, name), strict=True):
                 mine += other
+        self.spread.merge(later.spread)
+        self.shifted.merge(later.shifted)
 
     def joint(self, horizon: int, phase: str = "all", part: int | None = None) -> NDArray[Any]:
         """[L - horizon, E, E] pair counts over the rows of a phase and a part."""
@@ -106,9 +122,13 @@ class Transitions:
         here_LE, there_LE = self.here(horizon, phase), self.there(horizon, phase)
         tokens_L, seed = self.tokens(horizon, phase), (self.plan.seed, horizon, len(phase))
         rows = informed_rows(joint_LEE, here_LE, there_LE, tokens_L, seed)
+        shifted_L = self.shifted.bits(phase) if horizon == 1 else np.full(len(rows), np.nan)
         card, layers = self.plan.card, np.arange(len(rows))
         frame = pd.DataFrame(rows).assign(
-            phase=phase, horizon=horizon, later_layer=np.array(card.layer_numbers)[layers + horizon]
+            phase=phase,
+            horizon=horizon,
+            later_layer=np.array(card.layer_numbers)[layers + horizon],
+            mutual_information_shifted_bits=shifted_L,
         )
         frame = frame.assign(**layer_columns(card, layers))
         return leading(
@@ -121,6 +141,121 @@ class Transitions:
             [sparse_rows(self, horizon, self.plan.card) for horizon in self.horizons],
             ignore_index=True,
         )
+
+
+class Shifted:
+    """The second control of horizon 1: a layer's rows paired with those that the next request made a layer later.
+
+    Row i of a request meets row i + half of the next one (of as many rows as that has, and around), prompt rows with
+    prompt rows; the last request meets the first. So each side keeps its order: runs of like tokens, topics of
+    requests, text that returns. Nothing links the two sides but what neighbouring requests share. The estimate from
+    these pairs is what runs, and few requests, feign; that from permuted rows is what independent tokens would.
+    """
+
+    def __init__(self, n_pairs: int, n_experts: int) -> None:
+        self.joint_PLEE = np.zeros((len(PHASES), n_pairs, n_experts, n_experts), np.int32)
+        self.here_PLE = np.zeros((len(PHASES), n_pairs, n_experts), np.int64)
+        self.there_PLE = np.zeros_like(self.here_PLE)
+        self.tokens_PL = np.zeros((len(PHASES), n_pairs), np.int64)
+        self.nobody = 0
+        # [L, T, K] choices of the first request and of the last
+        self.first_P: list[NDArray[Any] | None] = [None] * len(PHASES)
+        self.last_P: list[NDArray[Any] | None] = [None] * len(PHASES)
+
+    @staticmethod
+    def n_bytes(n_pairs: int, n_experts: int) -> int:
+        return 4 * len(PHASES) * n_pairs * n_experts**2
+
+    def add(self, batch: Batch, class_T: NDArray[np.uint8]) -> None:
+        self.nobody = batch.nobody
+        for phase in range(len(PHASES) if self.joint_PLEE.size else 0):
+            rows = np.flatnonzero((class_T != SKIP) & (batch.block.phase_T == phase))
+            if rows.size:
+                new_R = np.diff(batch.block.request_T[rows], prepend=-1) != 0
+                new_R[0] = True
+                self._add(phase, batch.ids_LTK, rows, np.append(np.flatnonzero(new_R), len(rows)))
+
+    def _add(self, phase: int, ids_LTK: NDArray[Any], rows: Any, edges: NDArray[np.int64]) -> None:
+        """Requests that follow on the last one: it meets the first of them, and each the one after it."""
+        self._meet(phase, ids_LTK[:, rows[: edges[1]]])
+        here, there = rows[: edges[-2]], rows[partners(edges)]
+        self._count(self._sums(), phase, ids_LTK, ids_LTK, here, there)
+        self.last_P[phase] = ids_LTK[:, rows[edges[-2] :]]
+
+    def _meet(self, phase: int, first_LTK: NDArray[Any]) -> None:
+        last_LTK = self.last_P[phase]
+        if last_LTK is None:
+            self.first_P[phase] = first_LTK
+        else:
+            self._join(self._sums(), phase, last_LTK, first_LTK)
+
+    def _join(self, sums: _Sums, phase: int, here_LTK: Any, there_LTK: Any) -> None:
+        n_here, n_there = here_LTK.shape[1], there_LTK.shape[1]
+        there = partners(np.array([0, n_here, n_here + n_there])) - n_here
+        self._count(sums, phase, here_LTK, there_LTK, np.arange(n_here), there)
+
+    def _count(
+        self, sums: _Sums, phase: int, here_LTK: Any, there_LTK: Any, here: Any, there: Any
+    ) -> None:
+        joint_LEE, here_LE, there_LE, tokens_L = (array[phase] for array in sums)
+        zero_T = np.zeros(len(here), np.uint8)
+
+        def count(layer: int) -> None:
+            one, two = here_LTK[layer][here], there_LTK[layer + 1][there]
+            at = np.s_[layer : layer + 1]
+            count_pairs(one, two, zero_T, self.nobody, joint_LEE[at])
+            count_margins(one, two, zero_T, self.nobody, here_LE[at], there_LE[at], tokens_L[at])
+
+        for_layers(count, len(tokens_L))
+
+    def merge(self, later: Shifted) -> None:
+        for mine, other in zip(self._sums(), later._sums(), strict=True):
+            mine += other
+        self.nobody = max(self.nobody, later.nobody)
+        for phase, first_LTK in enumerate(later.first_P):
+            if first_LTK is not None:
+                self._meet(phase, first_LTK)
+                self.last_P[phase] = later.last_P[phase]
+
+    def _sums(self) -> _Sums:
+        return self.joint_PLEE, self.here_PLE, self.there_PLE, self.tokens_PL
+
+    def bits(self, phase: str) -> NDArray[np.float64]:
+        """The estimate of every pair of layers; NaN where no token went."""
+        joint_LEE, here_LE, there_LE = self.closed(phase)
+        told = for_layers(
+            lambda layer: information(joint_LEE[layer], here_LE[layer], there_LE[layer]),
+            len(joint_LEE),
+        )
+        return np.array([row["mutual_information_bits"] for row in told])
+
+    def closed(self, phase: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Pairs, and how many rows have each expert on either side, once the last request has met the first."""
+        wanted = [p for p, name in enumerate(PHASES) if phase in ("all", name)]
+        joint_PLEE, here_PLE, there_PLE, tokens_PL = (array[wanted] for array in self._sums())
+        sums = joint_PLEE, here_PLE, there_PLE, tokens_PL
+        for place, p in enumerate(wanted):
+            last_LTK, first_LTK = self.last_P[p], self.first_P[p]
+            if last_LTK is not None and first_LTK is not None:
+                self._join(sums, place, last_LTK, first_LTK)
+        return joint_PLEE.sum(axis=0), here_PLE.sum(axis=0), there_PLE.sum(axis=0)
+
+
+_Sums = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
+
+
+def partners(edges_R: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For every row but those of the last request, its row of the next: from the middle on, and around.
+
+    Request r has the rows from `edges_R[r]` up to `edges_R[r + 1]`.
+    """
+    rows_R = np.diff(edges_R)
+    next_T = np.repeat(rows_R[1:], rows_R[:-1])
+    place_T = np.arange(edges_R[-2]) - np.repeat(edges_R[:-2], rows_R[:-1])
+    found_T: NDArray[np.int64] = np.repeat(edges_R[1:-1], rows_R[:-1]) + (
+        (place_T + next_T // 2) % np.maximum(next_T, 1)
+    )
+    return found_T
 
 
 class NextTokens:
@@ -152,7 +287,7 @@ class NextTokens:
             nobody, out = batch.nobody, np.s_[:, layer]
             count_pairs(ids_TK[:-1], ids_TK[1:], class_T, nobody, self.joint_CLEE[out])
             margins = self.here_CLE[out], self.there_CLE[out], self.tokens_CL[out]
-            _count_margins(ids_TK[:-1], ids_TK[1:], class_T, nobody, *margins)
+            count_margins(ids_TK[:-1], ids_TK[1:], class_T, nobody, *margins)
             _count_repeats(
                 ids_TK, first_T, class_T, nobody, self.shared_CLK[out], self.first_changes_CL[out]
             )
@@ -189,9 +324,7 @@ class NextTokens:
         shared_LK = self.shared_CLK[chosen].sum(axis=0)
         changed_L = self.first_changes_CL[chosen].sum(axis=0)
         frame = pd.DataFrame(rows).assign(**layer_columns(self.plan.card, np.arange(len(rows))))
-        frame = frame.assign(
-            phase=phase, **_repeats(shared_LK, changed_L, here_LE, there_LE, tokens_L)
-        )
+        frame = frame.assign(phase=phase, **_repeats(shared_LK, changed_L, there_LE, tokens_L))
         return leading(frame[frame.tokens > 0], "phase", "layer", "tokens", *REPEATS)
 
     def repeat_rate(self) -> float:
@@ -213,7 +346,6 @@ REPEATS = (
 def _repeats(
     shared_LK: NDArray[Any],
     changed_L: NDArray[Any],
-    here_LE: NDArray[Any],
     there_LE: NDArray[Any],
     tokens_L: NDArray[Any],
 ) -> dict[str, NDArray[Any]]:
@@ -224,13 +356,19 @@ def _repeats(
         transition_L = changed_L / tokens_L
         return {
             "repeat_rate": shared_LK @ shared_K / chosen_L,
-            # if the two tokens had nothing to do with each other
-            "expected_repeat": (here_LE * there_LE).sum(axis=1) / tokens_L / chosen_L,
+            # of two different ones among the tokens that were compared; one token repeats itself and tells nothing
+            "expected_repeat": ratio(
+                (there_LE * (there_LE - 1)).sum(axis=1), (tokens_L - 1) * chosen_L
+            ),
             "transition_rate": transition_L,
             "persistence": 1 - transition_L,
             "jaccard": shared_LK @ (shared_K / (2 * top_k - shared_K)) / tokens_L,
             "same_set": shared_LK[:, -1] / tokens_L,
         }
+
+
+CORRECTED = (INFORMATION[0], "conditional_entropy_bits", INFORMATION[1], CONTROL[0])
+INFORMED = (*CORRECTED[:3], *INFORMATION[2:], *CONTROL)
 
 
 def informed_rows(
@@ -245,11 +383,15 @@ def informed_rows(
     def row(layer: int) -> dict[str, float]:
         tokens = int(tokens_L[layer])
         if not tokens:
-            return dict.fromkeys(("tokens", *INFORMATION, *CONTROL), 0.0)
+            return dict.fromkeys(("tokens", *INFORMED), 0.0)
         rng = np.random.default_rng((*seed, layer))
         margins = here_LE[layer], there_LE[layer], tokens
         told = information(joint_LEE[layer], here_LE[layer], there_LE[layer])
-        return {"tokens": tokens, **told, **control(*margins, rng)}
+        told |= control(*margins, rng)
+        told["conditional_entropy_bits"] = left_open(told)
+        if tokens == 1:  # one token tells nothing of others
+            told |= dict.fromkeys(CORRECTED, np.nan)
+        return {"tokens": tokens} | {name: told[name] for name in INFORMED}
 
     return for_layers(row, len(joint_LEE))
 
@@ -285,31 +427,11 @@ def _chosen(phase: str, part: int | None) -> NDArray[np.bool_]:
 
 
 @njit(cache=True, nogil=True)
-def _count_margins(here_TK, there_TK, class_T, nobody, here_CE, there_CE, tokens_C):  # type: ignore[no-untyped-def]
-    """Over the rows that have an expert on both sides."""
-    for t in range(here_TK.shape[0]):
-        c = class_T[t]
-        if c >= tokens_C.shape[0]:
-            continue
-        has_here, has_there = False, False
-        for k in range(here_TK.shape[1]):
-            has_here |= here_TK[t, k] != nobody
-            has_there |= there_TK[t, k] != nobody
-        if not (has_here and has_there):
-            continue
-        tokens_C[c] += 1
-        for k in range(here_TK.shape[1]):
-            if here_TK[t, k] != nobody:
-                here_CE[c, here_TK[t, k]] += 1
-            if there_TK[t, k] != nobody:
-                there_CE[c, there_TK[t, k]] += 1
-
-
-@njit(cache=True, nogil=True)
 def _count_repeats(ids_TK, first_T, class_T, nobody, shared_CK, changes_C):  # type: ignore[no-untyped-def]
+    """Over the same steps as the margins; the first choice of a row that has an expert names one."""
     for t in range(ids_TK.shape[0] - 1):
         c = class_T[t]
-        if c >= shared_CK.shape[0] or first_T[t] == nobody or first_T[t + 1] == nobody:
+        if c >= shared_CK.shape[0] or not has_both(ids_TK[t], ids_TK[t + 1], nobody):
             continue
         shared = 0
         for i in range(ids_TK.shape[1]):

@@ -22,7 +22,7 @@ MOST_DROPPED = 0.01
 
 
 class WindowSums(NamedTuple):
-    """Over windows that are over; the first five leave out those of fewer rows than half a window."""
+    """Over windows that are over; the first five, of full ones only: those in which every row ran the layer."""
 
     full_L: NDArray[np.int64]  # how many
     counts_LE: NDArray[np.int64]
@@ -69,7 +69,7 @@ class Windows:
         def count(layer: int) -> None:
             ids_TK = batch.ids_LTK[layer]
             _count_windows(
-                ids_TK, bounds_S, batch.nobody, layer, edges, self._least, card.top_k, sums
+                ids_TK, bounds_S, batch.nobody, layer, edges, self.tokens, card.top_k, sums
             )
 
         for_layers(count, card.n_layers)
@@ -93,12 +93,7 @@ class Windows:
 
     def _reduce(self, counts_LE: NDArray[np.int64], sums: WindowSums) -> None:
         for layer in range(len(counts_LE)):
-            _reduce(counts_LE[layer], layer, self._least, self.plan.card.top_k, tuple(sums))
-
-    @property
-    def _least(self) -> int:
-        """Fewer rows than these are no full window."""
-        return -(-self.tokens // 2)
+            _reduce(counts_LE[layer], layer, self.tokens, self.plan.card.top_k, tuple(sums))
 
     def total(self) -> WindowSums:
         """With the open windows."""
@@ -109,7 +104,7 @@ class Windows:
 
 
 @njit(cache=True, nogil=True)
-def _count_windows(ids_TK, bounds_S, nobody, layer, edges, least, top_k, sums):  # type: ignore[no-untyped-def]
+def _count_windows(ids_TK, bounds_S, nobody, layer, edges, tokens, top_k, sums):  # type: ignore[no-untyped-def]
     """The first and the last stretch go to `edges`, those between are whole windows."""
     rows_at = edges.shape[2] - 1
     inner_E = np.zeros(edges.shape[2], np.int64)
@@ -128,12 +123,12 @@ def _count_windows(ids_TK, bounds_S, nobody, layer, edges, least, top_k, sums): 
                     is_used = True
             counts_E[rows_at] += is_used
         if 0 < s < last:
-            _reduce(inner_E, layer, least, top_k, sums)
+            _reduce(inner_E, layer, tokens, top_k, sums)
             inner_E[:] = 0
 
 
 @njit(cache=True, nogil=True)
-def _reduce(counts_E, layer, least, top_k, sums):  # type: ignore[no-untyped-def]
+def _reduce(counts_E, layer, tokens, top_k, sums):  # type: ignore[no-untyped-def]
     full_L, counts_LE, squares_LE, worst_LE, violation_L, choices_L, dropped_LF, slots_LF = sums
     n_experts, rows = len(counts_E) - 1, counts_E[-1]
     choices = counts_E[:-1].sum()
@@ -145,7 +140,7 @@ def _reduce(counts_E, layer, least, top_k, sums):  # type: ignore[no-untyped-def
         slots_LF[layer, f] += n_experts * room
         for expert in range(n_experts):
             dropped_LF[layer, f] += max(0, counts_E[expert] - room)
-    if rows >= least:
+    if rows == tokens:
         full_L[layer] += 1
         violation_L[layer] += counts_E[:-1].max() * n_experts / choices - 1
         for expert in range(n_experts):
@@ -156,7 +151,11 @@ def _reduce(counts_E, layer, least, top_k, sums):  # type: ignore[no-untyped-def
 
 
 def fano(sums: WindowSums) -> NDArray[np.float64]:
-    """Variance over mean of an expert's load in full windows, [L, E]: 1 - its share for independent choices."""
+    """Variance over mean of an expert's load in full windows, [L, E].
+
+    Of independent tokens 1 - k x share on average, k x share being the chance that a token takes the expert; of n
+    windows it varies by sqrt(2 / (n - 1)) of that, so the largest of many experts means little where n is small.
+    """
     n_L1, total_LE = sums.full_L[:, None].astype(float), sums.counts_LE.astype(float)
     variance_LE = ratio(sums.squares_LE - ratio(total_LE**2, n_L1), n_L1 - 1)
     return ratio(np.maximum(0, variance_LE) * n_L1, total_LE)

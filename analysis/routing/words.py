@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
+
 from analysis.routing.everything import Findings
 from analysis.routing.headline import where
 from analysis.routing.recall import ENOUGH_REQUESTS
@@ -12,7 +14,9 @@ from prefetch.trace.card import ModelCard
 from prefetch.trace.provenance import Provenance
 
 Numbers = Mapping[str, float]
-TOO_EVEN = 0.5  # of what chance alone would show: below this a log is suspicious, not balanced
+TOO_EVEN = (
+    1e-4  # chance that even draws of independent tokens would be so even; for all layers together
+)
 
 
 def summary(found: Findings, card: ModelCard, provenance: Provenance, numbers: Numbers) -> str:
@@ -61,7 +65,8 @@ def _origin(found: Findings, card: ModelCard, provenance: Provenance) -> Iterato
             f"{_several(len(split.test_requests), 'request')}.",
             "time": "Too few requests to split by: guesses are learnt on the first rows and scored on the last.",
         }
-        yield how[split.kind]
+        if "recall_summary" in found.tables:
+            yield how[split.kind]
         if "prefill" in found.plan.phases or not survey.decode_rows:
             yield "Prompt rows are replayed token by token (teacher-forced decode), as an engine would not run them."
 
@@ -75,7 +80,8 @@ def _findings(found: Findings, card: ModelCard, numbers: Numbers) -> Iterator[st
 
 def _use(found: Findings, card: ModelCard, numbers: Numbers) -> str:
     rows = where(found.tables["statistics"], phase="all", choices="all")
-    busiest = rows.sort_values("max_over_mean").iloc[-1]
+    rows = rows[rows.total_usage > 0]
+    busiest = rows.iloc[int(rows.max_over_mean.argmax())]
     return (
         f"**Use**: the busiest expert of a layer takes {rows.max_over_mean.mean():.2f} times its even share on average "
         f"({busiest.max_over_mean:.1f} times in layer {busiest.layer}); half of the choices go to "
@@ -96,10 +102,14 @@ def _entropy(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
 def _information(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "mutual_information_bits" not in numbers:
         return None
+    shifted = ""
+    if "mutual_information_shifted_bits" in numbers:
+        found_there = numbers["mutual_information_shifted_bits"]
+        shifted = f"; between a layer and the next request's later layer, {found_there:.3f}"
     return (
         f"**From layer to layer**: an expert tells {numbers['mutual_information_bits']:.3f} bits about one of the next "
         f"layer's; {numbers['conditional_entropy_bits']:.2f} bits stay open. Shuffled, the same estimate gives "
-        f"{round(numbers['mutual_information_shuffled_bits'], 3) + 0:.3f}."
+        f"{round(numbers['mutual_information_shuffled_bits'], 3) + 0:.3f}{shifted}."
     )
 
 
@@ -123,7 +133,7 @@ def _far(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "markov_recall_at_k_horizon_4" not in numbers:
         return None
     return (
-        f"**Far ahead**: four layers before they are needed, counts still hold "
+        f"**Far ahead**: four MoE layers before they are needed, counts still hold "
         f"{_share(numbers['markov_recall_at_k_horizon_4'])} of the choices (popularity "
         f"{_share(numbers['popularity_recall_at_k_horizon_4'])})."
     )
@@ -133,10 +143,16 @@ def _repeats(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "next_tokens" not in found.tables:
         return None
     rows = where(found.tables["next_tokens"], phase="all")
+    if rows.expected_repeat.isna().all():
+        return None
+    changes = ""
+    if knows_ranks(found, card) and rows.transition_rate.notna().any():
+        changes = (
+            f"; the first choice changes at {_share(rows.transition_rate.mean())} of the steps"
+        )
     return (
         f"**From token to token**: {_share(rows.repeat_rate.mean())} of a token's choices repeat the token before it, "
-        f"where unrelated tokens would repeat {_share(rows.expected_repeat.mean())}; the first choice changes at "
-        f"{_share(rows.transition_rate.mean())} of the steps."
+        f"where unrelated tokens would repeat {_share(rows.expected_repeat.mean())}{changes}."
     )
 
 
@@ -194,8 +210,8 @@ def _drift(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
         return None
     return (
         f"**Drift**: a {1 / table.slice.nunique():.1%} slice of the trace, in its order, differs from the rest by "
-        f"{table.divergence.mean():.3f} bits (Jensen-Shannon) on average, where draws from one popularity would differ "
-        f"by {table.divergence_even.mean():.3f}."
+        f"{table.divergence.mean():.3f} bits (Jensen-Shannon) on average, where the same tokens in random order would "
+        f"differ by {table.divergence_even.mean():.3f}."
     )
 
 
@@ -222,9 +238,12 @@ def _together(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
     if "coactivation_summary" not in found.tables:
         return None
     rows = where(found.tables["coactivation_summary"], phase="all")
+    if rows.pairs_significant.isna().all():
+        return None  # too few requests to tell
     return (
         f"**Together**: {int(rows.pairs_significant.sum()):,} of {int(rows.pairs_possible.sum()):,} pairs of experts "
-        f"of one layer are chosen together more or less often than chance, in both halves of the requests."
+        f"of one layer are chosen together more or less often than chance, both in the requests that guesses are "
+        f"learnt on and in those that they are scored on."
     )
 
 
@@ -272,8 +291,10 @@ def _router(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:
         return None
     rows = where(found.tables["router"], phase="all")
     confidence, level = rows.confidence_mean.mean(), rows.level.iloc[0]
+    if math.isnan(confidence):
+        return None
     text = (
-        f"**Router**: its first choice has {_share(confidence)} of the weight on average ({level})"
+        f"**Router**: its highest score has {_share(confidence)} of the weight on average ({level})"
     )
     if rows.switch_loss.notna().any():
         text += (
@@ -324,7 +345,7 @@ def _doubts(found: Findings, card: ModelCard, provenance: Provenance) -> Iterato
     if provenance.kind == "synthetic":
         yield "the routing is synthetic: it says nothing about a model"
     health = where(found.tables["health"], phase="all")
-    even = health[health.max_over_mean - 1 < TOO_EVEN * (health.noise_floor - 1)]
+    even = health[health.too_even_p_value < TOO_EVEN / max(1, len(health))]
     if len(even) and card.top_k < card.n_experts:
         layers = ", ".join(map(str, even.layer[:8]))
         yield (
@@ -356,10 +377,20 @@ def _doubts_about_rows(found: Findings, card: ModelCard) -> Iterator[str]:
         share = empty / (card.top_k * survey.executed_rows * card.n_layers)
         yield f"{share:.1%} of the choices name no expert (dropped tokens, layers that did not run)"
     few = len(split.test_requests)
-    if split.kind == "requests" and few < ENOUGH_REQUESTS:
+    if len(grouped := np.flatnonzero(survey.groups() != np.arange(len(survey.request_R)))):
+        yield (
+            f"{_several(len(grouped), 'request')} hold most of another one's routing (turns of a conversation): they "
+            "stay on one side of the split, and count as independent in intervals"
+        )
+    if split.kind == "requests" and few < ENOUGH_REQUESTS and "recall_summary" in found.tables:
         yield f"scored on {_several(few, 'request')} only, too few for an interval: others may give other numbers"
-    if split.kind == "time":
+    if split.kind == "time" and "recall_summary" in found.tables:
         yield "guesses were learnt and scored within the same few requests: believe them less"
+
+
+def knows_ranks(found: Findings, card: ModelCard) -> bool:
+    """Is it known which of a token's choices is the first? By weight; not from ids alone."""
+    return card.top_k == 1 or (found.plan is not None and "weights" in found.plan.columns)
 
 
 def _several(n: int, what: str) -> str:

@@ -145,7 +145,8 @@ def _run(trainer: pl.Trainer, learner: Learner, loaders: list[Any], path: Path |
     before = signal.getsignal(signal.SIGINT)
     started = path if path is not None and path.exists() else None
     try:
-        trainer.fit(learner, *loaders, ckpt_path=started)
+        told, asked = loaders[0], loaders[1] if len(loaders) > 1 else None
+        trainer.fit(learner, told, asked, ckpt_path=started)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None

@@ -166,7 +166,7 @@ def test_a_planted_pair_is_found_and_its_rivals_are_not_called_friends() -> None
     assert summary.pairs_possible == 190 and summary.pairs_attracted == 1
 
 
-def test_what_only_one_half_shows_is_not_significant() -> None:
+def test_what_only_one_part_shows_is_not_significant() -> None:
     trace = traced(skewed_pairs(20_000, 4), 20)
     is_test_T = plan_of(trace).split.parts(trace, np.arange(trace.n_tokens)) == TEST
     ids = trace.ids_TLK.astype(int)
@@ -174,6 +174,87 @@ def test_what_only_one_half_shows_is_not_significant() -> None:
     rows = coactivation(traced(ids, 20))
     planted = rows[(rows.expert_a == 7) & (rows.expert_b == 13)].iloc[0]
     assert planted.q_value < 0.01 and not planted.is_significant
+
+
+def in_runs(
+    n_requests: int, per_request: int, stays: float, seed: int, planted: float = 0.0
+) -> RoutingTrace:
+    """Even sets of 3 of 16 experts in 3 independent layers; a token repeats the set before with chance `stays`.
+
+    A share `planted` of the sets that are drawn holds both 7 and 13.
+    """
+    rng, n = np.random.default_rng(seed), n_requests * per_request
+    noise_TLE = rng.random((n, 3, 16))
+    noise_TLE[:, :, [7, 13]] -= (rng.random((n, 3, 1)) < planted) * 1.0
+    keeps_TL = rng.random((n, 3)) < stays
+    keeps_TL[::per_request] = False
+    source_TL = np.maximum.accumulate(np.where(keeps_TL, 0, np.arange(n)[:, None]), axis=0)
+    ids = np.argsort(noise_TLE, axis=2)[:, :, :3][source_TL, np.arange(3)]
+    return traced(ids, 16, per_request)
+
+
+@pytest.mark.parametrize(("n_requests", "per_request"), [(10, 400), (100, 40)])
+def test_runs_of_like_tokens_make_no_pair_significant(n_requests: int, per_request: int) -> None:
+    """Taken as independent, 80 of the 360 pairs would be in both parts."""
+    for seed in range(3):
+        rows = coactivation(in_runs(n_requests, per_request, 0.95, seed))
+        assert not rows.is_significant.any()
+        assert (rows.q_value < 0.01).sum() <= 1 and rows.q_value.notna().any()
+        assert rows.design_effect.median() > 10
+
+
+def test_among_runs_a_planted_pair_is_found() -> None:
+    rows = coactivation(in_runs(200, 50, 0.8, 0, planted=0.1))
+    found = rows[rows.is_significant & (rows.lift > 1)]
+    assert found[["layer", "expert_a", "expert_b"]].to_numpy().tolist() == [
+        [layer, 7, 13] for layer in range(3)
+    ]
+
+
+def test_chances_hold_for_tokens_that_come_in_runs() -> None:
+    """Of pairs without any bond, one in a hundred is called so at 0.01; the standard score spreads by one."""
+    tables = [coactivation(in_runs(60, 100, 0.7, seed)) for seed in range(4)]
+    z = np.concatenate([rows.z[rows.q_value.notna()] for rows in tables])
+    assert 0.9 < z.std() < 1.2
+    assert (2 * stats.t.sf(np.abs(z), 59) < 0.01).mean() < 0.03
+
+
+def slow_effects(trace: RoutingTrace, layer: int) -> NDArray[np.float64]:
+    """The spread of a pair's excess over requests by that over tokens, with every token's share written out."""
+    chosen_TE = (trace.ids_TLK[:, layer, :, None] == np.arange(trace.card.n_experts)).any(axis=1)
+    request_T = trace.request_T[chosen_TE.any(axis=1)]
+    chosen_TE = chosen_TE[chosen_TE.any(axis=1)].astype(float)
+    pairs_EE = chosen_TE.T @ chosen_TE
+    used_E = pairs_EE.diagonal()
+    x_E = factors((pairs_EE.sum(axis=1) - used_E)[None])[0]
+    one_N, other_N = np.triu_indices(len(x_E), 1)
+    e_N = x_E[one_N] * x_E[other_N]
+    a_TN, b_TN = chosen_TE[:, one_N], chosen_TE[:, other_N]
+    u_TN = a_TN * b_TN - e_N / used_E[one_N] * a_TN - e_N / used_E[other_N] * b_TN
+    u_TN -= u_TN.mean(axis=0)
+    sums_RN = np.stack([u_TN[request_T == r].sum(axis=0) for r in np.unique(request_T)])
+    freedom = 1 - 1 / len(sums_RN)
+    effects: NDArray[np.float64] = (sums_RN**2).sum(axis=0) / (u_TN**2).sum(axis=0) / freedom
+    return np.maximum(1, effects)
+
+
+def test_design_effects_are_those_written_out() -> None:
+    trace = with_holes(in_runs(12, 60, 0.6, 5), 5)
+    rows = counted(trace, max_rows=100).pairs()
+    for layer in range(3):
+        of_layer = rows[rows.layer == layer]
+        assert len(of_layer) == 120
+        np.testing.assert_allclose(of_layer.design_effect, slow_effects(trace, layer), rtol=1e-9)
+
+
+def test_few_requests_do_not_tell_what_is_significant() -> None:
+    for n_requests, is_told in ((3, False), (9, False), (10, True)):
+        found = counted(in_runs(n_requests, 200, 0.0, 0, planted=0.5))
+        rows, summary = found.pairs(), found.summary()
+        assert rows.is_significant.any() == is_told
+        assert rows[["design_effect", "z", "q_value"]].notna().all(axis=None) == is_told
+        assert summary.pairs_significant.notna().all() == is_told
+        assert (summary.requests == n_requests).all() and (summary.pairs_possible == 120).all()
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(0, 3))

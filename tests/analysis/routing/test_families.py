@@ -61,6 +61,39 @@ def test_a_higher_bar_leaves_fewer() -> None:
     assert lengths[0] >= lengths[1] >= lengths[2] == 0 and lengths[0] > 0
 
 
+def in_runs(trace: RoutingTrace, per_request: int, stays: float, *, together: bool) -> RoutingTrace:
+    """A token repeats the experts of the one before with chance `stays`: in all layers at once, or in each apart."""
+    n_tokens, n_layers, _ = trace.ids_TLK.shape
+    rng = np.random.default_rng(1)
+    keeps_TL = rng.random((n_tokens, 1 if together else n_layers)) < stays
+    keeps_TL[::per_request] = False
+    source_TL = np.where(keeps_TL, 0, np.arange(n_tokens)[:, None])
+    ids = trace.ids_TLK[np.maximum.accumulate(source_TL, axis=0), np.arange(n_layers)]
+    return trace_of(
+        trace.card, ids.astype(int), request_T=np.arange(n_tokens) // per_request, phase_T=1
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_runs_of_like_tokens_make_no_family(top_k: int) -> None:
+    """Independent layers; taken as independent tokens, they would show about fifteen chains."""
+    shape = {"n_layers": 6, "n_experts": 32, "top_k": top_k, "skew": 0.0}
+    trace = random_trace(0, n_requests=10, tokens=300, **shape)
+    assert expert_families(in_runs(trace, 300, 0.97, together=False)).empty
+
+
+def test_among_runs_real_chains_stay() -> None:
+    rows = expert_families(in_runs(walk(12_000), 200, 0.9, together=True))
+    assert rows.family.nunique() == N_EXPERTS and (rows.length == 5).all()
+    for _, family in rows.groupby("family"):
+        assert ((family.expert.diff().iloc[1:] % N_EXPERTS) == 1).all()
+
+
+def test_few_requests_tell_no_family() -> None:
+    with pytest.raises(MissingData, match="fewer than 10 requests"):
+        expert_families(in_runs(walk(4000), 500, 0.0, together=True))
+
+
 def slow_links(
     joint_EE: NDArray[Any], here_E: NDArray[Any], there_E: NDArray[Any], n: int
 ) -> set[tuple[int, int]]:
@@ -129,7 +162,7 @@ def test_shares_and_lifts_are_of_the_counts_given() -> None:
 @pytest.mark.parametrize("name", odd_traces())
 def test_odd_traces_work(name: str) -> None:
     trace = odd_traces()[name]
-    if trace.card.n_layers == 1:
+    if trace.card.n_layers == 1 or len(trace.starts_R) == 1:
         with pytest.raises(MissingData):
             expert_families(trace)
         return

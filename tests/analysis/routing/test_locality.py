@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.routing.batch import accumulate, batches, plan_of
+from analysis.routing.batch import ByPhase, accumulate, batches, plan_of
 from analysis.routing.locality import (
     ENOUGH_GAPS,
     Drift,
@@ -25,7 +26,7 @@ from analysis.routing.locality import (
     working_sets,
 )
 from prefetch.trace.card import ModelCard, plain_card
-from prefetch.trace.routing import RoutingTrace, trace_of
+from prefetch.trace.routing import DECODE, PREFILL, RoutingTrace, trace_of
 
 WINDOWS = (1, 2, 3, 5, 8, 40)
 
@@ -60,31 +61,45 @@ def independent(n_tokens: int, n_experts: int, top_k: int, seed: int = 0) -> Rou
     return drawn(n_tokens, 1, n_experts, top_k, seed, **whole)
 
 
-def requests_of(trace: RoutingTrace, layer: int) -> list[list[set[int]]]:
-    """The sets of experts of every request's rows, without rows that have none at the layer."""
-    found: dict[int, list[set[int]]] = {}
-    for request, row_K, executed in zip(
-        trace.request_T.tolist(), trace.ids_TLK[:, layer].tolist(), trace.executed_T, strict=True
+def runs_of(trace: RoutingTrace, layer: int) -> list[list[set[int]]]:
+    """The sets of experts of every run of executed rows, without rows that have none at the layer."""
+    runs: list[list[set[int]]] = []
+    before = None
+    for request, position, row_K, executed in zip(
+        trace.request_T.tolist(),
+        trace.position_T.tolist(),
+        trace.ids_TLK[:, layer].tolist(),
+        trace.executed_T,
+        strict=True,
     ):
-        experts = {expert for expert in row_K if expert < trace.card.n_experts}
-        if executed and experts:
-            found.setdefault(request, []).append(experts)
-    return list(found.values())
+        if not executed:
+            continue
+        if before != (request, position - 1):
+            runs.append([])
+        before = request, position
+        if experts := {expert for expert in row_K if expert < trace.card.n_experts}:
+            runs[-1].append(experts)
+    return [run for run in runs if run]
 
 
 def slow_working_set(rows: list[list[set[int]]], window: int) -> list[int]:
     return [
-        len(set().union(*request[start : start + window]))
-        for request in rows
-        for start in range(len(request) - window + 1)
+        len(set().union(*run[start : start + window]))
+        for run in rows
+        for start in range(len(run) - window + 1)
     ]
+
+
+def missed(uses: int, tokens: int, window: int) -> float:
+    """Chance that so many different tokens, picked at random, all miss an expert."""
+    return math.comb(tokens - uses, window) / math.comb(tokens, window)
 
 
 def slow_gaps(rows: list[list[set[int]]]) -> dict[int, list[int]]:
     gaps: dict[int, list[int]] = {}
-    for request in rows:
+    for run in rows:
         last: dict[int, int] = {}
-        for now, experts in enumerate(request):
+        for now, experts in enumerate(run):
             for expert in experts:
                 if expert in last:
                     gaps.setdefault(expert, []).append(now - last[expert])
@@ -99,12 +114,12 @@ def test_working_sets_equal_sets(n_tokens: int, seed: int, top_k: int) -> None:
     table = working_sets(trace, WINDOWS)
     expected = []
     for layer in range(2):
-        rows = requests_of(trace, layer)
+        rows = runs_of(trace, layer)
         uses, tokens = Counter(e for r in rows for t in r for e in t), sum(map(len, rows))
         for window in WINDOWS:
             sizes = slow_working_set(rows, window)
             if sizes:
-                even = sum(1 - (1 - n / tokens) ** window for n in uses.values())
+                even = sum(1 - missed(n, tokens, window) for n in uses.values())
                 expected.append((layer + 1, window, len(sizes), sum(sizes) / len(sizes), even))
     assert len(table) == len(expected)
     for row, (layer, window, windows, mean, even) in zip(table.itertuples(), expected, strict=True):
@@ -122,6 +137,44 @@ def test_working_sets_of_independent_tokens() -> None:
     assert table.independent_experts.iloc[0] == pytest.approx(4, rel=1e-12)
     assert table.ratio.to_numpy() == pytest.approx(np.ones(6), abs=0.02)
     assert (np.diff(table.mean_experts) >= 0).all() and table.share.max() <= 1
+
+
+@pytest.mark.parametrize(("n_tokens", "n_experts", "top_k"), [(12, 64, 2), (40, 64, 2), (90, 9, 3)])
+def test_unrelated_tokens_of_a_short_trace(n_tokens: int, n_experts: int, top_k: int) -> None:
+    """Tokens that are unrelated, few of them: what they use and repeat is what unrelated tokens would."""
+    traces = [independent(n_tokens, n_experts, top_k, seed) for seed in range(150)]
+    sets = pd.concat([working_sets(trace, (4, 10)) for trace in traces])
+    means = sets.groupby("window")[["mean_experts", "independent_experts"]].mean()
+    assert means.mean_experts.to_numpy() == pytest.approx(means.independent_experts, rel=0.01)
+    repeats = []
+    for trace in traces:
+        rows = trace.ids_TLK[:, 0].tolist()
+        same = [len(set(a) & set(b)) for a, b in pairwise(rows)]
+        repeats.append(np.mean(same) / top_k - burstiness(trace).expected_repeat.iloc[0])
+    error = np.std(repeats) / math.sqrt(len(repeats))
+    assert abs(np.mean(repeats)) < 3.5 * error and error < 0.006
+
+
+def test_turns_are_not_one_text() -> None:
+    """Prompt and answer take turns of four rows: no window of an answer holds eight rows in a row."""
+    rng = np.random.default_rng(0)
+    ids_TLK = rng.integers(0, 16, (400, 1, 1))
+    turns = np.tile(np.repeat([PREFILL, DECODE], 4), 50)
+    trace = trace_of(card_of(1, 16, 1), ids_TLK, request_T=np.arange(400) // 80, phase_T=turns)
+    sets = by_phase(trace, lambda plan: WorkingSets(plan, (1, 2, 4, 5)))
+    found = {phase: list(table.windows) for phase, table in sets.items()}
+    half = [200, 150, 50]  # five rows in a row: never
+    assert found == {"all": [400, 395, 385, 380], "prefill": half, "decode": half}
+    gaps = by_phase(trace, Gaps)
+    assert all(table.mean_gap.iloc[0] < 3 for name, table in gaps.items() if name != "all")
+    assert gaps["all"].mean_gap.iloc[0] > 8
+
+
+def by_phase(trace: RoutingTrace, make: Any) -> dict[str, pd.DataFrame]:
+    plan = plan_of(trace)
+    counted: ByPhase[Any] = ByPhase(plan, lambda: make(plan))
+    accumulate(trace, plan, [counted])
+    return {phase: part.table() for phase, part in counted.parts.items()}
 
 
 def test_working_sets_of_repeating_tokens_are_small() -> None:
@@ -147,7 +200,7 @@ def test_gaps_equal_a_list_of_gaps(n_tokens: int, seed: int, top_k: int) -> None
     accumulate(trace, counted.plan, [counted])
     table, bins = counted.table(), counted.histogram()
     for layer in range(2):
-        rows = requests_of(trace, layer)
+        rows = runs_of(trace, layer)
         by_expert = slow_gaps(rows)
         gaps = [gap for each in by_expert.values() for gap in each]
         found = table[table.layer == layer + 1]
@@ -160,8 +213,10 @@ def test_gaps_equal_a_list_of_gaps(n_tokens: int, seed: int, top_k: int) -> None
                 expected, nan_ok=True
             )
             uses = Counter(e for r in rows for t in r for e in t)
-            shares = [n / sum(map(len, rows)) for n in uses.values()]
-            assert row.expected_repeat == pytest.approx(sum(f * f for f in shares) / sum(shares))
+            others = sum(map(len, rows)) - 1
+            pairs = sum(n * (n - 1) for n in uses.values())
+            repeat = pairs / others / sum(uses.values()) if others else math.nan
+            assert row.expected_repeat == pytest.approx(repeat, nan_ok=True)
         binned = Counter(gap.bit_length() - 1 for gap in gaps)
         here = bins[bins.layer == layer + 1]
         assert list(here.gap_from) == [1 << b for b in sorted(binned)]
@@ -250,6 +305,32 @@ def test_without_drift_slices_differ_as_much_as_the_control(top_k: int) -> None:
     table = pd.concat(frames)
     ratio = table.divergence.mean() / table.divergence_even.mean()
     assert ratio == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_experts", "top_k"), [(32, 64, 6), (64, 64, 6), (32, 16, 1)]
+)
+def test_drift_of_a_short_trace_is_its_control(n_tokens: int, n_experts: int, top_k: int) -> None:
+    """Slices of one or two tokens without drift."""
+    frames = [drift(independent(n_tokens, n_experts, top_k, seed)) for seed in range(40)]
+    table = pd.concat(frames)
+    assert table.divergence.mean() == pytest.approx(table.divergence_even.mean(), rel=0.01)
+
+
+@pytest.mark.parametrize(("missing", "near"), [(0.0, 0.02), (0.3, 0.06)])
+def test_control_of_drift_is_the_mean_over_orders(missing: float, near: float) -> None:
+    """Exact where every token has k choices; the slices are unequal here."""
+    trace = drawn(60, 1, 12, 3, request_T=0, executed_T=True, missing=missing)
+    rng = np.random.default_rng(0)
+
+    def orders() -> Iterator[pd.DataFrame]:
+        for _ in range(300):
+            yield drift(trace_of(trace.card, trace.ids_TLK[rng.permutation(60)]), 7)
+
+    permuted = pd.concat(orders()).groupby("slice").divergence.mean()
+    assert drift(trace, 7).divergence_even.to_numpy() == pytest.approx(permuted, rel=0.08)
+    even = drift(trace, 7).divergence_even.mean()
+    assert even == pytest.approx(permuted.mean(), rel=near)
 
 
 def test_every_expert_every_time_cannot_drift() -> None:

@@ -10,7 +10,8 @@ from analysis.routing.statistics import Usage
 from analysis.routing.transitions import Transitions
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
-from prefetch.trace.routing import RoutingTrace
+from prefetch.trace.card import plain_card
+from prefetch.trace.routing import RoutingTrace, trace_of
 
 
 def scored(
@@ -155,3 +156,34 @@ def test_recall_rises_with_the_width_to_one():
 def test_a_part_that_is_empty_is_said():
     with pytest.raises(MissingData, match="empty"):
         recall_from_counts(odd_traces()["one token"])
+
+
+def test_all_predictors_are_scored_on_the_same_rows_with_their_own_interval() -> None:
+    """Where the first layer did not run, nothing is known: such rows count for nobody, in no interval."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 4, 2400)
+    ids = np.stack([first, (first + 1) % 4, (first + 2) % 4], axis=1)[:, :, None]
+    ids[::2, 0] = -1
+    card = plain_card("holes", n_experts=4, top_k=1, layer_numbers=(0, 1, 2))
+    trace = trace_of(card, ids, request_T=np.arange(2400) // 40)
+    found = scored(trace, (1, 2))
+    plan = found.plan
+    rows = found.summary().set_index(["horizon", "predictor"])
+    markov = rows.loc[(1, "markov")]
+    assert markov.recall_at_k == 1 and (markov.low, markov.high) == (1, 1)
+    popular = rows.loc[(2, "popularity")]
+    tested = np.isin(trace.request_T, plan.split.test_requests) & (ids[:, 0, 0] >= 0)
+    trained = ~np.isin(trace.request_T, plan.split.test_requests)
+    best = np.bincount(ids[trained, 2, 0], minlength=4).argmax()
+    assert popular.recall_at_k == (ids[tested, 2, 0] == best).mean()
+    assert popular.low <= popular.recall_at_k <= popular.high
+
+
+def test_two_stacks_have_no_pair_between_them() -> None:
+    found = scored(odd_traces()["two stacks"], (1, 2))
+    table = found.table()
+    assert set(zip(table["stack"], table.layer, table.later_layer, strict=True)) == {
+        ("encoder", 0, 1),
+        ("decoder", 0, 1),
+    }
+    assert not found.summary().query("horizon > 1").recall_at_k.notna().any()

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from routing_traces import chain, odd_traces, random_trace, real_trace
 
-from analysis.routing.batch import accumulate, plan_of
+from analysis.routing.batch import accumulate, batches, plan_of
 from analysis.routing.pairs import control, count_pairs, information, shuffled
 from analysis.routing.transitions import NextTokens, Transitions, next_tokens, transitions
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
+from prefetch.trace.card import plain_card
+from prefetch.trace.routing import DECODE, PREFILL, RoutingTrace, trace_of
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.dirichlet(np.full(32, 0.2), size=32)
@@ -44,6 +46,126 @@ def test_the_correction_matters_at_a_thousand_tokens():
     shuffled_plain = np.mean([row.mutual_information_shuffled_plugin_bits for row in tables])
     shuffled_corrected = np.mean([row.mutual_information_shuffled_bits for row in tables])
     assert shuffled_plain > 0.4 and abs(shuffled_corrected) < 0.25 * shuffled_plain
+
+
+def uniform(n_experts: int, top_k: int, n_tokens: int, seed: int = 0, n_layers: int = 2):
+    """Every token takes any set of experts, whatever was taken elsewhere."""
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((n_tokens, n_layers, n_experts)), axis=2)[:, :, :top_k]
+    card = plain_card("u", n_experts=n_experts, top_k=top_k, layer_numbers=tuple(range(n_layers)))
+    return card, ids
+
+
+@pytest.mark.parametrize(
+    ("n_experts", "top_k", "n_tokens"), [(256, 1, 2000), (128, 8, 200), (64, 6, 100), (32, 4, 30)]
+)
+def test_what_tells_nothing_leaves_everything_open_however_few_tokens(n_experts, top_k, n_tokens):
+    card, ids = uniform(n_experts, top_k, n_tokens)
+    row = transitions(trace_of(card, ids, request_T=np.arange(n_tokens) // 50), (1,)).iloc[0]
+    assert row.conditional_entropy_bits == pytest.approx(np.log2(n_experts), abs=0.15)
+    assert row.conditional_entropy_bits <= row.entropy_bits
+    assert row.conditional_entropy_plugin_bits < row.conditional_entropy_bits
+    beyond = row.mutual_information_bits - row.mutual_information_shuffled_bits
+    assert row.conditional_entropy_bits == max(0, min(row.entropy_bits, row.entropy_bits - beyond))
+
+
+def test_one_token_tells_no_entropy_of_others():
+    row = transitions(random_trace(n_requests=1, tokens=1), (1,)).iloc[0]
+    told = [name for name in row.index if name.endswith("_bits") and "plugin" not in name]
+    assert len(told) == 5 and row[told[:4]].isna().all()
+
+
+def test_unrelated_tokens_are_expected_to_repeat_as_often_as_they_do():
+    tables = []
+    for seed in range(40):
+        card, ids = uniform(64, 2, 40, seed, n_layers=4)
+        tables.append(next_tokens(trace_of(card, ids, request_T=0)).expected_repeat.mean())
+    assert np.mean(tables) == pytest.approx(2 / 64, abs=4 * np.std(tables) / np.sqrt(40))
+
+
+def test_a_row_without_a_first_choice_still_has_its_others():
+    card, ids = uniform(8, 2, 200)
+    ids[::3, :, 0] = -1
+    ids[::10] = -1
+    table = next_tokens(trace_of(card, ids, request_T=0))
+    for layer in range(2):
+        rows = [[e for e in row if e >= 0] for row in ids[:, layer].tolist()]
+        steps = [(a, b) for a, b in itertools.pairwise(rows) if a and b]
+        shared = sum(len(set(a) & set(b)) for a, b in steps)
+        assert table.tokens[layer] == len(steps)
+        assert table.repeat_rate[layer] == pytest.approx(shared / sum(len(b) for _, b in steps))
+        changed = np.mean([a[0] != b[0] for a, b in steps])
+        assert table.transition_rate[layer] == pytest.approx(changed)
+        assert table.persistence[layer] == pytest.approx(1 - changed)
+
+
+def ragged(seed: int = 0) -> RoutingTrace:
+    """Requests of 1 to 30 rows with prompts of any length, one of them repeated, and holes."""
+    rng = np.random.default_rng(seed)
+    rows_R = rng.integers(1, 31, 25)
+    rows_R[7] = rows_R[3] = 12
+    card, ids = uniform(6, 2, rows_R.sum(), seed, n_layers=3)
+    ids[rng.random(ids.shape) < 0.1] = -1
+    request_T = np.repeat(np.arange(25), rows_R)
+    ids[request_T == 7] = ids[request_T == 3]
+    prompt_R = rng.integers(0, rows_R + 1)
+    place_T = np.concatenate([np.arange(n) for n in rows_R])
+    phase_T = np.where(place_T < prompt_R[request_T], PREFILL, DECODE)
+    phase_T[request_T == 7] = phase_T[request_T == 3]
+    return trace_of(card, ids, request_T=request_T, phase_T=phase_T)
+
+
+def shifted_by_hand(trace: RoutingTrace, phase: int, layer: int) -> np.ndarray:
+    joint = np.zeros((6, 6), int)
+    groups = [trace.ids_TLK[(trace.request_T == r) & (trace.phase_T == phase)] for r in range(25)]
+    groups = [rows for r, rows in enumerate(groups) if len(rows) and r != 7]
+    for here, there in zip(groups, groups[1:] + groups[:1], strict=True):
+        for i, row in enumerate(here):
+            later = there[(i + len(there) // 2) % len(there)]
+            joint += joint_by_hand(row[None, layer], later[None, layer + 1], 6)
+    return joint
+
+
+def test_the_shifted_control_pairs_each_request_with_the_next_from_its_middle_on():
+    trace = ragged()
+    plan = plan_of(trace)
+    assert plan.split.duplicate_requests.tolist() == [7]
+    parts = list(batches(trace, plan, max_rows=1))
+    whole = Transitions(plan, (1, 2))
+    accumulate(trace, plan, [whole])
+    table = whole.table()
+    assert table[table.horizon == 2].mutual_information_shifted_bits.isna().all()
+    for n_first in (1, 12, len(parts) - 1):
+        halves = Transitions(plan, (1, 2)), Transitions(plan, (1, 2)), Transitions(plan, (1, 2))
+        for i, part in enumerate(parts):
+            halves[i >= n_first].add(part)
+        halves[2].merge(halves[0])
+        halves[2].merge(halves[1])
+        assert halves[2].table().equals(table)
+    for layer in range(2):
+        prompt, answer = (shifted_by_hand(trace, phase, layer) for phase in (PREFILL, DECODE))
+        wanted = {"prefill": prompt, "decode": answer, "all": prompt + answer}
+        for phase, joint in wanted.items():
+            assert (whole.shifted.closed(phase)[0][layer] == joint).all()
+    assert table[table.horizon == 1].mutual_information_shifted_bits.notna().all()
+
+
+def test_runs_of_like_tokens_feign_information_and_the_shifted_control_finds_it_too():
+    """Independent layers whose tokens repeat the set of the one before; a permutation sees nothing of it."""
+    card, ids = uniform(16, 3, 4000, n_layers=6)
+    keeps_TL = np.random.default_rng(1).random((4000, 6)) < 0.95
+    keeps_TL[::400] = False
+    source_TL = np.where(keeps_TL, 0, np.arange(4000)[:, None])
+    ids = ids[np.maximum.accumulate(source_TL, axis=0), np.arange(6)]
+    table = transitions(trace_of(card, ids, request_T=np.arange(4000) // 400), (1,))
+    found, shifted = table.mutual_information_bits, table.mutual_information_shifted_bits
+    assert found.mean() > 0.05 and table.mutual_information_shuffled_bits.abs().max() < 0.005
+    assert shifted.mean() == pytest.approx(found.mean(), rel=0.25)
+
+
+def test_the_shifted_control_finds_nothing_where_tokens_are_independent():
+    table = transitions(chain(20_000, MATRIX), (1,))
+    assert abs(table.mutual_information_shifted_bits.iloc[0]) < 0.005
 
 
 def joint_by_hand(here: np.ndarray, there: np.ndarray, n_experts: int) -> np.ndarray:
@@ -155,8 +277,6 @@ def test_merged_halves_are_the_whole():
     trace = random_trace(4)
     plan = plan_of(trace)
     whole, one, two = (Transitions(plan, (1,)) for _ in range(3))
-    from analysis.routing.batch import batches
-
     parts = list(batches(trace, plan, max_rows=600))
     assert len(parts) == 2
     for part, accumulator in zip(parts, (one, two), strict=True):
