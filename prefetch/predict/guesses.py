@@ -94,7 +94,7 @@ def write_guesses(
         horizons=predictor.horizons,
         causality="cheats" if cheats(predictor) else "decode",
         score=predictor.score,
-        requests=tuple(part.requests.tolist()),
+        requests=tuple(part.asked().tolist()),
         fitted_requests=fitted,
         parameter_bytes=n_bytes,
         event_us=event_us,

@@ -5,6 +5,7 @@ B tokens of a batch, L layers, E experts, K choices, N hidden units, C contexts.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from prefetch.predict.history import Weights
+
+LEAST_CHANCE = 0.01  # under this a memory says no
 
 
 class HistoryNet(nn.Module):
@@ -52,6 +55,10 @@ class HistoryNet(nn.Module):
 
     def forward(self, used_BLE: Tensor, context_BCLE: Tensor) -> Tensor:
         """Logits [B, L, E]; `used` is this token's routing, of which layer l sees what lies `horizon` above."""
+        return self.answer(*self.told_by_history(used_BLE, context_BCLE))
+
+    def told_by_history(self, used_BLE: Tensor, context_BCLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden units before the norm [L, B, N], and what goes straight to the logits [L, B, E]."""
         used_LBE = used_BLE.transpose(0, 1)
         nothing = torch.zeros_like(used_LBE[: self.horizon])
         nearest_LBE = torch.cat([nothing, used_LBE[: -self.horizon]])
@@ -65,6 +72,9 @@ class HistoryNet(nn.Module):
             everywhere_LBN = torch.bmm(context_LBE, self.context_CLEN[c])
             x_LBN = x_LBN + everywhere_LBN.sum(0) + torch.bmm(context_LBE, self.own_CLEN[c])
             logits_LBE = logits_LBE + torch.bmm(context_LBE, self.own_skip_CLEE[c])
+        return x_LBN, logits_LBE
+
+    def answer(self, x_LBN: Tensor, logits_LBE: Tensor) -> Tensor:
         x_LBN = self.dropout(F.relu(self.norm(x_LBN)))
         x_LBN = x_LBN + self.outer(F.relu(self.inner(x_LBN)))
         return (logits_LBE + torch.bmm(x_LBN, self.out_LNE)).transpose(0, 1)
@@ -94,41 +104,75 @@ class HistoryNet(nn.Module):
         )
 
 
-class Rows(Dataset[Any]):
-    """Batches of (routing, contexts), spread over the experts only when they are asked for."""
+class MemoryNet(HistoryNet):
+    """The same, told what route memory says: as inputs, and straight to the logits with a weight of its own.
+
+    How much a memory's word counts depends on the layer and on how alike the most alike tokens are.
+    """
 
     def __init__(
-        self, ids_TLK: NDArray[Any], context_TCLE: NDArray[np.float16], rows: NDArray[np.int64]
-    ) -> None:
+        self, chance_LE: Tensor, n_contexts: int, hidden: int, horizon: int, dropout: float, n_told: int
+    ) -> None:  # fmt: skip
+        super().__init__(chance_LE, n_contexts, hidden, horizon, dropout)
+        n_layers, n_experts = chance_LE.shape
+        self.told_LGN = nn.Parameter(torch.randn(n_layers, 2 * n_told * n_experts, hidden) * 0.02)
+        self.sure_L2N = nn.Parameter(torch.randn(n_layers, 2, hidden) * 0.1)
+        trust_LG = torch.zeros(n_layers, 2 * n_told)
+        trust_LG[:, n_told:] = 1 / n_told  # of the logarithms: at first their mean
+        self.trust_LG = nn.Parameter(trust_LG)
+        self.trust_by_sure_LG2 = nn.Parameter(torch.zeros(n_layers, 2 * n_told, 2))
+        self.told_skip_LGE = nn.Parameter(torch.zeros(n_layers, n_told * n_experts, n_experts))
+
+    def forward(  # type: ignore[override]  # it is told more
+        self, used_BLE: Tensor, context_BCLE: Tensor, told_BLFE: Tensor, sure_BL2: Tensor
+    ) -> Tensor:
+        x_LBN, logits_LBE = self.told_by_history(used_BLE, context_BCLE)
+        told_LBFE, sure_LB2 = told_BLFE.transpose(0, 1), sure_BL2.transpose(0, 1)
+        logs_LBFE = torch.log(told_LBFE + LEAST_CHANCE) - 0.5 * math.log(LEAST_CHANCE)
+        both_LBGE = torch.cat([told_LBFE, logs_LBFE], dim=2)
+        x_LBN = x_LBN + torch.bmm(both_LBGE.flatten(2), self.told_LGN)
+        x_LBN = x_LBN + torch.bmm(sure_LB2, self.sure_L2N)
+        trust_LBG = self.trust_LG[:, None] + torch.einsum(
+            "lbs,lgs->lbg", sure_LB2, self.trust_by_sure_LG2
+        )
+        logits_LBE = logits_LBE + torch.einsum("lbge,lbg->lbe", both_LBGE, trust_LBG)
+        logits_LBE = logits_LBE + torch.bmm(told_LBFE.flatten(2), self.told_skip_LGE)
+        return self.answer(x_LBN, logits_LBE)
+
+
+class Rows(Dataset[Any]):
+    """Batches of (routing, contexts, ...), spread over the experts only when they are asked for."""
+
+    def __init__(
+        self, ids_TLK: NDArray[Any], context_TCLE: NDArray[np.float16], rows: NDArray[np.int64], *others: NDArray[Any]
+    ) -> None:  # fmt: skip
         self.rows, self.n_experts = rows, context_TCLE.shape[3]
-        self.ids_TLK = torch.from_numpy(
-            np.minimum(ids_TLK, self.n_experts).astype(np.int64)
-        )  # nobody is the last
-        self.context_TCLE = torch.from_numpy(context_TCLE)
+        ids = np.minimum(ids_TLK, self.n_experts).astype(np.int64)  # nobody is the last
+        self.ids_TLK, self.others = torch.from_numpy(ids), [torch.from_numpy(context_TCLE)]
+        self.others += [torch.from_numpy(other) for other in others]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, chosen: list[int]) -> tuple[Tensor, ...]:
         t = torch.from_numpy(self.rows[chosen])
         used = torch.zeros(len(t), self.ids_TLK.shape[1], self.n_experts + 1)
-        return used.scatter_(2, self.ids_TLK[t], 1.0)[:, :, :-1], self.context_TCLE[t].float()
+        used = used.scatter_(2, self.ids_TLK[t], 1.0)[:, :, :-1]
+        return used, *(other[t].float() for other in self.others)
 
 
 def loss(net: nn.Module, batch: Any) -> Tensor:
     """Binary cross-entropy over experts, so that a score is a chance; per choice, not per expert."""
-    used_BLE, context_BCLE = batch
-    total = F.binary_cross_entropy_with_logits(
-        net(used_BLE, context_BCLE), used_BLE, reduction="sum"
-    )
+    used_BLE = batch[0]
+    total = F.binary_cross_entropy_with_logits(net(*batch), used_BLE, reduction="sum")
     return total / used_BLE.sum().clamp(min=1)
 
 
 def right(net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Choices among as many guesses, from the horizon on."""
-    used_BLE, context_BCLE = batch
+    used_BLE = batch[0]
     horizon = int(net.horizon)  # type: ignore[arg-type]
     used = used_BLE[:, horizon:]
     width = int(used.sum(dim=2).max())
-    best = net(used_BLE, context_BCLE)[:, horizon:].topk(width, dim=2).indices
+    best = net(*batch)[:, horizon:].topk(width, dim=2).indices
     return used.gather(2, best).sum().long(), used.sum().long()

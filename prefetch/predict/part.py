@@ -81,8 +81,18 @@ class Part:
             if not wanted_T.all():
                 row_T, block = row_T[wanted_T], block.rows(wanted_T)
             counted_T = row_T >= self.first
+            if not counted_T.all():  # of requests that end before the part begins nothing is asked
+                kept_T = np.isin(block.request_T, block.request_T[counted_T])
+                block, counted_T = block.rows(kept_T), counted_T[kept_T]
             if counted_T.any():
                 yield block, counted_T
+
+    def asked(self) -> NDArray[np.int64]:
+        """The requests that have rows in this part."""
+        if self.first == 0 and self.stop is None:
+            return self.requests
+        found = [np.unique(block.request_T) for block, _ in self.blocks()]
+        return np.unique(np.concatenate(found)).astype(np.int64) if found else self.requests[:0]
 
     def lessons(self, horizon: int, *columns: str, max_rows: int = PART_ROWS) -> Iterator[Lesson]:
         for block, counted_T in self.blocks(*columns, max_rows=max_rows):

@@ -27,6 +27,7 @@ from prefetch.trace.routing import no_expert
 SHARPNESS = (0.4, 0.8, 1.6)  # tried in each memory
 WEIGHTS = (0.25, 1.0, 4.0)  # of the training requests, tried beside 1 for the same request
 TUNING_TOKENS, TUNING_BLOCK = 800, 128  # of the validation requests: enough to tell mixtures apart
+SHARP_INSIDE, SHARP_OUTSIDE = (1.5, 0.5), (1.5, 0.4)  # of what a network is told
 STRIDE = 128  # remembered tokens that are looked at together
 PRIOR = 1e-3  # of popularity in every guess: it breaks ties, and guesses where nothing is known
 
@@ -100,9 +101,46 @@ class RouteMemory:
     def fit(self, train: Part, validation: Part) -> Self:
         """Remembers whole training requests, drawn by the seed; tunes how sharply each memory answers."""
         self.chance_LE_ = chance_of_use(*use_of(train))
-        self.ids_MLK_, self.goes_on_M_ = _remembered(train, self.memory_tokens, self.seed)
+        self.remember(train)
         self.mix_H3_ = np.array([self._tuned(validation, horizon) for horizon in self.horizons])
         return self
+
+    def remember(self, train: Part) -> None:
+        self.ids_MLK_, self.request_M_ = _remembered(train, self.memory_tokens, self.seed)
+        self.goes_on_M_ = np.diff(self.request_M_, prepend=-1) == 0
+
+    def told(
+        self, past: Past, *, is_remembered: bool
+    ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        """For a network: [T, L, F, E] what both memories say, [T, L, 2] how alike the most alike tokens are.
+
+        Requests that are remembered (those that the network learns from) are not asked about themselves.
+        """
+        n_told = len(SHARP_INSIDE) + len(SHARP_OUTSIDE)
+        told_TLFE = np.zeros((*past.shape[:2], n_told, past.shape[2]), np.float16)
+        sure_TL2, here_TLK = np.zeros((*past.shape[:2], 2), np.float32), past.here()
+        memory, running, how = (
+            self.memory(),
+            self.running(past.card.top_k),
+            self.mixed((1.0, 1.0, 1.0)),
+        )
+        stops = [*past.starts_R[1:].tolist(), past.n_tokens]
+        for first, stop in zip(past.starts_R.tolist(), stops, strict=True):
+            own_first, own_stop = 0, 0
+            if (
+                is_remembered
+                and (own := np.flatnonzero(self.request_M_ == past.request_T[first])).size
+            ):
+                own_first, own_stop = int(own[0]), int(own[-1]) + 1
+            told = np.zeros(
+                (stop - first, *told_TLFE.shape[1:]), np.float32
+            )  # numba has no float16
+            replay_told(
+                past.earlier(stop - 1), here_TLK[first:stop], past.horizon, own_first, own_stop, past.nobody,
+                memory, running, how, told, sure_TL2[first:stop],
+            )  # fmt: skip
+            told_TLFE[first:stop] = told
+        return told_TLFE, sure_TL2
 
     def _tuned(self, validation: Part, horizon: int) -> tuple[float, float, float]:
         """(sharpness inside, sharpness outside, weight of outside) with the best recall, one after the other."""
@@ -200,25 +238,25 @@ class RouteMemoryOnline:
         return self._out_E
 
 
-def _remembered(train: Part, most: int, seed: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _remembered(train: Part, most: int, seed: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Whole training requests in an order drawn by the seed, until there are enough tokens; kept in trace order."""
     lengths: dict[int, int] = {}
     for block, counted_T in train.blocks():
-        requests, counts = np.unique(block.request_T[counted_T], return_counts=True)
-        lengths |= dict(zip(requests.tolist(), counts.tolist(), strict=True))
+        found, counts = np.unique(block.request_T[counted_T], return_counts=True)
+        lengths |= dict(zip(found.tolist(), counts.tolist(), strict=True))
     chosen, total = set(), 0
     for request in np.random.default_rng(seed).permutation(sorted(lengths)).tolist():
         if total >= most:
             break
         chosen.add(request)
         total += lengths[request]
-    ids, goes_on = [], []
+    ids: list[NDArray[Any]] = []
+    requests: list[NDArray[np.int64]] = []
     for block, counted_T in train.blocks():
         kept_T = counted_T & np.isin(block.request_T, sorted(chosen))
         ids.append(block.ids_TLK[kept_T])
-        goes_on.append(np.diff(block.request_T[kept_T], prepend=-1) == 0)
-    ids_MLK = np.concatenate(ids)[:most]
-    return ids_MLK, np.concatenate(goes_on)[:most]
+        requests.append(block.request_T[kept_T].astype(np.int64))
+    return np.concatenate(ids)[:most], np.concatenate(requests)[:most]
 
 
 @njit(cache=True, nogil=True)
@@ -342,23 +380,29 @@ def _guess(layer, nobody, memory, running, how, chance_LE, out_E):  # type: igno
     for expert in range(len(out_E)):
         out_E[expert] = PRIOR * chance_LE[layer, expert]
     total = PRIOR
-    n = min(running.known[1], len(running.alike_S))
-    if n > 0:
-        most = running.alike_S[:n].max()
-        sharp, weights = np.float32(how.inside * scale), 0.0
-        for s in range(n):
-            running.weight_S[s] = np.exp(sharp * (running.alike_S[s] - most))
-            weights += running.weight_S[s]
-        for s in range(n):
-            weight = running.weight_S[s] / weights
-            if weight > 1e-5:
-                _vote(running.ids_SLK[s, layer], weight, nobody, out_E)
+    if running.known[1] > 0:
+        _ask_request(layer, nobody, running, np.float32(how.inside * scale), out_E)
         total += 1.0
     if len(running.alike_M) > 0 and how.weight > 0:
+        near, who = _nearest(running.alike_M, how.nearest, 0, 0)
+        _ask(layer, nobody, memory, near, who, how.outside * scale, how.weight, out_E)
         total += how.weight
-        _ask_nearest(layer, nobody, memory, running, how, how.outside * scale, out_E)
     for expert in range(len(out_E)):
         out_E[expert] /= total
+
+
+@njit(cache=True, nogil=True)
+def _ask_request(layer, nobody, running, sharp, out_E):  # type: ignore[no-untyped-def]
+    """All earlier tokens of the request, the most alike with the most weight; weights sum to one."""
+    n = min(running.known[1], len(running.alike_S))
+    most, weights = running.alike_S[:n].max(), 0.0
+    for s in range(n):
+        running.weight_S[s] = np.exp(sharp * (running.alike_S[s] - most))
+        weights += running.weight_S[s]
+    for s in range(n):
+        weight = running.weight_S[s] / weights
+        if weight > 1e-5:
+            _vote(running.ids_SLK[s, layer], weight, nobody, out_E)
 
 
 @njit(cache=True, nogil=True)
@@ -378,17 +422,21 @@ def _peak(alike_M, first, stop):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _ask_nearest(layer, nobody, memory, running, how, sharp, out_E):  # type: ignore[no-untyped-def]
-    """The most alike training tokens, found in one walk; the least alike of them is what has to be beaten."""
-    most = min(how.nearest, len(running.alike_M))
+def _nearest(alike_M, most, own_first, own_stop):  # type: ignore[no-untyped-def]
+    """The most alike training tokens, found in one walk; the least alike of them is what has to be beaten.
+
+    Those from `own_first` up to `own_stop` are not asked: a token must not remember its own request.
+    """
     near, who = np.empty(most, np.float32), np.empty(most, np.int64)
     found, least = 0, 0
-    for first in range(0, len(running.alike_M), STRIDE):
-        stop = min(first + STRIDE, len(running.alike_M))
-        if found == most and _peak(running.alike_M, first, stop) <= near[least]:
+    for first in range(0, len(alike_M), STRIDE):
+        stop = min(first + STRIDE, len(alike_M))
+        if found == most and _peak(alike_M, first, stop) <= near[least]:
             continue
         for m in range(first, stop):
-            alike = running.alike_M[m]
+            if own_first <= m < own_stop:
+                continue
+            alike = alike_M[m]
             if found < most:
                 near[found], who[found] = alike, m
                 found += 1
@@ -397,9 +445,64 @@ def _ask_nearest(layer, nobody, memory, running, how, sharp, out_E):  # type: ig
             elif alike > near[least]:
                 near[least], who[least] = alike, m
                 least = np.argmin(near)
+    return near[:found], who[:found]
+
+
+@njit(cache=True, nogil=True)
+def _ask(layer, nobody, memory, near, who, sharp, share, out_E):  # type: ignore[no-untyped-def]
+    """Their votes, the most alike with the most weight; weights sum to `share`."""
+    if len(near) == 0:
+        return
     best, weights = near.max(), 0.0
-    for i in range(most):
-        near[i] = np.exp(sharp * (near[i] - best))
-        weights += near[i]
-    for i in range(most):
-        _vote(memory.ids_MLK[who[i], layer], how.weight * near[i] / weights, nobody, out_E)
+    for i in range(len(near)):
+        weights += np.exp(sharp * (near[i] - best))
+    for i in range(len(near)):
+        weight = share * np.exp(sharp * (near[i] - best)) / weights
+        _vote(memory.ids_MLK[who[i], layer], weight, nobody, out_E)
+
+
+@njit(cache=True, nogil=True)
+def _tell(layer, own_first, own_stop, nobody, memory, running, how, told_FE, sure_2):  # type: ignore[no-untyped-def]
+    """What each memory says at each sharpness, and how alike the most alike are: for a network to weigh."""
+    scale = how.decay ** max(0, running.known[0] - 1)
+    told_FE[:] = 0
+    sure_2[:] = 0
+    if running.known[1] > 0:
+        n = min(running.known[1], len(running.alike_S))
+        sure_2[0] = scale * running.alike_S[:n].max()
+        for f in range(len(SHARP_INSIDE)):
+            _ask_request(layer, nobody, running, np.float32(SHARP_INSIDE[f] * scale), told_FE[f])
+    near, who = _nearest(running.alike_M, how.nearest, own_first, own_stop)
+    if len(near) > 0:
+        sure_2[1] = scale * near.max()
+        for f in range(len(SHARP_OUTSIDE)):
+            out_E = told_FE[len(SHARP_INSIDE) + f]
+            _ask(layer, nobody, memory, near, who, SHARP_OUTSIDE[f] * scale, 1.0, out_E)
+
+
+@njit(cache=True, nogil=True)
+def replay_told(ids_SLK, here_TLK, horizon, own_first, own_stop, nobody, memory, running, how, told_TLFE, sure_TL2):  # type: ignore[no-untyped-def]  # fmt: skip
+    """One request, as `_replay`, for a network."""
+    n_layers = here_TLK.shape[1]
+    told_FE = np.zeros(told_TLFE.shape[2:], np.float32)
+    _begin(running)
+    for t in range(here_TLK.shape[0]):
+        for layer in range(n_layers):
+            if layer >= horizon:
+                _observe(here_TLK[t, layer], layer - horizon, nobody, memory, running, how)
+            _tell(
+                layer,
+                own_first,
+                own_stop,
+                nobody,
+                memory,
+                running,
+                how,
+                told_FE,
+                sure_TL2[t, layer],
+            )
+            told_TLFE[t, layer] = told_FE
+        if t < len(ids_SLK):
+            for layer in range(max(0, n_layers - horizon), n_layers):
+                _observe(ids_SLK[t, layer], layer, nobody, memory, running, how)
+            _end(nobody, memory, running, how)

@@ -36,7 +36,16 @@ from prefetch.tracking import Outputs
 
 log = logging.getLogger(__name__)
 FAST = ("popularity", "previous_token", "markov")  # what every table shows
-LEARNED = ("linear", "hidden_mlp", "pre_attention", "mlp", "recurrent", "transformer", "encoder")
+LEARNED = (
+    "linear",
+    "hidden_mlp",
+    "pre_attention",
+    "mlp",
+    "memory_mlp",
+    "recurrent",
+    "transformer",
+    "encoder",
+)
 NO_BASELINES = ("none", "imported", "ensemble", *LEARNED)  # chosen by name, never run by the way
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_traces import random_trace
 
@@ -18,6 +18,7 @@ from prefetch.predict.part import whole
 from prefetch.trace.predictions import PredictionsReader
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 6))
 def test_ranked_is_a_stable_sort(seed: int, n_experts: int, width: int) -> None:
     rng = np.random.default_rng(seed)

@@ -53,11 +53,18 @@ def test_few_requests_are_split_in_time_and_know_what_was_before() -> None:
         for block, counted_T in part.blocks():
             seen[name] += block.position_T[counted_T].tolist()
             assert block.position_T[0] == 0
+        assert part.asked().tolist() == [0]
     assert seen == {
         "train": list(range(60)),
         "validation": list(range(60, 70)),
         "test": list(range(70, 100)),
     }
+
+
+def test_a_request_that_ends_before_the_test_begins_is_not_asked_about() -> None:
+    trace = random_trace(n_requests=3, tokens=20)
+    (fold,) = survey_of(trace).folds(0)
+    assert [part.asked().tolist() for part in parts_of(trace, fold)] == [[0, 1], [1, 2], [2]]
 
 
 def test_rows_that_never_ran_are_not_there() -> None:

@@ -22,6 +22,7 @@ SMALL = {  # settings that keep a fit short
     "hidden_mlp": {"hidden": 8, "epochs": 1},
     "pre_attention": {"hidden": 8, "epochs": 1},
     "mlp": {"hidden": 8, "epochs": 1},
+    "memory_mlp": {"hidden": 8, "epochs": 1},
     "recurrent": {"hidden": 8, "epochs": 1},
     "transformer": {"hidden": 8, "epochs": 1},
     "encoder": {"hidden": 8, "epochs": 1},
