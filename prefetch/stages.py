@@ -24,6 +24,7 @@ from prefetch.config import Config
 from prefetch.errors import ConfigError, PrefetchError
 
 log = logging.getLogger(__name__)
+SAY_AGAIN_S = 10  # longer than tidying up takes
 
 
 def run_stage(cfg: DictConfig) -> dict[str, float]:
@@ -111,7 +112,8 @@ def guarded(main: Callable[[], Any]) -> int:
         return 0
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
-    signal.signal(signal.SIGTERM, _interrupt)
+    for stop in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(stop, _interrupt)
     try:
         _refuse_words(sys.argv[1:])
         main()
@@ -122,13 +124,18 @@ def guarded(main: Callable[[], Any]) -> int:
             raise
         return _report(error)
     except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print("interrupted; what was finished is kept, run again to go on", file=sys.stderr)
         return 130
     return 0
 
 
 def _interrupt(*_: Any) -> None:
-    """What Slurm, `timeout` and `docker stop` send: ends like Ctrl-C, so that nothing half-made stays."""
+    """What Slurm, `timeout` and `docker stop` send: ends like Ctrl-C, so that nothing half-made stays.
+
+    Raised inside a callback of a library it is lost: so it is raised again until the run has ended.
+    """
+    signal.setitimer(signal.ITIMER_REAL, SAY_AGAIN_S)
     raise KeyboardInterrupt
 
 

@@ -109,6 +109,17 @@ def test_all_scores_against_torch(function, bias):
     assert table.chosen_differs_share.gt(0).all() == (bias > 0)
 
 
+def test_the_sigmoid_is_not_taken_twice():
+    """Scores that were recorded after it say the same as those before, but for what only logits tell."""
+    before = toy(score_function="sigmoid")
+    after_TLE = torch.from_numpy(before.scores_TLM.astype(float)).sigmoid().numpy()
+    after = router_statistics(replace(before, scores_TLM=after_TLE.astype(np.float16)))
+    table = router_statistics(before)
+    assert after.z_loss.isna().all() and table.z_loss.notna().all()
+    for name in ("confidence_mean", "entropy_bits_mean", "switch_loss", "topk_mass_mean"):
+        np.testing.assert_allclose(after[name], table[name], rtol=2e-3)
+
+
 def test_recorded_probabilities_are_not_taken_for_logits():
     trace = toy()
     p_TLE = torch.from_numpy(trace.scores_TLM.astype(float)).softmax(-1).numpy()
