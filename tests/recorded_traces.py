@@ -12,9 +12,21 @@ from routing_traces import random_trace
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import Predictor, restore, save, state_of
 from prefetch.trace.card import plain_card
+from prefetch.trace.parquet import TraceReader
+from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import RoutingTrace, trace_of
+from prefetch.trace.writer import TraceWriter
 
 INPUTS = ("gate_inputs_TLD", "pre_attention_TLD")
+SMALL = {  # settings that keep a fit short
+    "hidden_mlp": {"hidden": 8, "epochs": 1},
+    "pre_attention": {"hidden": 8, "epochs": 1},
+    "mlp": {"hidden": 8, "epochs": 1},
+    "memory_mlp": {"hidden": 8, "epochs": 1},
+    "recurrent": {"hidden": 8, "epochs": 1},
+    "transformer": {"hidden": 8, "epochs": 1},
+    "encoder": {"hidden": 8, "epochs": 1},
+}
 
 
 def recorded(seed: int = 0, n_requests: int = 12, tokens: int = 20, width: int = 6) -> RoutingTrace:
@@ -88,3 +100,31 @@ def check_causal(fitted: Predictor, trace: RoutingTrace, other: RoutingTrace) ->
             scores = fitted.scores(Past(dataclasses.replace(trace, **arrays), horizon))
             np.testing.assert_array_equal(scores[:row], plain[:row])
             np.testing.assert_array_equal(scores[row, : layer + 1], plain[row, : layer + 1])
+
+
+def full_trace(seed: int = 0, n_requests: int = 8, tokens: int = 10) -> RoutingTrace:
+    """Everything recorded that a predictor could ask for."""
+    rng = np.random.default_rng(seed)
+    n = n_requests * tokens
+    weights = rng.random((n, 4, 3))
+    return random_trace(
+        seed,
+        n_requests=n_requests,
+        tokens=tokens,
+        token_T=rng.integers(0, 9, n),
+        weights_TLK=weights / weights.sum(axis=2, keepdims=True),
+        gate_inputs_TLD=rng.normal(size=(n, 4, 6)).astype(np.float16),
+        pre_attention_TLD=rng.normal(size=(n, 4, 6)).astype(np.float16),
+    )
+
+
+def on_disk(trace: RoutingTrace, folder: Path, seed: int = 0) -> TraceReader:
+    """With routers of its layers beside it."""
+    folder.mkdir(exist_ok=True)
+    writer = TraceWriter(folder, Provenance("synthetic", "test"), max_dropped=0.5)
+    writer.begin(trace.card)
+    writer.append(trace)
+    rng = np.random.default_rng(seed)
+    writer.router_weights({n: rng.normal(size=(16, 6)).astype(np.float32) for n in range(4)})
+    writer.close()
+    return TraceReader(folder)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WARM_UP, LAST_SHARE = 0.05, 0.05  # of the steps; of the learning rate
 WEIGHT_DECAY = 0.01
-SCORE = "score"
+SCORE, LOSS = "score", "loss"
 
 
 class Learner(pl.LightningModule):
@@ -44,6 +44,7 @@ class Learner(pl.LightningModule):
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         loss = self._loss(self.net, batch)
+        self.log(LOSS, loss, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         if not torch.isfinite(loss):
             raise Diverged(
                 f"the loss is not a number in epoch {self.current_epoch + 1} of {self.settings.epochs}, at "
@@ -154,6 +155,23 @@ class Best(pl.Callback):
         self.weights = state["weights"]
 
 
+class Curve(pl.Callback):
+    """Loss and validation score of every epoch; part of a checkpoint, so that a resumed fit has all of it."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, learner: pl.LightningModule) -> None:
+        known = {n: float(v) for n, v in trainer.callback_metrics.items() if n in (SCORE, LOSS)}
+        self.rows.append({"epoch": trainer.current_epoch + 1, **known})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows[:] = state["rows"]
+
+
 class Resume(pl.Callback):
     """Writes where a fit stands after every epoch; a half-written file never looks whole."""
 
@@ -199,9 +217,10 @@ class Shown(pl.Callback):
 
 def watchers_of(
     settings: Training, path: Path | None, title: str, *, has_validation: bool
-) -> tuple[Best, list[pl.Callback]]:
-    """What watches a fit: its best weights; when to stop, where to go on, how far it is."""
-    others: list[pl.Callback] = [Shown(title)]
+) -> tuple[Best, Curve, list[pl.Callback]]:
+    """What watches a fit: its best weights, its curve; when to stop, where to go on, how far it is."""
+    curve = Curve()
+    others: list[pl.Callback] = [Shown(title), curve]
     stopping = None
     if has_validation:
         stopping = EarlyStopping(
@@ -210,7 +229,7 @@ def watchers_of(
         others.append(stopping)
     if path is not None:
         others.append(Resume(path, stopping))
-    return Best(), others
+    return Best(), curve, others
 
 
 def trainer_of(settings: Training, callbacks: list[pl.Callback], scratch: Path) -> pl.Trainer:

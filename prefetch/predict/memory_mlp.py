@@ -52,6 +52,7 @@ class MemoryMlp:
 
     def __post_init__(self) -> None:
         self.resume: Path | None = None  # where an interrupted fit left its checkpoints
+        self.curve: list[dict[str, float]] = []  # a row per epoch and horizon
         self.horizons = horizons_of(self.horizons)
         self._nets: dict[int, MemoryNet] = {}
         self._memory: RouteMemory | None = None
@@ -79,7 +80,17 @@ class MemoryMlp:
                 net = self._net(horizon)
             title = f"memory_mlp, {horizon} ahead"
             sets = _rows(told, sure_22), _rows(asked, sure_22)
-            train_net(net, *sets, loss=loss, score=right, settings=training_of(self), title=title)
+            curve: list[dict[str, float]] = []
+            train_net(
+                net,
+                *sets,
+                loss=loss,
+                score=right,
+                settings=training_of(self),
+                title=title,
+                curve=curve,
+            )
+            self.curve += [{"horizon": horizon, **row} for row in curve]
             sure_H22.append(sure_22)
             setattr(self, f"network_h{horizon}_", _flat(net))
         self.sure_H22_ = np.stack(sure_H22)

@@ -48,6 +48,7 @@ class Mlp:
 
     def __post_init__(self) -> None:
         self.resume: Path | None = None  # where an interrupted fit left its checkpoints
+        self.curve: list[dict[str, float]] = []  # a row per epoch and horizon
         self.horizons = horizons_of(self.horizons)
         if self.hidden < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(
@@ -70,6 +71,7 @@ class Mlp:
         from prefetch.predict.history_net import HistoryNet, Rows, loss, right
         from prefetch.predict.training import alone, train_net, training_of
 
+        curve: list[dict[str, float]] = []
         with alone(self.seed):
             chance_LE = torch.tensor(self.chance_LE_)
             net = HistoryNet(chance_LE, len(DECAYS), self.hidden, horizon, self.dropout)
@@ -81,7 +83,9 @@ class Mlp:
             score=right,
             settings=training_of(self),
             title=f"mlp, {horizon} ahead",
+            curve=curve,
         )
+        self.curve += [{"horizon": horizon, **row} for row in curve]
         return net.weights()
 
     def scores(self, past: Past) -> NDArray[np.float32]:

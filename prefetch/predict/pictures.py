@@ -35,6 +35,7 @@ def draw_all(tables: dict[str, pd.DataFrame], folder: Path, note: str, *, top_k:
         *recall_by_width(tables["by_width"], looks, folder, note, top_k=top_k),
         *recall_by_horizon(tables["predictors"], looks, folder, note),
         *reliability(tables["reliability"], looks, folder, note),
+        *learning_curve(tables["curve"], folder, f"{names[0]}. {note}"),
     ]
 
 
@@ -130,3 +131,26 @@ def reliability(table: pd.DataFrame, looks: dict[str, Key], folder: Path, note: 
     title = "Do scores say how often a guess is right?"
     said = f"Points of {ENOUGH_GUESSES} guesses and more. {note}"
     return draw(folder / "reliability", title, panels, columns=2, note=said, panel_size=WIDE)
+
+
+def learning_curve(table: pd.DataFrame, folder: Path, note: str) -> list[Path]:
+    """Loss and validation recall of every epoch, a line per horizon, from the lowest fold to the highest."""
+    if table.empty:
+        return []
+    panels = []
+    for column, title, y in (
+        ("loss", "Loss on the training rows", Axis("loss of a choice (nats)")),
+        ("score", "Recall on the validation rows", RECALL),
+    ):
+        lines = []
+        for (horizon, rows), colour in zip(table.groupby("horizon"), CATEGORIES, strict=False):
+            epochs = rows.groupby("epoch")[column]
+            below, above = epochs.min().to_numpy(), epochs.max().to_numpy()
+            mean, label = epochs.mean(), f"{horizon:g} ahead"
+            lines.append(
+                Line(mean.index.to_numpy(), mean.to_numpy(), label, colour, low=below, high=above)
+            )
+        panels.append(Lines(title, Axis("epoch", whole=True), y, lines))
+    title = "How the network learnt"
+    said = f"Lines: mean over folds; bands: from the lowest to the highest. {note}"
+    return draw(folder / "learning_curve", title, panels, columns=2, note=said, panel_size=WIDE)

@@ -62,7 +62,7 @@ def predictor_recipe(cfg: Config, fold: int = 0) -> Recipe:
             "fitted_requests": sorted({*part.train.tolist(), *part.validation.tolist()}),
             "parameter_bytes": parameter_bytes(predictor),
             "card": reader.card.to_json(),
-            "notes": list(getattr(predictor, "notes", ())),
+            "curve": getattr(predictor, "curve", []),
         }
         save(predictor, folder, about, seconds)
 

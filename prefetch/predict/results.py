@@ -47,6 +47,7 @@ class Scored:
     parameter_bytes: int
     fit_seconds: float  # of one fold, on average
     event_us: float | None
+    curve: tuple[dict[str, float], ...] = ()  # of a network: a row per fold, horizon and epoch
 
     @property
     def horizons(self) -> tuple[int, ...]:

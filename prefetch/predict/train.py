@@ -17,7 +17,7 @@ from prefetch.config import Config, choices
 from prefetch.errors import MissingData
 from prefetch.predict import results
 from prefetch.predict.measures import Counts, count
-from prefetch.predict.predictor import PROBABILITY, cheats
+from prefetch.predict.predictor import ABOUT, PROBABILITY, cheats
 from prefetch.predict.recipes import (
     asked_part,
     made,
@@ -85,6 +85,7 @@ def _score(cfg: Config, store: Store, tested: TraceReader, folds: int) -> Scored
     name, predictor = name_of(cfg), made(cfg)
     is_template_DP = None
     counts, seconds, n_bytes, event_us = list[Counts](), list[float](), 0, list[float]()
+    curve: list[dict[str, float]] = []
     for fold in range(folds):
         recipe = predictions_recipe(cfg, fold)
         predictions = store.make(recipe)
@@ -95,6 +96,8 @@ def _score(cfg: Config, store: Store, tested: TraceReader, folds: int) -> Scored
             is_template_DP = part.survey.template()
         counts.append(count(guesses, part, is_template_DP))
         seconds.append(json.loads((fitted.folder / "fit.json").read_text())["seconds"])
+        about = json.loads((fitted.folder / ABOUT).read_text())
+        curve += [{"fold": fold, **row} for row in about.get("curve", ())]
         n_bytes = guesses.card.parameter_bytes
         if guesses.card.event_us is not None:
             event_us.append(guesses.card.event_us)
@@ -108,6 +111,7 @@ def _score(cfg: Config, store: Store, tested: TraceReader, folds: int) -> Scored
         parameter_bytes=n_bytes,
         fit_seconds=sum(seconds) / len(seconds),
         event_us=sum(event_us) / len(event_us) if event_us else None,
+        curve=tuple(curve),
     )
 
 
@@ -126,6 +130,7 @@ def _write(
         "by_fold": results.by_fold(scored),
         "reliability": results.reliability(scored),
         "differences": results.differences(scored, cfg.seed),
+        "curve": pd.DataFrame(scored[0].curve),
     }
     for name, frame in tables.items():
         if len(frame):

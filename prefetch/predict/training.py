@@ -89,8 +89,11 @@ def train_net(
     score: Score,
     settings: Training,
     title: str = "training",
+    curve: list[dict[str, float]] | None = None,
 ) -> float | None:
     """Leaves the weights of the best epoch in `net`, on the CPU; returns its validation score.
+
+    `curve` gets a row per epoch: epoch, loss, score.
 
     A data set of batches has `__getitems__(row numbers) -> tensors` beside its length. Without validation rows the
     last epoch counts as the best one, and None comes back.
@@ -103,11 +106,13 @@ def train_net(
         loaders.pop()
     path = _checkpoint(net, loaders, settings)
     with alone(settings.seed), _quiet(), tempfile.TemporaryDirectory() as scratch:
-        best, others = watchers_of(settings, path, title, has_validation=len(loaders) > 1)
+        best, watched, others = watchers_of(settings, path, title, has_validation=len(loaders) > 1)
         trainer = trainer_of(settings, [best, *others], Path(scratch))
         _run(trainer, learner, loaders, path)
     learner.cpu()
     best.put_back(learner)
+    if curve is not None:
+        curve += watched.rows
     return float(learner.best_score) if len(loaders) > 1 else None
 
 

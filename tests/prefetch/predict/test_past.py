@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from recorded_traces import SMALL, full_trace, on_disk
 from routing_traces import random_trace
 
 from prefetch import config
@@ -14,53 +15,17 @@ from prefetch.predict.part import whole
 from prefetch.predict.past import Answered, Past
 from prefetch.predict.predictor import Predictor, cheats
 from prefetch.trace.parquet import TraceReader
-from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import RoutingTrace
-from prefetch.trace.writer import TraceWriter
 
-SMALL = {  # settings that keep a fit short
-    "hidden_mlp": {"hidden": 8, "epochs": 1},
-    "pre_attention": {"hidden": 8, "epochs": 1},
-    "mlp": {"hidden": 8, "epochs": 1},
-    "memory_mlp": {"hidden": 8, "epochs": 1},
-    "recurrent": {"hidden": 8, "epochs": 1},
-    "transformer": {"hidden": 8, "epochs": 1},
-    "encoder": {"hidden": 8, "epochs": 1},
-}
 NOT_BY_ITSELF = {"imported", "ensemble"}  # these need files, or others
 NAMES = [name for name in config.choices("predictor") if name not in NOT_BY_ITSELF]
-
-
-def full_trace(seed: int = 0, n_requests: int = 8, tokens: int = 10) -> RoutingTrace:
-    """Everything recorded that a predictor could ask for."""
-    rng = np.random.default_rng(seed)
-    n = n_requests * tokens
-    weights = rng.random((n, 4, 3))
-    return random_trace(
-        seed,
-        n_requests=n_requests,
-        tokens=tokens,
-        token_T=rng.integers(0, 9, n),
-        weights_TLK=weights / weights.sum(axis=2, keepdims=True),
-        gate_inputs_TLD=rng.normal(size=(n, 4, 6)).astype(np.float16),
-        pre_attention_TLD=rng.normal(size=(n, 4, 6)).astype(np.float16),
-    )
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[TraceReader, TraceReader]:
     """Two traces on disk, with the routers beside them: to learn from, and to tune on."""
-    readers = []
-    for seed in (0, 5):
-        folder, trace = tmp_path_factory.mktemp("trace"), full_trace(seed)
-        writer = TraceWriter(folder, Provenance("synthetic", "test"), max_dropped=0.5)
-        writer.begin(trace.card)
-        writer.append(trace)
-        rng = np.random.default_rng(seed)
-        writer.router_weights({n: rng.normal(size=(16, 6)).astype(np.float32) for n in range(4)})
-        writer.close()
-        readers.append(TraceReader(folder))
-    return readers[0], readers[1]
+    one, two = (tmp_path_factory.mktemp("trace") for _ in range(2))
+    return on_disk(full_trace(0), one, 0), on_disk(full_trace(5), two, 5)
 
 
 def built(name: str, horizons: list[int]) -> Predictor:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
+from recorded_traces import SMALL, full_trace, on_disk
 from routing_traces import random_trace
 
 from prefetch import config
@@ -218,6 +219,18 @@ def test_what_a_trace_lacks_is_refused_by_name(tmp_path: Path) -> None:
     assert "token_table" in left_out.predictor.tolist()
 
 
+@pytest.mark.parametrize("name", [n for n in config.choices("predictor") if n != "imported"])
+def test_every_predictor_runs_as_a_stage(name: str, tmp_path: Path) -> None:
+    trace = on_disk(full_trace(n_requests=12), tmp_path / "trace").folder
+    settings = [f"predictor.{key}={value}" for key, value in SMALL.get(name, {}).items()]
+    words = (f"trace={trace}", f"predictor={name}", "train.horizons=[1,2]", "train.folds=1")
+    metrics, folder, _ = trained(tmp_path, *words, "train.figures=false", *settings)
+    table = pd.read_parquet(folder / "predictors.parquet")
+    assert table.predictor[0] == name and {"recall_at_k", "markov_recall_at_k"} <= metrics.keys()
+    marked = set(table[table.predictor == name].mark)
+    assert marked == ({"cheats"} if "oracle" in name or name == "encoder" else {""})
+
+
 def test_one_request_is_split_in_time(tmp_path: Path) -> None:
     one = saved(random_trace(0, n_requests=1, tokens=200), tmp_path / "one")
     metrics, folder, store = trained(
@@ -252,7 +265,7 @@ def test_an_interrupted_fit_goes_on_and_ends_like_an_undisturbed_one(
 
     words = (*CHAIN, "predictor=mlp", "predictor.hidden=8", "predictor.epochs=4", "train.folds=1",
              "train.horizons=[1]", "train.baselines=none")  # fmt: skip
-    plain, _, _ = trained(tmp_path / "plain", *words)
+    plain, undisturbed, _ = trained(tmp_path / "plain", *words)
     epochs: list[int] = []
     original = learner.Learner.on_train_epoch_start
 
@@ -267,10 +280,13 @@ def test_an_interrupted_fit_goes_on_and_ends_like_an_undisturbed_one(
         trained(tmp_path / "other", *words)
     assert list((tmp_path / "other" / "store" / "predictor").glob(".*.unfinished/*"))
     shutil.copytree(tmp_path / "other", tmp_path / "third")
-    resumed, _, _ = trained(tmp_path / "other", *words)
+    resumed, again, _ = trained(tmp_path / "other", *words)
     assert epochs == [0, 1, 2, 2, 3]
     for name in ("recall_at_k", "recall_at_2k", "exact_match", "calibration_error"):
         assert resumed[name] == plain[name]
+    curve, expected = (pd.read_parquet(folder / "curve.parquet") for folder in (again, undisturbed))
+    assert curve.epoch.tolist() == [1, 2, 3, 4]
+    pd.testing.assert_frame_equal(curve, expected)
     assert not list((tmp_path / "other" / "store" / "predictor").glob(".*.unfinished"))
     store = Store(tmp_path / "third" / "store")
     assert len(drop_unfinished(store)) == 1 and not drop_unfinished(store)
