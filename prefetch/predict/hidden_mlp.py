@@ -34,6 +34,7 @@ class HiddenMlp:
     learning_rate: float = 0.01
     batch: int = 512
     patience: int = 3
+    most_tokens: int = 32_768  # of the training requests: an input is as wide as the model
     seed: int = 0
     accelerator: str = "auto"
     devices: int | str = 1
@@ -42,18 +43,27 @@ class HiddenMlp:
     def __post_init__(self) -> None:
         self.resume: Path | None = None  # a folder, where an interrupted fit goes on
         self.horizons = horizons_of(self.horizons)
-        if self.hidden < 1:
-            raise ConfigError(f"hidden: must be at least 1, got {self.hidden}")
+        for name in ("hidden", "most_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
         training_of(self)
 
     def fit(self, train: Part, validation: Part) -> Self:
         from prefetch.predict.nets import each_alone
 
         design = Design(
-            "gate_inputs", Past.gate_inputs, each_alone, self.hidden, False, "hidden_mlp"
+            column="gate_inputs",
+            source=Past.gate_inputs,
+            loss=each_alone,
+            units=self.hidden,
+            is_linear=False,
+            title="hidden_mlp",
         )
         self.popular_LE_ = popular_logits(train)
-        parts = train, validation
+        parts = (
+            train.some(self.most_tokens, self.seed),
+            validation.some(self.most_tokens, self.seed),
+        )
         learnt = fitted(design, parts, self.horizons, self.popular_LE_, training_of(self))
         self.inner_HLDM_, self.inner_bias_HLM_, self.outer_HLME_, self.outer_bias_HLE_ = learnt
         return self

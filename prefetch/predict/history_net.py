@@ -5,7 +5,6 @@ B tokens of a batch, L layers, E experts, K choices, N hidden units, C contexts.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from prefetch.predict.history import Weights
-
-LEAST_CHANCE = 0.01  # under this a memory says no
 
 
 class HistoryNet(nn.Module):
@@ -102,42 +99,6 @@ class HistoryNet(nn.Module):
             skip_LEE=plain(self.skip_LEE),
             own_skip_CLEE=plain(self.own_skip_CLEE),
         )
-
-
-class MemoryNet(HistoryNet):
-    """The same, told what route memory says: as inputs, and straight to the logits with a weight of its own.
-
-    How much a memory's word counts depends on the layer and on how alike the most alike tokens are.
-    """
-
-    def __init__(
-        self, chance_LE: Tensor, n_contexts: int, hidden: int, horizon: int, dropout: float, n_told: int
-    ) -> None:  # fmt: skip
-        super().__init__(chance_LE, n_contexts, hidden, horizon, dropout)
-        n_layers, n_experts = chance_LE.shape
-        self.told_LGN = nn.Parameter(torch.randn(n_layers, 2 * n_told * n_experts, hidden) * 0.02)
-        self.sure_L2N = nn.Parameter(torch.randn(n_layers, 2, hidden) * 0.1)
-        trust_LG = torch.zeros(n_layers, 2 * n_told)
-        trust_LG[:, n_told:] = 1 / n_told  # of the logarithms: at first their mean
-        self.trust_LG = nn.Parameter(trust_LG)
-        self.trust_by_sure_LG2 = nn.Parameter(torch.zeros(n_layers, 2 * n_told, 2))
-        self.told_skip_LGE = nn.Parameter(torch.zeros(n_layers, n_told * n_experts, n_experts))
-
-    def forward(  # type: ignore[override]  # it is told more
-        self, used_BLE: Tensor, context_BCLE: Tensor, told_BLFE: Tensor, sure_BL2: Tensor
-    ) -> Tensor:
-        x_LBN, logits_LBE = self.told_by_history(used_BLE, context_BCLE)
-        told_LBFE, sure_LB2 = told_BLFE.transpose(0, 1), sure_BL2.transpose(0, 1)
-        logs_LBFE = torch.log(told_LBFE + LEAST_CHANCE) - 0.5 * math.log(LEAST_CHANCE)
-        both_LBGE = torch.cat([told_LBFE, logs_LBFE], dim=2)
-        x_LBN = x_LBN + torch.bmm(both_LBGE.flatten(2), self.told_LGN)
-        x_LBN = x_LBN + torch.bmm(sure_LB2, self.sure_L2N)
-        trust_LBG = self.trust_LG[:, None] + torch.einsum(
-            "lbs,lgs->lbg", sure_LB2, self.trust_by_sure_LG2
-        )
-        logits_LBE = logits_LBE + torch.einsum("lbge,lbg->lbe", both_LBGE, trust_LBG)
-        logits_LBE = logits_LBE + torch.bmm(told_LBFE.flatten(2), self.told_skip_LGE)
-        return self.answer(x_LBN, logits_LBE)
 
 
 class Rows(Dataset[Any]):

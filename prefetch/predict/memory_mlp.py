@@ -14,24 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError, MissingData
-from prefetch.predict.mlp import DECAYS
+from prefetch.predict.mlp import DECAYS, contexts_of
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
-from prefetch.predict.route_memory import SHARP_INSIDE, SHARP_OUTSIDE, RouteMemory
+from prefetch.predict.route_memory import N_TOLD, RouteMemory
 from prefetch.predict.tables import chance_of_use, use_of
+from prefetch.predict.training import alone, fill, flat, one_thread, train_net, training_of
+from prefetch.trace.routing import RoutingTrace
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from prefetch.predict.history_net import MemoryNet, Rows
+    from prefetch.predict.memory_net import MemoryNet, OrderedRows
 
 WINDOW = 512  # rows that are guessed at once
 
 
 @dataclass
 class MemoryMlp:
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "lightning")
     needs: ClassVar[tuple[str, ...]] = ()
     sees: ClassVar[str] = "routing history"
@@ -39,10 +39,10 @@ class MemoryMlp:
 
     horizons: tuple[int, ...] = (1,)
     hidden: int = 160
-    epochs: int = 5
+    epochs: int = 6
     batch: int = 256
     learning_rate: float = 3e-3
-    dropout: float = 0.2
+    dropout: float = 0.25
     patience: int = 3
     most_tokens: int = 32_768  # of the training requests: to learn from, and to remember
     seed: int = 0
@@ -62,10 +62,10 @@ class MemoryMlp:
             )
 
     def fit(self, train: Part, validation: Part) -> Self:
-        from prefetch.predict.history_net import loss, right
-        from prefetch.predict.training import alone, train_net, training_of
+        from prefetch.predict.memory_net import loss, right
 
         self.chance_LE_ = chance_of_use(*use_of(train))
+        train, validation = (part.some(self.most_tokens, self.seed) for part in (train, validation))
         memory = RouteMemory(memory_tokens=self.most_tokens, seed=self.seed)
         memory.chance_LE_ = self.chance_LE_
         memory.remember(train)
@@ -92,24 +92,23 @@ class MemoryMlp:
             )
             self.curve += [{"horizon": horizon, **row} for row in curve]
             sure_H22.append(sure_22)
-            setattr(self, f"network_h{horizon}_", _flat(net))
+            setattr(self, f"network_h{horizon}_", flat(net))
         self.sure_H22_ = np.stack(sure_H22)
         return self
 
     def _told(
         self, part: Part, horizon: int, *, is_remembered: bool
     ) -> Iterator[tuple[NDArray[Any], ...]]:
-        """(ids, contexts, counted, how sure a memory is, its word) of every block, up to `most_tokens`."""
-        total, memory = 0, self.memory()
+        """(ids, contexts, counted, how sure a memory is, its word) of every block."""
+        memory = self.memory()
         remembered = set(self.request_M_.tolist())
-        for past, ids_TLK, counted_T in part.lessons(horizon, max_rows=1024):
-            if total and total + len(ids_TLK) > self.most_tokens:
-                break
-            total += len(ids_TLK)
+        drawn, columns = np.random.default_rng(self.seed), {"weights"} & set(part.columns)
+        for block, counted_T in part.blocks(*columns, max_rows=1024):
+            past, ids_TLK = Past(block, horizon), best_first(block, drawn)
             if is_remembered:
                 counted_T = counted_T & np.isin(past.request_T, sorted(remembered))
             told_TLFE, sure_TL2 = memory.told(past, is_remembered=is_remembered)
-            yield ids_TLK, _contexts(past), counted_T, sure_TL2, told_TLFE
+            yield ids_TLK, contexts_of(past, DECAYS), counted_T, sure_TL2, told_TLFE
 
     def memory(self) -> RouteMemory:
         """Rebuilt from what was learnt."""
@@ -124,16 +123,13 @@ class MemoryMlp:
     def _net(self, horizon: int) -> MemoryNet:
         import torch
 
-        from prefetch.predict.history_net import MemoryNet
+        from prefetch.predict.memory_net import MemoryNet
 
-        n_told = len(SHARP_INSIDE) + len(SHARP_OUTSIDE)
         chance_LE = torch.tensor(self.chance_LE_)
-        return MemoryNet(chance_LE, len(DECAYS), self.hidden, horizon, self.dropout, n_told)
+        return MemoryNet(chance_LE, len(DECAYS), self.hidden, horizon, self.dropout, N_TOLD)
 
     def scores(self, past: Past) -> NDArray[np.float32]:
         import torch
-
-        from prefetch.predict.training import one_thread
 
         net = self._fitted(past.horizon)
         told_TLFE, sure_TL2 = self.memory().told(past, is_remembered=False)
@@ -143,24 +139,22 @@ class MemoryMlp:
         if reach > 0:
             known_TLK[:, :reach] = past.here()[:, past.horizon :]
         everything = np.ones(past.n_tokens, bool)
-        rows = _rows((known_TLK, _contexts(past), everything, sure_TL2, told_TLFE), sure_22)
+        rows = _rows(
+            (known_TLK, contexts_of(past, DECAYS), everything, sure_TL2, told_TLFE), sure_22
+        )
         out_TLE = np.empty(past.shape, np.float32)
         with one_thread(), torch.no_grad():
             for window in past.windows(WINDOW):
                 batch = rows.__getitems__(list(range(window.start, window.stop)))
-                out_TLE[window] = torch.sigmoid(net(*batch)).numpy()
+                out_TLE[window] = torch.sigmoid(net(*batch[:-1])).numpy()
         return out_TLE
 
     def _fitted(self, horizon: int) -> MemoryNet:
         if horizon not in self._nets:
             net = self._net(horizon)
-            _fill(net, getattr(self, f"network_h{horizon}_"))
+            fill(net, getattr(self, f"network_h{horizon}_"))
             self._nets[horizon] = net.eval()
         return self._nets[horizon]
-
-
-def _contexts(past: Past) -> NDArray[np.float16]:
-    return np.stack([past.usage(decay) for decay in DECAYS], axis=1).astype(np.float16)
 
 
 def _gathered(blocks: Iterator[tuple[NDArray[Any], ...]]) -> tuple[NDArray[Any], ...]:
@@ -172,24 +166,23 @@ def _gathered(blocks: Iterator[tuple[NDArray[Any], ...]]) -> tuple[NDArray[Any],
     return tuple(found)
 
 
-def _rows(told: tuple[NDArray[Any], ...], sure_22: NDArray[np.float32]) -> Rows:
+def _rows(told: tuple[NDArray[Any], ...], sure_22: NDArray[np.float32]) -> OrderedRows:
     """How sure a memory is comes as a distance from its mean over the training rows."""
-    from prefetch.predict.history_net import Rows
+    from prefetch.predict.memory_net import OrderedRows
 
     ids_TLK, context_TCLE, counted_T, sure_TL2, told_TLFE = told
     sure = ((sure_TL2 - sure_22[0]) / sure_22[1]).astype(np.float32)
-    return Rows(ids_TLK, context_TCLE, np.flatnonzero(counted_T), told_TLFE, sure)
+    return OrderedRows(ids_TLK, context_TCLE, np.flatnonzero(counted_T), told_TLFE, sure)
 
 
-def _flat(net: MemoryNet) -> NDArray[np.float32]:
-    return np.concatenate([tensor.detach().numpy().ravel() for tensor in net.state_dict().values()])
-
-
-def _fill(net: MemoryNet, flat: NDArray[np.float32]) -> None:
-    import torch
-
-    at, state = 0, dict[str, "Tensor"]()
-    for name, tensor in net.state_dict().items():
-        state[name] = torch.from_numpy(flat[at : at + tensor.numel()].reshape(tensor.shape).copy())
-        at += tensor.numel()
-    net.load_state_dict(state)
+def best_first(block: RoutingTrace, drawn: np.random.Generator) -> NDArray[Any]:
+    """The choices in the order of their weights; where weights are not recorded in no order, not in that of ids."""
+    if block.weights_TLK is None:
+        order = drawn.permuted(
+            np.broadcast_to(np.arange(block.card.top_k), block.ids_TLK.shape), axis=2
+        )
+    else:
+        order = np.argsort(
+            -np.nan_to_num(block.weights_TLK.astype(np.float32)), axis=2, kind="stable"
+        )
+    return np.take_along_axis(block.ids_TLK, order, axis=2)

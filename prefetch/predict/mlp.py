@@ -20,7 +20,7 @@ from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.tables import chance_of_use, use_of
 from prefetch.trace.routing import no_expert
 
-DECAYS = (0.0, 0.8, 0.97)  # a usage average with decay 0 is the token before
+DECAYS = (0.0, 0.8, 0.97)  # of usage averages; with decay 0 it is the token before
 
 
 @dataclass
@@ -33,13 +33,14 @@ class Mlp:
 
     horizons: tuple[int, ...] = (1,)
     hidden: int = 128
+    decays: tuple[float, ...] = DECAYS
     epochs: int = 8
     batch: int = 256
     learning_rate: float = 4e-3
     dropout: float = 0.2
     patience: int = 3
     most_tokens: int = (
-        100_000  # of the training requests; more take memory, whole requests are dropped
+        100_000  # of the training requests, drawn by the seed; they are held in memory
     )
     seed: int = 0
     accelerator: str = "auto"
@@ -50,6 +51,9 @@ class Mlp:
         self.resume: Path | None = None  # where an interrupted fit left its checkpoints
         self.curve: list[dict[str, float]] = []  # a row per epoch and horizon
         self.horizons = horizons_of(self.horizons)
+        self.decays = tuple(float(decay) for decay in self.decays)
+        if not all(0 <= decay < 1 for decay in self.decays):
+            raise ConfigError(f"decays={list(self.decays)}: expected each from 0 up to below 1")
         if self.hidden < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"hidden={self.hidden}, dropout={self.dropout}: expected at least 1, and a share below 1"
@@ -57,8 +61,11 @@ class Mlp:
 
     def fit(self, train: Part, validation: Part) -> Self:
         self.chance_LE_ = chance_of_use(*use_of(train))
-        self.decays_C_ = np.array(DECAYS, np.float32)
-        told, asked = _Told.of(train, self.most_tokens), _Told.of(validation, self.most_tokens)
+        self.decays_C_ = np.array(self.decays, np.float32)
+        told, asked = (
+            _Told.of(part.some(self.most_tokens, self.seed), self.decays)
+            for part in (train, validation)
+        )
         for horizon in self.horizons:
             weights = self._fit(told, asked, horizon)
             setattr(self, f"network_h{horizon}_", history.packed(weights))
@@ -74,7 +81,7 @@ class Mlp:
         curve: list[dict[str, float]] = []
         with alone(self.seed):
             chance_LE = torch.tensor(self.chance_LE_)
-            net = HistoryNet(chance_LE, len(DECAYS), self.hidden, horizon, self.dropout)
+            net = HistoryNet(chance_LE, len(self.decays), self.hidden, horizon, self.dropout)
         train_net(
             net,
             Rows(told.ids_TLK, told.context_TCLE, told.rows),
@@ -103,7 +110,7 @@ class Mlp:
     def network(self, horizon: int) -> tuple[history.Float, history.Sizes]:
         n_layers, n_experts = self.chance_LE_.shape
         nobody = no_expert(n_experts)
-        sizes = history.Sizes(n_layers, n_experts, self.hidden, len(DECAYS), horizon, nobody)
+        sizes = history.Sizes(n_layers, n_experts, self.hidden, len(self.decays), horizon, nobody)
         return getattr(self, f"network_h{horizon}_"), sizes
 
     def online(self, horizon: int) -> MlpOnline:
@@ -134,6 +141,15 @@ class MlpOnline:
         return self._out_E
 
 
+def contexts_of(past: Past, decays: tuple[float, ...]) -> NDArray[np.float16]:
+    """[T, C, L, E]"""
+    n_tokens, n_layers, n_experts = past.shape
+    out_TCLE = np.empty((n_tokens, len(decays), n_layers, n_experts), np.float16)
+    for c, decay in enumerate(decays):
+        out_TCLE[:, c] = past.usage(decay)
+    return out_TCLE
+
+
 @dataclass(frozen=True, eq=False)
 class _Told:
     """What the network learns from: routing, and the usage of earlier tokens."""
@@ -143,16 +159,11 @@ class _Told:
     rows: NDArray[np.int64]  # those that count
 
     @classmethod
-    def of(cls, part: Part, most: int) -> _Told:
-        ids, contexts, counted, total = [], [], [], 0
+    def of(cls, part: Part, decays: tuple[float, ...]) -> _Told:
+        ids, contexts, counted = [], [], []
         for past, ids_TLK, counted_T in part.lessons(1):
-            if total and total + len(ids_TLK) > most:
-                break
-            total += len(ids_TLK)
             ids.append(ids_TLK)
-            contexts.append(
-                np.stack([past.usage(decay) for decay in DECAYS], axis=1).astype(np.float16)
-            )
+            contexts.append(contexts_of(past, decays))
             counted.append(counted_T)
         return cls(
             np.concatenate(ids), np.concatenate(contexts), np.flatnonzero(np.concatenate(counted))

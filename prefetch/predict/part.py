@@ -5,6 +5,7 @@ It knows no predictor and no score.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,22 @@ class Part:
                 block, counted_T = block.rows(kept_T), counted_T[kept_T]
             if counted_T.any():
                 yield block, counted_T
+
+    def some(self, most_tokens: int, seed: int) -> Part:
+        """Whole requests in an order drawn by the seed, until there are enough tokens; the last one may be too many."""
+        lengths: dict[int, int] = {}
+        for block, counted_T in self.blocks():
+            found, counts = np.unique(block.request_T[counted_T], return_counts=True)
+            lengths |= dict(zip(found.tolist(), counts.tolist(), strict=True))
+        if sum(lengths.values()) <= most_tokens:
+            return self
+        kept, total = list[int](), 0
+        for request in np.random.default_rng(seed).permutation(sorted(lengths)).tolist():
+            if total >= most_tokens:
+                break
+            kept.append(request)
+            total += lengths[request]
+        return dataclasses.replace(self, requests=np.array(sorted(kept), np.int64))
 
     def asked(self) -> NDArray[np.int64]:
         """The requests that have rows in this part."""

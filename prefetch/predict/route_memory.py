@@ -22,12 +22,13 @@ from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.trace.routing import no_expert
+from prefetch.trace.routing import id_dtype, no_expert
 
 SHARPNESS = (0.4, 0.8, 1.6)  # tried in each memory
 WEIGHTS = (0.25, 1.0, 4.0)  # of the training requests, tried beside 1 for the same request
 TUNING_TOKENS, TUNING_BLOCK = 800, 128  # of the validation requests: enough to tell mixtures apart
-SHARP_INSIDE, SHARP_OUTSIDE = (1.5, 0.5), (1.5, 0.4)  # of what a network is told
+N_TOLD = 4  # what a network is told: by the request, its share of both, by the training requests, by both
+SHARP_INSIDE, SHARP_OUTSIDE, SHARP_BOTH = 1.5, 0.4, 0.5  # of that
 STRIDE = 128  # remembered tokens that are looked at together
 PRIOR = 1e-3  # of popularity in every guess: it breaks ties, and guesses where nothing is known
 
@@ -116,8 +117,7 @@ class RouteMemory:
 
         Requests that are remembered (those that the network learns from) are not asked about themselves.
         """
-        n_told = len(SHARP_INSIDE) + len(SHARP_OUTSIDE)
-        told_TLFE = np.zeros((*past.shape[:2], n_told, past.shape[2]), np.float16)
+        told_TLFE = np.zeros((*past.shape[:2], N_TOLD, past.shape[2]), np.float16)
         sure_TL2, here_TLK = np.zeros((*past.shape[:2], 2), np.float32), past.here()
         memory, running, how = (
             self.memory(),
@@ -239,23 +239,13 @@ class RouteMemoryOnline:
 
 
 def _remembered(train: Part, most: int, seed: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Whole training requests in an order drawn by the seed, until there are enough tokens; kept in trace order."""
-    lengths: dict[int, int] = {}
-    for block, counted_T in train.blocks():
-        found, counts = np.unique(block.request_T[counted_T], return_counts=True)
-        lengths |= dict(zip(found.tolist(), counts.tolist(), strict=True))
-    chosen, total = set(), 0
-    for request in np.random.default_rng(seed).permutation(sorted(lengths)).tolist():
-        if total >= most:
-            break
-        chosen.add(request)
-        total += lengths[request]
-    ids: list[NDArray[Any]] = []
-    requests: list[NDArray[np.int64]] = []
-    for block, counted_T in train.blocks():
-        kept_T = counted_T & np.isin(block.request_T, sorted(chosen))
-        ids.append(block.ids_TLK[kept_T])
-        requests.append(block.request_T[kept_T].astype(np.int64))
+    """Whole training requests, until there are enough tokens, in trace order."""
+    card = train.card
+    ids = [np.zeros((0, card.n_layers, card.top_k), id_dtype(card.n_experts))]
+    requests = [np.zeros(0, np.int64)]
+    for block, counted_T in train.some(most, seed).blocks():
+        ids.append(block.ids_TLK[counted_T])
+        requests.append(block.request_T[counted_T].astype(np.int64))
     return np.concatenate(ids)[:most], np.concatenate(requests)[:most]
 
 
@@ -462,22 +452,44 @@ def _ask(layer, nobody, memory, near, who, sharp, share, out_E):  # type: ignore
 
 
 @njit(cache=True, nogil=True)
+def _ask_both(layer, nobody, memory, running, near, who, sharp, inside_E, both_E):  # type: ignore[no-untyped-def]
+    """Earlier tokens of the request and training tokens as one crowd: the more alike ones decide, whosever they are."""
+    n, best, weights = min(running.known[1], len(running.alike_S)), np.float32(0), 0.0
+    if n > 0:
+        best = running.alike_S[:n].max()
+    if len(near) > 0:
+        best = max(best, near.max())
+    for s in range(n):
+        running.weight_S[s] = np.exp(sharp * (running.alike_S[s] - best))
+        weights += running.weight_S[s]
+    for i in range(len(near)):
+        weights += np.exp(sharp * (near[i] - best))
+    for s in range(n):
+        weight = running.weight_S[s] / weights
+        if weight > 1e-5:
+            _vote(running.ids_SLK[s, layer], weight, nobody, inside_E)
+    both_E += inside_E
+    for i in range(len(near)):
+        weight = np.exp(sharp * (near[i] - best)) / weights
+        _vote(memory.ids_MLK[who[i], layer], weight, nobody, both_E)
+
+
+@njit(cache=True, nogil=True)
 def _tell(layer, own_first, own_stop, nobody, memory, running, how, told_FE, sure_2):  # type: ignore[no-untyped-def]
-    """What each memory says at each sharpness, and how alike the most alike are: for a network to weigh."""
+    """What each memory says, and both together, and how alike the most alike are: for a network to weigh."""
     scale = how.decay ** max(0, running.known[0] - 1)
     told_FE[:] = 0
     sure_2[:] = 0
     if running.known[1] > 0:
         n = min(running.known[1], len(running.alike_S))
         sure_2[0] = scale * running.alike_S[:n].max()
-        for f in range(len(SHARP_INSIDE)):
-            _ask_request(layer, nobody, running, np.float32(SHARP_INSIDE[f] * scale), told_FE[f])
+        _ask_request(layer, nobody, running, np.float32(SHARP_INSIDE * scale), told_FE[0])
     near, who = _nearest(running.alike_M, how.nearest, own_first, own_stop)
     if len(near) > 0:
         sure_2[1] = scale * near.max()
-        for f in range(len(SHARP_OUTSIDE)):
-            out_E = told_FE[len(SHARP_INSIDE) + f]
-            _ask(layer, nobody, memory, near, who, SHARP_OUTSIDE[f] * scale, 1.0, out_E)
+        _ask(layer, nobody, memory, near, who, SHARP_OUTSIDE * scale, 1.0, told_FE[2])
+    sharp = SHARP_BOTH * scale
+    _ask_both(layer, nobody, memory, running, near, who, sharp, told_FE[1], told_FE[3])
 
 
 @njit(cache=True, nogil=True)

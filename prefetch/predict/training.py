@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from prefetch.errors import ConfigError, PrefetchError
 
 if TYPE_CHECKING:
@@ -93,6 +96,8 @@ def train_net(
 ) -> float | None:
     """Leaves the weights of the best epoch in `net`, on the CPU; returns its validation score.
 
+    `title` tells this fit from the others that share its folder to resume from.
+
     `curve` gets a row per epoch: epoch, loss, score.
 
     A data set of batches has `__getitems__(row numbers) -> tensors` beside its length. Without validation rows the
@@ -104,7 +109,7 @@ def train_net(
     loaders = [loader_of(train, settings, is_shuffled=True), loader_of(validation, settings)]
     if not len(loaders[1]):
         loaders.pop()
-    path = _checkpoint(net, loaders, settings)
+    path = _checkpoint(net, loaders, settings, title)
     with alone(settings.seed), _quiet(), tempfile.TemporaryDirectory() as scratch:
         best, watched, others = watchers_of(settings, path, title, has_validation=len(loaders) > 1)
         trainer = trainer_of(settings, [best, *others], Path(scratch))
@@ -144,6 +149,23 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def flat(net: nn.Module) -> NDArray[np.float32]:
+    """All that a net learnt, in one array."""
+    return np.concatenate([tensor.detach().numpy().ravel() for tensor in net.state_dict().values()])
+
+
+def fill(net: nn.Module, weights: NDArray[np.float32]) -> None:
+    """Puts it back."""
+    import torch
+
+    at, state = 0, dict[str, Any]()
+    for name, tensor in net.state_dict().items():
+        part = weights[at : at + tensor.numel()]
+        state[name] = torch.from_numpy(part.reshape(tensor.shape).copy())
+        at += tensor.numel()
+    net.load_state_dict(state)
+
+
 def _run(trainer: pl.Trainer, learner: Learner, loaders: list[Any], path: Path | None) -> None:
     """Ctrl-C stays Ctrl-C: Lightning would end the process instead, and ignore the next one."""
     is_main = threading.current_thread() is threading.main_thread()
@@ -167,11 +189,14 @@ def _run(trainer: pl.Trainer, learner: Learner, loaders: list[Any], path: Path |
             signal.signal(signal.SIGINT, before)
 
 
-def _checkpoint(net: nn.Module, loaders: list[Any], settings: Training) -> Path | None:
-    """Every fit has a file of its own, named by all that it starts from: no other fit can go on from it."""
+def _checkpoint(net: nn.Module, loaders: list[Any], settings: Training, title: str) -> Path | None:
+    """Every fit has a file of its own, named by all that it starts from: no other fit can go on from it.
+
+    The title counts: nets of two horizons can start from the same weights and rows, and differ in what they see.
+    """
     if settings.resume is None:
         return None
-    digest = hashlib.blake2b(repr(dataclasses.replace(settings, resume=None)).encode())
+    digest = hashlib.blake2b(repr((title, dataclasses.replace(settings, resume=None))).encode())
     for parameter in net.state_dict().values():
         digest.update(parameter.detach().cpu().numpy().tobytes())
     for loader in loaders:

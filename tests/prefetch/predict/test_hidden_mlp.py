@@ -14,7 +14,7 @@ from routing_traces import random_trace
 
 from prefetch.errors import ConfigError, MissingData
 from prefetch.predict.hidden_mlp import HiddenMlp
-from prefetch.predict.layer_nets import Weights, scores_of
+from prefetch.predict.layer_nets import Weights, popular_logits, scores_of
 from prefetch.predict.nets import LayerNets
 from prefetch.predict.part import Part, whole
 from prefetch.predict.past import Past
@@ -115,6 +115,19 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         resumed.fit(*parts)
     assert len(list(tmp_path.iterdir())) == 2
     check_same_bytes(resumed.fit(*parts), undisturbed)
+
+
+def test_no_more_tokens_are_learnt_from_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some requests are drawn; they are learnt from as if they were all there is."""
+    many, asked = whole(recorded(0, n_requests=12)), whole(recorded(1))
+    popular_LE = popular_logits(many)
+    monkeypatch.setattr("prefetch.predict.hidden_mlp.popular_logits", lambda _: popular_LE)
+    capped = HiddenMlp((1,), hidden=8, epochs=1, most_tokens=100, seed=3).fit(many, asked)
+    few, few_asked = many.some(100, 3), asked.some(100, 3)
+    assert len(few.requests) == 5
+    check_same_bytes(capped, HiddenMlp((1,), hidden=8, epochs=1, seed=3).fit(few, few_asked))
+    with pytest.raises(ConfigError, match="most_tokens: must be at least 1, got 0"):
+        HiddenMlp(most_tokens=0)
 
 
 def test_what_is_wrong_is_said_before_anything_is_read() -> None:

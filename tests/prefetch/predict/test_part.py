@@ -43,6 +43,18 @@ def test_repeated_requests_are_in_no_part() -> None:
         assert 7 not in np.concatenate([fold.train, fold.validation, fold.test])
 
 
+def test_some_requests_are_drawn_from_all_over_the_trace() -> None:
+    everything = whole(random_trace(n_requests=60, tokens=10))
+    some = everything.some(195, seed=0)
+    assert len(some.requests) == 20 and (np.diff(some.requests) > 0).all()
+    assert some.requests.max() > 40 and some.requests.min() < 20
+    assert sum(counted_T.sum() for _, counted_T in some.blocks()) == 200
+    np.testing.assert_array_equal(some.requests, everything.some(195, seed=0).requests)
+    assert not np.array_equal(some.requests, everything.some(195, seed=1).requests)
+    assert everything.some(600, seed=0) is everything
+    assert len(everything.some(0, seed=0).requests) == 0
+
+
 def test_few_requests_are_split_in_time_and_know_what_was_before() -> None:
     trace = random_trace(n_requests=1, tokens=100)
     (fold,) = survey_of(trace).folds(0)

@@ -95,6 +95,10 @@ def test_no_fit_goes_on_from_another_one(tmp_path: Path) -> None:
     trained(dataclasses.replace(plain, seed=5, resume=tmp_path))
     assert trained(dataclasses.replace(plain, resume=tmp_path)) == trained(plain)
     assert len(list(tmp_path.iterdir())) == 2
+    resumed = dataclasses.replace(plain, resume=tmp_path)
+    train_net(net_of(), rows(900, 0), rows(200, 1), loss=loss, score=score, settings=resumed,
+              title="the same start, 4 ahead")  # fmt: skip
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_loss_that_is_no_number_is_one_clear_line() -> None:
