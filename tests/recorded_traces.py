@@ -26,6 +26,7 @@ SMALL = {  # settings that keep a fit short
     "recurrent": {"hidden": 8, "epochs": 1},
     "transformer": {"hidden": 8, "epochs": 1},
     "encoder": {"hidden": 8, "epochs": 1},
+    "ensemble": {"members": ["token_table", "gate_lookahead", {"mlp": {"hidden": 8, "epochs": 1}}]},
 }
 
 

@@ -104,6 +104,47 @@ def test_a_sweep_runs_every_job_and_one_bad_job_does_not_stop_the_others(tmp_pat
     assert done.stderr.count("error in ") == 2, "every job that failed is named"
 
 
+TINY = (
+    "source=synthetic", "source.n_requests=12", "source.prompt_tokens=8", "source.new_tokens=8",
+    "source.n_layers=4", "source.n_experts=8", "tracker=none", "train.folds=1", "train.horizons=[1]",
+    "train.figures=false", "train.baselines=none",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("predictor=popularity,markov",), ["popularity", "markov"]),
+        (
+            ("predictor=mlp", "predictor.hidden=4,8,12", "predictor.epochs=1",
+             "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+            ["mlp"] * 3,
+        ),
+    ],
+    ids=["predictors", "sizes in parallel"],
+)  # fmt: skip
+def test_a_sweep_of_predictors_stands_on_one_trace(tmp_path, words, names):
+    """Jobs that start together wait for the one that makes it; each has numbers, tables and a lineage of its own."""
+    if "hydra/launcher=joblib" in words:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = run(tmp_path, "-m", "stage=train", *words, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("making trace ") == 1
+    (trace,) = tmp_path.glob("artifacts/trace/*/trace.json")
+    assert len(list(tmp_path.glob("artifacts/predictor/*/predictor.json"))) == len(names)
+    (sweep,) = tmp_path.glob("multirun/*")
+    fitted = set()
+    for job, name in enumerate(names):
+        metrics = json.loads((sweep / str(job) / "metrics.json").read_text())
+        assert 0 < metrics["recall_at_k"] < 1
+        table = (sweep / str(job) / "predictors.csv").read_text()
+        assert f"\n{name}," in table
+        used = json.loads((sweep / str(job) / "lineage.json").read_text())
+        assert f"trace/{trace.parent.name}" in used
+        fitted |= {key for key in used if key.startswith("predictor/")}
+    assert len(fitted) == len(names)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -126,6 +167,21 @@ def test_a_sweep_runs_every_job_and_one_bad_job_does_not_stop_the_others(tmp_pat
         (("a=[1,",), 2, "a=[1,"),
         ((*QUICK, "stage=collect", "trace=nowhere"), 1, "nowhere/trace.json: not found"),
         (("stage=artifacts", "artifacts.remove=x"), 2, "the store holds nothing"),
+        (
+            (*QUICK, "stage=train", "predictor=ensemble", "predictor.members=[markow]"),
+            2,
+            "predictor: members: 'markow' is no predictor; there are activation_matrix",
+        ),
+        (
+            (*QUICK, "stage=train", "predictor=ensemble", "predictor.members=[{mlp:{hiden:3}}]"),
+            2,
+            "predictor: mlp.hiden: does not exist; mlp has",
+        ),
+        (
+            (*QUICK, "stage=train", "predictor=ensemble", "predictor.members=mlp"),
+            2,
+            "predictor.members: expected ",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path, words, code, message):

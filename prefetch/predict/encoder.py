@@ -11,7 +11,6 @@ the layer's embedding is learnt and added, not drawn and appended; there is no d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError, MissingData
 from prefetch.predict.part import Part
 from prefetch.predict.past import Answered, Past
-from prefetch.predict.predictor import horizons_of
+from prefetch.predict.predictor import ANSWER, horizons_of
+from prefetch.predict.training import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Encoder:
     epochs: int = 3
     learning_rate: float = 1e-3
     seed: int = 0
-    sees: str = field(default="the answer", init=False)
+    sees: str = field(default=ANSWER, init=False)
 
     def __post_init__(self) -> None:
         self.horizons = horizons_of(self.horizons)
@@ -62,7 +62,7 @@ class Encoder:
             raise ConfigError(f"learning_rate: must be above 0, got {self.learning_rate}")
         if self.seed < 0:
             raise ConfigError(f"seed: must not be negative, got {self.seed}")
-        self.sees = "the answer" if self.leak else "gate inputs"
+        self.sees = ANSWER if self.leak else "gate inputs"
 
     def fit(self, train: Part, validation: Part) -> Self:
         train.require(*self.needs)
@@ -165,19 +165,6 @@ class Encoder:
         if not self.leak:
             mask = torch.ones((n_tokens, n_tokens), dtype=torch.bool).triu(1)
         return net["experts"](net["encoder"](states_LTD, mask=mask))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The same sums in the same order on every machine; afterwards as many threads as before."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def pieces(past: Past, context: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError, FormatError, reading
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import NOT_GUESSED, horizons_of
+from prefetch.predict.predictor import ANSWER, NOT_GUESSED, horizons_of
 from prefetch.trace.blocks import blocks_of
 from prefetch.trace.predictions import CAUSALITIES, PredictionsReader
 from prefetch.trace.routing import no_expert
@@ -48,7 +48,7 @@ class Imported:
         declared = self.causality
         if self._is_folder:
             declared = PredictionsReader(self.path).card.causality
-        self.sees = "the answer" if declared == "cheats" else f"as declared: {declared}"
+        self.sees = ANSWER if declared == "cheats" else f"as declared: {declared}"
 
     @property
     def files(self) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError
 from prefetch.predict.part import Part
 from prefetch.predict.past import Answered, Past
-from prefetch.predict.predictor import horizons_of
+from prefetch.predict.predictor import ANSWER, horizons_of
 from prefetch.predict.random import Random
 
 
@@ -20,7 +20,7 @@ class NoisyOracle:
     """Every true expert with chance `recall`, in a random order; the other guesses are wrong ones, drawn at random."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    sees: ClassVar[str] = "the answer"
+    sees: ClassVar[str] = ANSWER
     score: ClassVar[str] = "rank"
 
     horizons: tuple[int, ...] = (1,)

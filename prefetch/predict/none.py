@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import NOT_GUESSED, horizons_of
+from prefetch.predict.predictor import NOT_GUESSED, NOTHING, horizons_of
 
 
 @dataclass
 class Nothing:
     needs: ClassVar[tuple[str, ...]] = ()
-    sees: ClassVar[str] = "nothing"
+    sees: ClassVar[str] = NOTHING
     score: ClassVar[str] = "rank"
 
     horizons: tuple[int, ...] = (1,)

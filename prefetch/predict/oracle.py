@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from prefetch.predict.noisy_oracle import NoisyOracle
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import horizons_of
+from prefetch.predict.predictor import ANSWER, horizons_of
 
 
 @dataclass
 class Oracle:
     needs: ClassVar[tuple[str, ...]] = ()
-    sees: ClassVar[str] = "the answer"
+    sees: ClassVar[str] = ANSWER
     score: ClassVar[str] = "rank"
 
     horizons: tuple[int, ...] = (1,)

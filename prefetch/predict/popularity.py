@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import PROBABILITY, horizons_of
+from prefetch.predict.predictor import NOTHING, PROBABILITY, horizons_of
 from prefetch.predict.tables import chance_of_use, use_of
 
 
 @dataclass
 class Popularity:
     needs: ClassVar[tuple[str, ...]] = ()
-    sees: ClassVar[str] = "nothing"
+    sees: ClassVar[str] = NOTHING
     score: ClassVar[str] = PROBABILITY
 
     horizons: tuple[int, ...] = (1,)

@@ -6,9 +6,9 @@ It knows no predictor by name. T tokens, L layers, E experts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +18,45 @@ from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.trace.card import ModelCard
 
-STATE, ABOUT = "state.safetensors", "predictor.json"
+STATE, ABOUT, FIT = "state.safetensors", "predictor.json", "fit.json"
 SCHEMA = "prefetch.predictor/1"
 PROBABILITY = "probability"  # that the expert is among the chosen ones
 NOT_GUESSED = -np.inf
+NOTHING, ANSWER = "nothing", "the answer"
+SEES = (  # joined by " + " where it is more than one
+    NOTHING,
+    "routing history",
+    "weights",
+    "token ids",
+    "gate inputs",
+    "attention inputs",
+    ANSWER,
+)
+SCORES = (PROBABILITY, "logit", "similarity", "rank")
 
 
 class Predictor(Protocol):
-    """What the stage asks of a predictor. What it learnt stands in array attributes that end in an underscore."""
+    """What the stage asks of a predictor. What it learnt stands in array attributes that end in an underscore.
 
-    needs: ClassVar[tuple[str, ...]]  # columns that the trace must have, beside the choices
-    sees: ClassVar[str]  # routing history | + weights | gate inputs | token ids | the answer
-    score: ClassVar[str]  # what a score means: probability, logit, similarity, rank
+    The first three belong to a class, or to an object where its settings decide.
+    """
+
     horizons: tuple[int, ...]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns that the trace must have, beside the choices."""
+        ...
+
+    @property
+    def sees(self) -> str:
+        """Of `SEES`; for guesses of others, what their maker declares."""
+        ...
+
+    @property
+    def score(self) -> str:
+        """What a score means, of `SCORES`."""
+        ...
 
     def fit(self, train: Part, validation: Part) -> Self: ...
     def scores(self, past: Past) -> NDArray[np.float32]:
@@ -57,7 +83,12 @@ class Online(Protocol):
 
 
 def cheats(predictor: Predictor) -> bool:
-    return predictor.sees == "the answer"
+    return predictor.sees == ANSWER
+
+
+def made_of(predictor: Predictor) -> Mapping[str, Predictor]:
+    """The predictors that it asks, by name, which none but an ensemble has. Their state is saved with its own."""
+    return getattr(predictor, "made_of", {})
 
 
 def horizons_of(given: Iterable[int]) -> tuple[int, ...]:
@@ -71,12 +102,15 @@ def horizons_of(given: Iterable[int]) -> tuple[int, ...]:
 
 
 def state_of(predictor: Predictor) -> dict[str, NDArray[Any]]:
-    """What it learnt."""
-    return {
+    """What it learnt; what a member learnt is called `member.name_`."""
+    state = {
         name: np.ascontiguousarray(value)
         for name, value in sorted(vars(predictor).items())
         if name.endswith("_") and isinstance(value, np.ndarray)
     }
+    for member, one in made_of(predictor).items():
+        state |= {f"{member}.{name}": array for name, array in state_of(one).items()}
+    return state
 
 
 def parameter_bytes(predictor: Predictor) -> int:
@@ -84,11 +118,11 @@ def parameter_bytes(predictor: Predictor) -> int:
 
 
 def save(predictor: Predictor, folder: Path, about: dict[str, Any], fit_seconds: float) -> None:
-    """`fit.json` is apart: a time is not the same twice."""
+    """The time of the fit is apart: it is not the same twice."""
     from safetensors.numpy import save_file
 
     save_file(state_of(predictor), str(folder / STATE))
-    (folder / "fit.json").write_text(json.dumps({"seconds": fit_seconds}) + "\n")
+    (folder / FIT).write_text(json.dumps({"seconds": fit_seconds}) + "\n")
     (folder / ABOUT).write_text(json.dumps({"schema": SCHEMA, **about}, indent=1) + "\n")
 
 
@@ -103,7 +137,8 @@ def restore(predictor: Predictor, folder: Path) -> dict[str, Any]:
             raise FormatError(f"expected schema {SCHEMA}, found {about.get('schema')}")
     with reading(folder / STATE, "the arrays of a fitted predictor"):
         for name, array in load_file(folder / STATE).items():
-            setattr(predictor, name, array)
+            member, _, own = name.rpartition(".")
+            setattr(made_of(predictor)[member] if member else predictor, own, array)
     return about
 
 

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import horizons_of
+from prefetch.predict.predictor import NOTHING, horizons_of
 
 
 @dataclass
 class Random:
     needs: ClassVar[tuple[str, ...]] = ()
-    sees: ClassVar[str] = "nothing"
+    sees: ClassVar[str] = NOTHING
     score: ClassVar[str] = "rank"
 
     horizons: tuple[int, ...] = (1,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,8 +19,10 @@ from prefetch.errors import ConfigError
 from prefetch.predict.guesses import write_guesses
 from prefetch.predict.part import Part, parts_of, survey_of
 from prefetch.predict.predictor import (
+    FIT,
     Predictor,
     check_same_shape,
+    made_of,
     parameter_bytes,
     restore,
     save,
@@ -29,13 +32,17 @@ from prefetch.scoring import Fold
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
 
-RECIPE = 1  # raise it when folds, features or files change what is written
+RECIPE = 2  # raise it when folds, features or files change what is written
 
 
-def predictor_recipe(cfg: Config, fold: int = 0) -> Recipe:
-    """Fitted on the training requests of one fold, tuned on its validation requests."""
+def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None = None) -> Recipe:
+    """Fitted on the training requests of one fold, tuned on its validation requests.
+
+    What an ensemble is made of is fitted by recipes of its own, and found where it was fitted before.
+    """
     settings = settings_of(cfg)
     name = name_of(cfg)
+    trace = trace or trace_recipe(cfg)
 
     def build(folder: Path, upstream: Mapping[str, Path]) -> None:
         predictor = made(cfg)
@@ -50,9 +57,13 @@ def predictor_recipe(cfg: Config, fold: int = 0) -> Recipe:
             predictor.resume = (
                 unfinished  # beside what is built: that is removed when a run is interrupted
             )
+        seconds = _restored(predictor, upstream)
         started = time.perf_counter()
-        predictor.fit(train, validation)
-        seconds = time.perf_counter() - started
+        if made_of(predictor):
+            cast(Any, predictor).combine(validation)
+        else:
+            predictor.fit(train, validation)
+        seconds += time.perf_counter() - started
         shutil.rmtree(unfinished, ignore_errors=True)
         about = {
             "predictor": name,
@@ -68,6 +79,10 @@ def predictor_recipe(cfg: Config, fold: int = 0) -> Recipe:
 
     predictor_at_rest = made(cfg)
     kind = type(predictor_at_rest)
+    members = {
+        member: predictor_recipe(_with_leaf(cfg, leaf), fold, trace)
+        for member, leaf in getattr(predictor_at_rest, "leaves", {}).items()
+    }
     return Recipe(
         kind="predictor",
         version=RECIPE * 1000 + int(getattr(kind, "version", 1)),
@@ -79,10 +94,19 @@ def predictor_recipe(cfg: Config, fold: int = 0) -> Recipe:
             "whole": cfg.train.test_trace is not None,
         },
         build=build,
-        upstream={"trace": trace_recipe(cfg)},
+        upstream={"trace": trace, **members},
         libraries=("numpy", *getattr(kind, "libraries", ())),
         files=getattr(predictor_at_rest, "files", {}),
     )
+
+
+def _restored(predictor: Predictor, upstream: Mapping[str, Path]) -> float:
+    """Puts back what members learnt; the seconds that it took."""
+    seconds = 0.0
+    for member, one in made_of(predictor).items():
+        restore(one, upstream[member])
+        seconds += float(json.loads((upstream[member] / FIT).read_text())["seconds"])
+    return seconds
 
 
 def predictions_recipe(cfg: Config, fold: int = 0) -> Recipe:
@@ -171,9 +195,12 @@ def _array(values: list[int]) -> Any:
 
 def with_predictor(cfg: Config, name: str) -> Config:
     """The same configuration with another predictor, at its default settings."""
-    path = config.CONFIGS / "predictor" / f"{name}.yaml"
+    return _with_leaf(cfg, OmegaConf.load(config.CONFIGS / "predictor" / f"{name}.yaml"))
+
+
+def _with_leaf(cfg: Config, leaf: Any) -> Config:
     whole = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cast(DictConfig, cfg))))
-    whole.predictor = OmegaConf.load(path)
+    whole.predictor = leaf
     return cast(Config, whole)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from prefetch.predict import measures as m
 from prefetch.predict.measures import BINS, CACHE_SHARE, Counts
+from prefetch.predict.predictor import ANSWER
 from prefetch.scoring import bootstrap
 from prefetch.trace.card import ModelCard
 
@@ -75,7 +76,7 @@ def _row(one: Scored, h: int, part: str, seed: int) -> dict[str, Any]:
     two_low, two_high = _interval(*_requests(one.folds, h, part, m.HITS_2K), seed)
     return {
         "predictor": one.name,
-        "mark": "cheats" if one.sees == "the answer" else "",
+        "mark": "cheats" if one.sees == ANSWER else "",
         "sees": one.sees,
         "horizon": horizon,
         "rows": part,

@@ -17,7 +17,7 @@ from prefetch.config import Config, choices
 from prefetch.errors import MissingData
 from prefetch.predict import results
 from prefetch.predict.measures import Counts, count
-from prefetch.predict.predictor import ABOUT, PROBABILITY, cheats
+from prefetch.predict.predictor import ABOUT, FIT, PROBABILITY, cheats
 from prefetch.predict.recipes import (
     asked_part,
     made,
@@ -51,6 +51,7 @@ NO_BASELINES = ("none", "imported", "ensemble", *LEARNED)  # chosen by name, nev
 
 def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
     """The chosen predictor first, then the baselines; tables, figures, and the headline numbers out."""
+    made(cfg)  # a wrong setting is said before anything is made
     reader = TraceReader(store.make(trace_recipe(cfg)).folder)
     tested = reader
     if cfg.train.test_trace is not None:
@@ -95,7 +96,7 @@ def _score(cfg: Config, store: Store, tested: TraceReader, folds: int) -> Scored
         if is_template_DP is None:
             is_template_DP = part.survey.template()
         counts.append(count(guesses, part, is_template_DP))
-        seconds.append(json.loads((fitted.folder / "fit.json").read_text())["seconds"])
+        seconds.append(json.loads((fitted.folder / FIT).read_text())["seconds"])
         about = json.loads((fitted.folder / ABOUT).read_text())
         curve += [{"fold": fold, **row} for row in about.get("curve", ())]
         n_bytes = guesses.card.parameter_bytes

@@ -13,12 +13,11 @@ from routing_traces import random_trace
 from prefetch import config
 from prefetch.predict.part import whole
 from prefetch.predict.past import Answered, Past
-from prefetch.predict.predictor import Predictor, cheats
+from prefetch.predict.predictor import SCORES, SEES, Predictor, cheats
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.routing import RoutingTrace
 
-NOT_BY_ITSELF = {"imported", "ensemble"}  # these need files, or others
-NAMES = [name for name in config.choices("predictor") if name not in NOT_BY_ITSELF]
+NAMES = [name for name in config.choices("predictor") if name != "imported"]  # that needs a file
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +110,13 @@ def test_what_comes_later_changes_no_guess(
 
 def past_shape(trace: RoutingTrace) -> tuple[int, int, int]:
     return trace.n_tokens, trace.card.n_layers, trace.card.n_experts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_said_of_a_predictor_are_known_words(name: str) -> None:
+    predictor = built(name, [1])
+    assert set(predictor.sees.split(" + ")) <= set(SEES) and predictor.score in SCORES
+    assert set(predictor.needs) <= {"weights", "gate_inputs", "pre_attention"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,14 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
-from recorded_traces import SMALL, full_trace, on_disk
+from recorded_traces import SMALL, check_same_bytes, full_trace, on_disk
 from routing_traces import random_trace
 
 from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError, MissingData
-from prefetch.predict.recipes import predictions_recipe
+from prefetch.predict.part import parts_of
+from prefetch.predict.predictor import restore
+from prefetch.predict.recipes import fold_of, made, predictions_recipe, predictor_recipe
 from prefetch.predict.train import run
 from prefetch.stock import drop_unfinished
 from prefetch.trace.parquet import TraceReader
@@ -222,13 +224,83 @@ def test_what_a_trace_lacks_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in config.choices("predictor") if n != "imported"])
 def test_every_predictor_runs_as_a_stage(name: str, tmp_path: Path) -> None:
     trace = on_disk(full_trace(n_requests=12), tmp_path / "trace").folder
-    settings = [f"predictor.{key}={value}" for key, value in SMALL.get(name, {}).items()]
+    settings = [f"predictor.{key}={_word(value)}" for key, value in SMALL.get(name, {}).items()]
     words = (f"trace={trace}", f"predictor={name}", "train.horizons=[1,2]", "train.folds=1")
     metrics, folder, _ = trained(tmp_path, *words, "train.figures=false", *settings)
     table = pd.read_parquet(folder / "predictors.parquet")
     assert table.predictor[0] == name and {"recall_at_k", "markov_recall_at_k"} <= metrics.keys()
     marked = set(table[table.predictor == name].mark)
     assert marked == ({"cheats"} if "oracle" in name or name == "encoder" else {""})
+
+
+def _word(value: Any) -> str:
+    """As one types it: keys of mappings have no quotes."""
+    return str(value).replace("'", "")
+
+
+def test_the_stage_fits_what_fit_fits(tmp_path: Path) -> None:
+    """The folder for interrupted fits changes nothing: no horizon goes on from another one's network."""
+    words = (*CHAIN, "predictor=mlp", "predictor.hidden=8", "predictor.epochs=2",
+             "train.horizons=[1,2,4]")  # fmt: skip
+    cfg = configured(tmp_path, *words)
+    store, recipe = Store(cfg.store), predictor_recipe(cfg)
+    reader = TraceReader(store.make(recipe.upstream["trace"]).folder)
+    train, validation, _ = parts_of(reader, fold_of(reader, cfg.seed, 0))
+    stored = made(cfg)
+    restore(stored, store.make(recipe).folder)
+    check_same_bytes(stored, made(cfg).fit(train, validation))
+
+
+def test_members_are_found_where_they_were_fitted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ensemble fits nothing twice, and is another one when a member is."""
+    caplog.set_level("INFO")
+    words = (*CHAIN, "train.horizons=[1,4]", "train.folds=1", "train.baselines=none")
+    small = ("epochs=2", "hidden=8")
+    trained(tmp_path, *words, "predictor=mlp", *(f"predictor.{word}" for word in small))
+    caplog.clear()
+    ensemble = (
+        *words,
+        "predictor=ensemble",
+        "predictor.members=[{mlp:{epochs:2,hidden:8}},markov]",
+    )
+    metrics, _, store = trained(tmp_path, *ensemble)
+    assert caplog.text.count("making predictor ") == 2, "markov and the ensemble"
+    assert {"recall_at_k", "calibration_error"} <= metrics.keys()
+    cfg = configured(tmp_path, *ensemble)
+    key = predictor_recipe(cfg).key
+    assert (store.root / "predictor" / key).is_dir()
+    monkeypatch.setattr("prefetch.predict.mlp.Mlp.version", 77)
+    assert predictor_recipe(cfg).key != key
+
+
+def test_an_interrupted_member_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefetch.predict import learner
+
+    words = (*CHAIN, "train.folds=1", "train.horizons=[1]", "train.baselines=none",
+             "predictor=ensemble", "predictor.members=[{mlp:{epochs:3,hidden:8}}]")  # fmt: skip
+    epochs: list[int] = []
+    original = learner.Learner.on_train_epoch_start
+
+    def interrupted(self: learner.Learner) -> None:
+        epochs.append(self.current_epoch)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        original(self)
+
+    monkeypatch.setattr(learner.Learner, "on_train_epoch_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, *words)
+    trained(tmp_path, *words)
+    assert epochs == [0, 1, 1, 2]
+
+
+def test_a_member_that_lacks_a_column_is_refused_by_name(tmp_path: Path) -> None:
+    one = saved(random_trace(0), tmp_path / "one")
+    words = (f"trace={one}", "predictor=ensemble", "predictor.members=[hidden_mlp]")
+    with pytest.raises(MissingData, match="predictor=ensemble: needs gate_inputs, which this"):
+        trained(tmp_path, *words, "train.horizons=[1]")
 
 
 def test_one_request_is_split_in_time(tmp_path: Path) -> None:
