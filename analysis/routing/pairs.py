@@ -21,6 +21,7 @@ from prefetch.trace.card import ModelCard
 
 MOST_BYTES = 2 << 30  # dense tables of pair counts; more experts than that fit need fewer horizons
 SKIP = 255  # class of a row that is not counted
+DENSE = 0.1  # pairs of a request per cell of the table, from which on the whole table is walked
 SMALL_COUNT = 1 << 14  # from here on the asymptotic form is exact to 1e-8
 
 
@@ -129,9 +130,12 @@ def _square_requests(here_TK, there_TK, edges, class_T, nobody, pair_MEE, margin
         total_M[0] += tokens_C[0] > 0
         total_M[1] += tokens_C[0] ** 2
         _square_margins(here_CE[0], there_CE[0], tokens_C[0], margin_ME, pair_MEE[4])
+        of = here_CE[0], there_CE[0], tokens_C[0]
+        if len(one) * one.shape[1] ** 2 > DENSE * pairs_CEE[0].size:
+            _settle_all(*of, pairs_CEE[0], pair_MEE)
+            continue
         for t in range(len(one)):
             if zero_T[t] == 0:
-                of = here_CE[0], there_CE[0], tokens_C[0]
                 _settle(one[t], two[t], *of, nobody, pairs_CEE[0], pair_MEE)
 
 
@@ -143,6 +147,19 @@ def _square_margins(here_E, there_E, tokens, margin_ME, both_EE):  # type: ignor
     margin_ME[3] += there_E * tokens
     for a in np.flatnonzero(here_E):
         both_EE[a] += here_E[a] * there_E
+
+
+@njit(cache=True, nogil=True)
+def _settle_all(here_E, there_E, tokens, pairs_EE, pair_MEE):  # type: ignore[no-untyped-def]
+    """The same as `_settle` for every cell of the table, in its order: faster where a request met many of them."""
+    for a in np.flatnonzero(here_E):
+        for b in range(len(there_E)):
+            n = np.int64(pairs_EE[a, b])
+            pair_MEE[0, a, b] += n * n
+            pair_MEE[1, a, b] += n * here_E[a]
+            pair_MEE[2, a, b] += n * there_E[b]
+            pair_MEE[3, a, b] += n * tokens
+        pairs_EE[a] = 0
 
 
 @njit(cache=True, nogil=True)

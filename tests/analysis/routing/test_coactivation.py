@@ -238,8 +238,10 @@ def slow_effects(trace: RoutingTrace, layer: int) -> NDArray[np.float64]:
     return np.maximum(1, effects)
 
 
-def test_design_effects_are_those_written_out() -> None:
-    trace = with_holes(in_runs(12, 60, 0.6, 5), 5)
+@pytest.mark.parametrize(("n_requests", "tokens"), [(12, 60), (400, 2)], ids=["long", "short"])
+def test_design_effects_are_those_written_out(n_requests: int, tokens: int) -> None:
+    """Long requests are counted by the whole table of pairs, short ones pair by pair."""
+    trace = with_holes(in_runs(n_requests, tokens, 0.6, 5), 5)
     rows = counted(trace, max_rows=100).pairs()
     for layer in range(3):
         of_layer = rows[rows.layer == layer]
