@@ -18,7 +18,7 @@ from prefetch.predict.mlp import DECAYS, contexts_of
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
-from prefetch.predict.route_memory import N_TOLD, RouteMemory
+from prefetch.predict.route_memory import FEWEST_TOLD, N_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
 from prefetch.predict.training import alone, fill, flat, one_thread, train_net, training_of
 from prefetch.trace.routing import RoutingTrace
@@ -46,7 +46,7 @@ class MemoryMlp:
     patience: int = 3
     most_tokens: int = 32_768  # of the training requests: to learn from, and to remember
     seed: int = 0
-    accelerator: str = "auto"
+    accelerator: str = "cpu"
     devices: int = 1
     strategy: str = "auto"
 
@@ -68,13 +68,13 @@ class MemoryMlp:
         train, validation = (part.some(self.most_tokens, self.seed) for part in (train, validation))
         memory = RouteMemory(memory_tokens=self.most_tokens, seed=self.seed)
         memory.chance_LE_ = self.chance_LE_
-        memory.remember(train)
+        memory.remember(train, FEWEST_TOLD)
         self.ids_MLK_, self.request_M_ = memory.ids_MLK_, memory.request_M_
-        sure_H22, self._memory = [], memory
+        sure_H22, self._memory, self._nets = [], memory, {}
         for horizon in self.horizons:
             told = _gathered(self._told(train, horizon, is_remembered=True))
             sure = told[3][told[2]]
-            sure_22 = np.stack([sure.mean((0, 1)), sure.std((0, 1)) + 1e-3]).astype(np.float32)
+            sure_22 = mean_and_spread(sure.reshape(-1, 2))
             asked = _gathered(self._told(validation, horizon, is_remembered=False))
             with alone(self.seed):
                 net = self._net(horizon)
@@ -105,7 +105,7 @@ class MemoryMlp:
         drawn, columns = np.random.default_rng(self.seed), {"weights"} & set(part.columns)
         for block, counted_T in part.blocks(*columns, max_rows=1024):
             past, ids_TLK = Past(block, horizon), best_first(block, drawn)
-            if is_remembered:
+            if is_remembered and remembered:
                 counted_T = counted_T & np.isin(past.request_T, sorted(remembered))
             told_TLFE, sure_TL2 = memory.told(past, is_remembered=is_remembered)
             yield ids_TLK, contexts_of(past, DECAYS), counted_T, sure_TL2, told_TLFE

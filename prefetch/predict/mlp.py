@@ -43,7 +43,7 @@ class Mlp:
         100_000  # of the training requests, drawn by the seed; they are held in memory
     )
     seed: int = 0
-    accelerator: str = "auto"
+    accelerator: str = "cpu"
     devices: int = 1
     strategy: str = "auto"
 

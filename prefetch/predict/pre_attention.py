@@ -40,7 +40,7 @@ class PreAttention:
     patience: int = 3
     most_tokens: int = 32_768  # of the training requests: an input is as wide as the model
     seed: int = 0
-    accelerator: str = "auto"
+    accelerator: str = "cpu"
     devices: int | str = 1
     strategy: str = "auto"
 

@@ -49,7 +49,7 @@ class Recurrent:
     patience: int = 3
     most_tokens: int = 65_536  # of the training requests
     seed: int = 0
-    accelerator: str = "auto"
+    accelerator: str = "cpu"
     devices: int = 1
     strategy: str = "auto"
 

@@ -27,6 +27,7 @@ from prefetch.trace.routing import id_dtype, no_expert
 SHARPNESS = (0.4, 0.8, 1.6)  # tried in each memory
 WEIGHTS = (0.25, 1.0, 4.0)  # of the training requests, tried beside 1 for the same request
 TUNING_TOKENS, TUNING_BLOCK = 800, 128  # of the validation requests: enough to tell mixtures apart
+FEWEST_TOLD = 4  # training requests that a network can be told of: of fewer, one left out would change too much
 N_TOLD = 4  # what a network is told: by the request, its share of both, by the training requests, by both
 SHARP_INSIDE, SHARP_OUTSIDE, SHARP_BOTH = 1.5, 0.4, 0.5  # of that
 STRIDE = 128  # remembered tokens that are looked at together
@@ -73,6 +74,7 @@ class Mix(NamedTuple):
 
 @dataclass
 class RouteMemory:
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ()
     sees: ClassVar[str] = "routing history"
     score: ClassVar[str] = PROBABILITY
@@ -106,8 +108,10 @@ class RouteMemory:
         self.mix_H3_ = np.array([self._tuned(validation, horizon) for horizon in self.horizons])
         return self
 
-    def remember(self, train: Part) -> None:
-        self.ids_MLK_, self.request_M_ = _remembered(train, self.memory_tokens, self.seed)
+    def remember(self, train: Part, fewest: int = 1) -> None:
+        """Nothing, where there are fewer than `fewest` training requests."""
+        most = self.memory_tokens if len(train.requests) >= fewest else 0
+        self.ids_MLK_, self.request_M_ = _remembered(train, most, self.seed)
         self.goes_on_M_ = np.diff(self.request_M_, prepend=-1) == 0
 
     def told(
@@ -145,7 +149,8 @@ class RouteMemory:
     def _tuned(self, validation: Part, horizon: int) -> tuple[float, float, float]:
         """(sharpness inside, sharpness outside, weight of outside) with the best recall, one after the other."""
         lessons, asked = [], 0
-        for lesson in validation.lessons(horizon, max_rows=TUNING_BLOCK):
+        drawn = validation.some(TUNING_TOKENS, self.seed)
+        for lesson in drawn.lessons(horizon, max_rows=TUNING_BLOCK):
             lessons.append(lesson)
             asked += int(lesson.counted_T.sum())
             if asked >= TUNING_TOKENS:
@@ -269,6 +274,13 @@ def _lists(ids_MLK, n_experts, nobody):  # type: ignore[no-untyped-def]
                     users[place[at]] = m
                     place[at] += 1
     return offset, users
+
+
+def mean_and_spread(sure_N2: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[2, 2] of how sure each memory is; one that always says the same is left as it is."""
+    spread_2 = sure_N2.std(axis=0)
+    spread_2 = np.where(spread_2 < 1e-3, 1.0, spread_2 + 1e-3)
+    return np.stack([sure_N2.mean(axis=0), spread_2]).astype(np.float32)
 
 
 def _hits(

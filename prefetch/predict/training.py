@@ -52,7 +52,7 @@ class Training:
     batch: int = 512  # rows of a step, on every device
     patience: int = 3  # epochs without a better validation score before it stops
     seed: int = 0
-    accelerator: str = "auto"  # Lightning's: cpu, gpu, ...
+    accelerator: str = "cpu"  # Lightning's: gpu, ...; with auto one setting would mean two results
     devices: int | str = 1
     strategy: str = "auto"  # with several devices: ddp_spawn
     resume: Path | str | None = None  # a folder: an interrupted fit goes on from its last epoch

@@ -20,7 +20,7 @@ from prefetch.errors import ConfigError
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
-from prefetch.predict.route_memory import N_TOLD, RouteMemory
+from prefetch.predict.route_memory import FEWEST_TOLD, N_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
 from prefetch.predict.training import alone, fill, flat, train_net, training_of
 
@@ -51,7 +51,7 @@ class Transformer:
     patience: int = 3
     most_tokens: int = 32_768  # of the training requests
     seed: int = 0
-    accelerator: str = "auto"
+    accelerator: str = "cpu"
     devices: int = 1
     strategy: str = "auto"
     needs: tuple[str, ...] = field(default=(), init=False)
@@ -83,7 +83,7 @@ class Transformer:
         if self.memory:
             self._memory = RouteMemory(memory_tokens=self.most_tokens, seed=self.seed)
             self._memory.chance_LE_ = self.chance_LE_
-            self._memory.remember(train)
+            self._memory.remember(train, FEWEST_TOLD)
             self.ids_MLK_, self.request_M_ = self._memory.ids_MLK_, self._memory.request_M_
         for horizon in self.horizons:
             net = self._fit(train, validation, horizon)
@@ -98,7 +98,9 @@ class Transformer:
             Told.gathered(self._blocks(part, horizon, is_remembered=told)) for part, told in parts
         ]
         if self.memory:
-            setattr(self, f"sure_h{horizon}_", _mean_and_spread(sets[0]))
+            assert sets[0].sure_TL2 is not None
+            sure_N2 = sets[0].sure_TL2[sets[0].counted_T].reshape(-1, 2)
+            setattr(self, f"sure_h{horizon}_", mean_and_spread(sure_N2))
             sets = [self._scaled(told, horizon) for told in sets]
         n_experts = self.chance_LE_.shape[1]
         chunks = [Chunks(told, n_experts, chunk=CHUNK, window=self.window + 1) for told in sets]
@@ -114,7 +116,7 @@ class Transformer:
 
     def _blocks(self, part: Part, horizon: int, *, is_remembered: bool) -> Iterator[Told]:
         for past, ids_TLK, counted_T in part.lessons(horizon, *self.needs, max_rows=1024):
-            if self.memory and is_remembered:
+            if self.memory and is_remembered and len(self.request_M_):
                 counted_T = counted_T & np.isin(past.request_T, np.unique(self.request_M_))
             yield self._told(past, ids_TLK, counted_T, is_remembered=is_remembered)
 
@@ -181,10 +183,3 @@ class Transformer:
         if self.memory:
             told = self._scaled(told, past.horizon)
         return answers(self._nets[past.horizon], told, chunk=CHUNK, window=self.window + 1)
-
-
-def _mean_and_spread(told: Told) -> NDArray[np.float32]:
-    """[2, 2]: of how sure each memory is, over the rows that count."""
-    assert told.sure_TL2 is not None
-    sure_TL2 = told.sure_TL2[told.counted_T]
-    return np.stack([sure_TL2.mean((0, 1)), sure_TL2.std((0, 1)) + 1e-3]).astype(np.float32)

@@ -55,6 +55,27 @@ def test_what_is_remembered_is_not_asked_about_itself() -> None:
     assert np.mean(np.abs(itself.astype(float) - expected) > 0.01) > 0.1
 
 
+def test_fitted_again_it_forgets_what_it_learnt_before() -> None:
+    one, other = (random_trace(seed, n_requests=10, tokens=12) for seed in (0, 1))
+    twice = small(one)
+    past = Past(one.rows(slice(96, 120)), 1)
+    twice.scores(past)
+    twice.fit(Part(other, np.arange(6)), Part(other, np.arange(6, 8)))
+    np.testing.assert_array_equal(twice.scores(past), small(other).scores(past))
+
+
+def test_of_one_request_split_in_time_nothing_is_remembered() -> None:
+    """Leaving its only request out, a memory would say nothing while the network learns and much when it is asked."""
+    trace = random_trace(n_requests=1, tokens=60)
+    request = np.array([0])
+    fitted = MemoryMlp(hidden=8, epochs=1, batch=16).fit(
+        Part(trace, request, 0, 36), Part(trace, request, 36, 42)
+    )
+    assert len(fitted.ids_MLK_) == 0
+    scores = fitted.scores(Past(trace, 1))
+    assert np.isfinite(scores).all() and scores[42:].std() > 0.001
+
+
 def test_too_few_rows_are_refused() -> None:
     trace = random_trace(n_requests=4, tokens=5)
     with pytest.raises(MissingData, match="too few requests"):
