@@ -13,12 +13,11 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError
 from prefetch.predict.layer_nets import Design, Weights, fitted, popular_logits, scores_of
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import horizons_of
-from prefetch.predict.training import training_of
+from prefetch.predict.training import check, training_of
 
 
 @dataclass
@@ -43,10 +42,7 @@ class HiddenMlp:
     def __post_init__(self) -> None:
         self.resume: Path | None = None  # a folder, where an interrupted fit goes on
         self.horizons = horizons_of(self.horizons)
-        for name in ("hidden", "most_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        training_of(self)
+        check(self, "hidden", "most_tokens")
 
     def fit(self, train: Part, validation: Part) -> Self:
         from prefetch.predict.nets import each_alone

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, MissingData
+from prefetch.errors import MissingData
 from prefetch.predict.mlp import DECAYS, contexts_of
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.route_memory import FEWEST_TOLD, N_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.predict.training import alone, fill, flat, one_thread, train_net, training_of
+from prefetch.predict.training import alone, check, fill, flat, one_thread, train_net, training_of
 from prefetch.trace.routing import RoutingTrace
 
 if TYPE_CHECKING:
@@ -56,10 +56,7 @@ class MemoryMlp:
         self.horizons = horizons_of(self.horizons)
         self._nets: dict[int, MemoryNet] = {}
         self._memory: RouteMemory | None = None
-        if self.hidden < 1 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"hidden={self.hidden}, dropout={self.dropout}: expected at least 1, and a share below 1"
-            )
+        check(self, "hidden", "most_tokens")
 
     def fit(self, train: Part, validation: Part) -> Self:
         from prefetch.predict.memory_net import loss, right

@@ -18,6 +18,7 @@ from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.tables import chance_of_use, use_of
+from prefetch.predict.training import alone, check, train_net, training_of
 from prefetch.trace.routing import no_expert
 
 DECAYS = (0.0, 0.8, 0.97)  # of usage averages; with decay 0 it is the token before
@@ -54,10 +55,7 @@ class Mlp:
         self.decays = tuple(float(decay) for decay in self.decays)
         if not all(0 <= decay < 1 for decay in self.decays):
             raise ConfigError(f"decays={list(self.decays)}: expected each from 0 up to below 1")
-        if self.hidden < 1 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"hidden={self.hidden}, dropout={self.dropout}: expected at least 1, and a share below 1"
-            )
+        check(self, "hidden", "most_tokens")
 
     def fit(self, train: Part, validation: Part) -> Self:
         self.chance_LE_ = chance_of_use(*use_of(train))
@@ -76,7 +74,6 @@ class Mlp:
         import torch
 
         from prefetch.predict.history_net import HistoryNet, Rows, loss, right
-        from prefetch.predict.training import alone, train_net, training_of
 
         curve: list[dict[str, float]] = []
         with alone(self.seed):

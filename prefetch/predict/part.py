@@ -22,6 +22,11 @@ from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader, concat
 from prefetch.trace.routing import RoutingTrace
 
+RECORDED_BY = {
+    "gate_inputs": "gate_inputs=true",
+    "pre_attention": "pre_attention=true",
+    "scores": "scores=all",
+}
 PART_ROWS = 1 << 12  # of a block: scores of all experts must fit beside it
 
 
@@ -61,8 +66,11 @@ class Part:
         """Refuses by name what the trace has not recorded."""
         missing = [name for name in columns if name not in self.columns]
         if missing:
+            asked = [f"source.{RECORDED_BY[name]}" for name in missing if name in RECORDED_BY]
+            remedy = f"; {' '.join(asked)} records it, where the source can" if asked else ""
             raise MissingData(
                 f"needs {', '.join(missing)}, which this trace has not recorded (it has {', '.join(self.columns)})"
+                f"{remedy}"
             )
 
     def blocks(

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.predict.training import alone, fill, flat, one_thread, train_net, training_of
+from prefetch.predict.training import alone, check, fill, flat, one_thread, train_net, training_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,11 +57,7 @@ class Recurrent:
         self.curve: list[dict[str, float]] = []  # a row per epoch and horizon
         self.horizons = horizons_of(self.horizons)
         self._nets: dict[int, RecurrentNet] = {}
-        for name in ("hidden", "units", "chunk", "most_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout: must be a share below 1, got {self.dropout}")
+        check(self, "hidden", "units", "chunk", "most_tokens")
 
     def fit(self, train: Part, validation: Part) -> Self:
         from prefetch.predict.sequences import Chunks, Told

@@ -83,6 +83,17 @@ def training_of(predictor: Any) -> Training:
     )
 
 
+def check(predictor: Any, *sizes: str) -> None:
+    """Settings of a network: sizes of at least 1, a dropout below 1, and those of `Training`."""
+    for name in sizes:
+        if getattr(predictor, name) < 1:
+            raise ConfigError(f"{name}: must be at least 1, got {getattr(predictor, name)}")
+    dropout = getattr(predictor, "dropout", 0)
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout: must be a share below 1, got {dropout}")
+    training_of(predictor)
+
+
 def train_net(
     net: nn.Module,
     train: Examples,

@@ -22,7 +22,7 @@ from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.route_memory import FEWEST_TOLD, N_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.predict.training import alone, fill, flat, train_net, training_of
+from prefetch.predict.training import alone, check, fill, flat, train_net, training_of
 
 if TYPE_CHECKING:
     from prefetch.predict.sequences import Told
@@ -63,15 +63,11 @@ class Transformer:
         self.horizons = horizons_of(self.horizons)
         self._nets: dict[int, TransformerNet] = {}
         self._memory: RouteMemory | None = None
-        for name in ("hidden", "heads", "window", "most_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        check(self, "hidden", "heads", "window", "most_tokens")
         if self.hidden % self.heads:
             raise ConfigError(
                 f"hidden: must be a multiple of heads={self.heads}, got {self.hidden}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout: must be a share below 1, got {self.dropout}")
         if self.weights:
             self.needs, self.sees = ("weights",), "routing history + weights"
 

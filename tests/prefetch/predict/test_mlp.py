@@ -104,7 +104,7 @@ def test_recall_is_counted_from_the_horizon_on() -> None:
 
 
 def test_nonsense_is_refused() -> None:
-    with pytest.raises(ConfigError, match="hidden=0"):
+    with pytest.raises(ConfigError, match="hidden: must be at least 1, got 0"):
         Mlp(hidden=0)
     trace = random_trace(n_requests=4, tokens=6)
     with pytest.raises(ConfigError, match="epochs: must be at least 1, got 0"):
