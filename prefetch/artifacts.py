@@ -86,6 +86,13 @@ class Outside:
         files = {str(path.relative_to(self.folder)): sha256_of(path) for path in paths}
         return {"kind": self.kind, "outside": True, "upstream": {}, "files": files}
 
+    @property
+    def sealed_key(self) -> str | None:
+        """The key that it has in the store that sealed it; None = no store did."""
+        if not (self.folder / MANIFEST).is_file():
+            return None
+        return _digest(read_manifest(self.folder)["identity"])
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -128,12 +135,13 @@ class Store:
 
     def _outside(self, recipe: Outside) -> Artifact:
         """A folder that some store sealed keeps the key that it has there."""
-        if not (recipe.folder / MANIFEST).is_file():
+        sealed_key = recipe.sealed_key
+        if sealed_key is None:
             return Artifact(recipe.kind, recipe.key, recipe.folder, {"identity": recipe.identity})
         manifest = read_manifest(recipe.folder)
         if self.verify:
             check_files(recipe.folder, manifest)
-        return Artifact(recipe.kind, _digest(manifest["identity"]), recipe.folder, manifest)
+        return Artifact(recipe.kind, sealed_key, recipe.folder, manifest)
 
     def _build(self, recipe: Recipe, folder: Path) -> Artifact:
         upstream = {name: self.make(part).folder for name, part in recipe.upstream.items()}

@@ -20,7 +20,8 @@ TRAIN, TEST, LEFT_OUT, VALIDATION = 0, 1, 2, 3  # parts; what is left out repeat
 FOLDS = 5
 TIME_SHARES = (0.6, 0.7)  # of the rows, where a split is in time: train ends, validation ends
 TEMPLATE_AGREEMENT = 0.9  # of the choices of neighbouring requests, at one position
-TEMPLATE_POSITIONS = 4096  # a template stands at the start: later positions are not looked at
+TEMPLATE_POSITIONS = 4096  # from the start: later positions are not looked at
+TEMPLATE_END = 256  # from the end, where a chat template closes a request
 TEMPLATE_PAIRS = 2  # fewer pairs of requests agree by chance
 TEMPLATE_LAYERS = 8  # so many layers, evenly spread, tell a shared text from chance
 DUPLICATE_ROWS = 8  # shorter requests are equal by chance
@@ -48,14 +49,45 @@ class Split:
         return parts_T.astype(np.uint8)
 
     def is_template(self, block: RoutingTrace) -> NDArray[np.bool_]:
-        """Rows whose text the requests share: what is learnt there says nothing about new text."""
+        """Rows whose text the requests share at their start: what is learnt there says nothing about new text."""
         return template_rows(block, self.is_template_DP)
 
 
 def template_rows(block: RoutingTrace, is_template_DP: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    near_T = (block.position_T >= 0) & (block.position_T < TEMPLATE_POSITIONS)
-    position_T = np.where(near_T, block.position_T, 0)
-    return near_T & is_template_DP[block.domain_T, position_T]
+    """By their positions from the start alone."""
+    return _at_start(block, block.domain_T.astype(np.int64), is_template_DP)
+
+
+def _at_start(
+    block: RoutingTrace, domain_T: NDArray[np.int64], is_template_DP: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    near_T = (block.position_T >= 0) & (block.position_T < is_template_DP.shape[1])
+    return near_T & is_template_DP[domain_T, np.where(near_T, block.position_T, 0)]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedText:
+    """Positions at which the requests of a domain hold the same text, from their start and from their end."""
+
+    start_DP: NDArray[np.bool_]  # the last domain is "unknown"
+    end_DP: NDArray[np.bool_]  # 0 = the last position of a request
+
+    def rows(
+        self, block: RoutingTrace, domain_T: NDArray[np.int64] | None = None
+    ) -> NDArray[np.bool_]:
+        """`block` holds whole requests; `domain_T`: its domains as they are counted here."""
+        domain_T = block.domain_T.astype(np.int64) if domain_T is None else domain_T
+        from_end_T = _from_end(block)
+        near_T = (from_end_T >= 0) & (from_end_T < self.end_DP.shape[1])
+        at_end_T = near_T & self.end_DP[domain_T, np.where(near_T, from_end_T, 0)]
+        return _at_start(block, domain_T, self.start_DP) | at_end_T
+
+
+def _from_end(block: RoutingTrace) -> NDArray[np.int64]:
+    """How many positions before the last one of its request a row stands; -1 where positions are not known."""
+    stops_R = np.append(block.starts_R[1:], block.n_tokens)
+    last_T = np.repeat(block.position_T[stops_R - 1], stops_R - block.starts_R).astype(np.int64)
+    return np.where(block.position_T >= 0, last_T - block.position_T, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +110,52 @@ class _Head:
     ids_TLK: NDArray[Any]
 
 
+class _Agreement:
+    """How far neighbouring requests of a domain choose alike, at every position from one of their ends."""
+
+    def __init__(self, reach: int) -> None:
+        self._reach = reach
+        self._total: dict[int, NDArray[np.int64]] = {}  # shared choices, choices, pairs
+        self._first: dict[int, _Head] = {}  # of the domain's first request
+        self._last: dict[int, _Head] = {}
+
+    def meet(self, domain: int, head: _Head, nobody: int) -> None:
+        """Compares a request with the one before it in the same domain."""
+        if domain in self._last:
+            self._compare(domain, self._last[domain], head, nobody)
+        self._first.setdefault(domain, head)
+        self._last[domain] = head
+
+    def _compare(self, domain: int, one: _Head, other: _Head, nobody: int) -> None:
+        positions, rows_one, rows_other = np.intersect1d(
+            one.position_T, other.position_T, return_indices=True
+        )
+        here, there = one.ids_TLK[rows_one], other.ids_TLK[rows_other]
+        shared_T, of_T = _shared(here, there, nobody)
+        total = self._total.setdefault(domain, np.zeros((3, self._reach), np.int64))
+        total[:, positions] += np.stack([shared_T, of_T, np.ones_like(of_T)])
+
+    def merge(self, later: _Agreement, nobody: int) -> None:
+        for domain, head in later._first.items():
+            self.meet(domain, head, nobody)
+            self._last[domain] = later._last[domain]
+        for domain, total in later._total.items():
+            self._total[domain] = self._total.get(domain, 0) + total
+
+    def shared(self, domain_R: list[int], n_domains: int) -> NDArray[np.bool_]:
+        """[domain, position]: do neighbouring requests agree there, and do most of them reach so far?
+
+        Where they agree at every position there is no template but a router that hardly varies.
+        """
+        is_shared_DP = np.zeros((n_domains + 1, self._reach), bool)
+        for domain, (shared_P, of_P, pairs_P) in self._total.items():
+            most = domain_R.count(domain) - 1
+            enough_P = (pairs_P >= TEMPLATE_PAIRS) & (2 * pairs_P >= most)
+            agree_P = enough_P & (shared_P >= TEMPLATE_AGREEMENT * np.maximum(of_P, 1))
+            is_shared_DP[domain] = agree_P & (agree_P != enough_P).any()
+        return is_shared_DP
+
+
 class Survey:
     """What must be known of all requests before anything is counted: one light pass over the trace."""
 
@@ -92,11 +170,9 @@ class Survey:
         self.digest_R: list[bytes] = []
         self.ran_R: list[bool] = []  # has it a row that was executed?
         self.heads_R: list[tuple[bytes, ...]] = []  # digests of its first 8, 16, 32, ... rows
-        # per domain: shared choices, choices, pairs at every position
-        self._agreement: dict[int, NDArray[np.int64]] = {}
+        self.first_position_R: list[int] = []
         self._nobody = 0
-        self._first: dict[int, _Head] = {}  # of the domain's first request
-        self._last: dict[int, _Head] = {}
+        self._start, self._end = _Agreement(TEMPLATE_POSITIONS), _Agreement(TEMPLATE_END)
 
     def add(self, block: RoutingTrace) -> None:
         """`block` holds whole requests."""
@@ -119,35 +195,23 @@ class Survey:
         self.heads_R.append(_heads(ids_TLK))
         self.digest_R.append(hashlib.blake2b(ids_TLK.data, digest_size=8).digest())
         position_T = block.position_T[start:stop]
-        near = np.flatnonzero((position_T >= 0) & (position_T < TEMPLATE_POSITIONS))
+        self.first_position_R.append(int(position_T[0]))
         layers = np.unique(np.linspace(0, block.card.n_layers - 1, TEMPLATE_LAYERS).astype(int))
-        self._meet(domain, _Head(position_T[near], ids_TLK[near][:, layers]))
-
-    def _meet(self, domain: int, head: _Head) -> None:
-        """Compares the start of a request with that of the one before it in the same domain."""
-        if domain in self._last:
-            self._compare(domain, self._last[domain], head)
-        self._first.setdefault(domain, head)
-        self._last[domain] = head
-
-    def _compare(self, domain: int, one: _Head, other: _Head) -> None:
-        positions, rows_one, rows_other = np.intersect1d(
-            one.position_T, other.position_T, return_indices=True
-        )
-        here, there = one.ids_TLK[rows_one], other.ids_TLK[rows_other]
-        shared_T, of_T = _shared(here, there, self._nobody)
-        total = self._agreement.setdefault(domain, np.zeros((3, TEMPLATE_POSITIONS), np.int64))
-        total[:, positions] += np.stack([shared_T, of_T, np.ones_like(of_T)])
+        from_end_T = np.where(position_T >= 0, position_T[-1] - position_T, -1)
+        for agreement, place_T, reach in (
+            (self._start, position_T, TEMPLATE_POSITIONS),
+            (self._end, from_end_T, TEMPLATE_END),
+        ):
+            near = np.flatnonzero((place_T >= 0) & (place_T < reach))
+            head = _Head(place_T[near], ids_TLK[near][:, layers])
+            agreement.meet(domain, head, self._nobody)
 
     def merge(self, later: Survey) -> None:
         """`later` surveyed what follows in the same trace."""
-        for domain, head in later._first.items():
-            self._meet(domain, head)
-            self._last[domain] = later._last[domain]
-        for domain, total in later._agreement.items():
-            self._agreement[domain] = self._agreement.get(domain, 0) + total
         self.domains = later.domains or self.domains
         self._nobody = self._nobody or later._nobody
+        self._start.merge(later._start, self._nobody)
+        self._end.merge(later._end, self._nobody)
         for name in (
             "rows",
             "executed_rows",
@@ -158,6 +222,7 @@ class Survey:
             "digest_R",
             "ran_R",
             "heads_R",
+            "first_position_R",
         ):
             setattr(self, name, getattr(self, name) + getattr(later, name))
 
@@ -171,42 +236,64 @@ class Survey:
             seen.add(digest)
         return np.array(repeated, np.int64)
 
-    def groups(self) -> NDArray[np.int64]:
+    def groups(self, *, beyond_template: bool = False) -> NDArray[np.int64]:
         """[R] the first of the requests that each belongs with: one that holds another's routing, at least half of it.
 
         A conversation that is sent again with every turn is such a group: one part of a split must hold all of it.
         """
-        own = [heads[-1] if heads else None for heads in self.heads_R]
+        heads_R = self._own_heads() if beyond_template else self.heads_R
+        own = [heads[-1] if heads else None for heads in heads_R]
         first_of: dict[bytes, int] = {}
         for r, head in enumerate(own):
             if head is not None:
                 first_of.setdefault(head, r)
         group_R = np.arange(len(own))
-        for r, heads in enumerate(self.heads_R):
+        for r, heads in enumerate(heads_R):
             met = [_root(group_R, first_of[head]) for head in heads if head in first_of]
             together = min([_root(group_R, r), *met])
             for other in (*met, _root(group_R, r)):
                 group_R[other] = together
         return np.array([_root(group_R, r) for r in range(len(own))], np.int64)
 
-    def template(self) -> NDArray[np.bool_]:
-        """[domain, position]: do neighbouring requests agree there, and do most of them reach so far?
+    def _own_heads(self) -> list[tuple[bytes, ...]]:
+        """Without the heads that end within the template: there all requests are alike."""
+        start_DP, own = self.template(), list[tuple[bytes, ...]]()
+        for heads, domain, first in zip(
+            self.heads_R, self.domain_R, self.first_position_R, strict=True
+        ):
+            is_template_P = np.append(start_DP[domain, max(0, first) :], False)
+            shared_rows = int(np.argmin(is_template_P)) if first >= 0 else 0
+            own.append(tuple(h for i, h in enumerate(heads) if DUPLICATE_ROWS << i > shared_rows))
+        return own
 
-        Where they agree at every position there is no template but a router that hardly varies.
-        """
-        is_template_DP = np.zeros((len(self.domains) + 1, TEMPLATE_POSITIONS), bool)
-        for domain, (shared_P, of_P, pairs_P) in self._agreement.items():
-            most = self.domain_R.count(domain) - 1
-            enough_P = (pairs_P >= TEMPLATE_PAIRS) & (2 * pairs_P >= most)
-            agree_P = enough_P & (shared_P >= TEMPLATE_AGREEMENT * np.maximum(of_P, 1))
-            is_template_DP[domain] = agree_P & (agree_P != enough_P).any()
-        return is_template_DP
+    def kept(self) -> NDArray[np.bool_]:
+        """[R] has it rows that were run, and is it no repetition?"""
+        is_repeated_R = np.isin(np.array(self.request_R, np.int64), self.duplicates())
+        return np.array(self.ran_R, bool) & ~is_repeated_R
+
+    def parted(self, kept_R: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The groups that a split may not cut; a long template that all requests share groups nobody, if it would
+        leave too few."""
+        group_R = self.groups()
+        if len(np.unique(group_R[kept_R])) < SMALLEST_SPLIT:
+            return self.groups(beyond_template=True)
+        return group_R
+
+    def template(self) -> NDArray[np.bool_]:
+        """[domain, position] the template that requests begin with."""
+        return self._start.shared(self.domain_R, len(self.domains))
+
+    def shared_text(self) -> SharedText:
+        """The template that requests begin with, and what they all end with."""
+        end_DP = self._end.shared(self.domain_R, len(self.domains))
+        return SharedText(self.template(), end_DP)
 
     def split(self, train_share: float, seed: int) -> Split:
         """By request; in time where there are too few, or where one request is nearly all there is."""
         duplicates = self.duplicates()
-        request_R, group_R = np.array(self.request_R, np.int64), self.groups()
+        request_R = np.array(self.request_R, np.int64)
         is_unique_R = ~np.isin(request_R, duplicates)
+        group_R = self.parted(is_unique_R)
         # a group goes by the number of its first request
         named_R = request_R[group_R] if len(group_R) else request_R
         groups = np.unique(named_R[is_unique_R])
@@ -227,8 +314,8 @@ class Survey:
 
         A fold tests a fifth, validates on half of the next fifth, and trains on the rest.
         """
-        request_R, group_R = np.array(self.request_R, np.int64), self.groups()
-        kept_R = np.array(self.ran_R, bool) & ~np.isin(request_R, self.duplicates())
+        request_R, kept_R = np.array(self.request_R, np.int64), self.kept()
+        group_R = self.parted(kept_R)
         groups = np.unique(group_R[kept_R])
         if len(groups) < SMALLEST_SPLIT:
             cuts = tuple(int(share * self.executed_rows) for share in TIME_SHARES)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from prefetch.errors import FormatError
 from prefetch.predict.part import PART_ROWS, Part
 from prefetch.predict.past import Answered, Past
-from prefetch.predict.predictor import Predictor, cheats
+from prefetch.predict.predictor import Predictor, cheats, declared
+from prefetch.predict.timing import UNTIMED, EventTime
 from prefetch.progress import Progress
 from prefetch.trace.predictions import Predictions, PredictionsCard, PredictionsWriter
 from prefetch.trace.routing import id_dtype, no_expert
@@ -67,9 +68,21 @@ def guess_part(
         guesses = []
         for horizon in predictor.horizons:
             past = view(block, horizon)
-            guesses.append(ranked(predictor.scores(past), width))
+            guesses.append(ranked(scores_of(predictor, past), width))
         ids_THLP = np.stack([ids for ids, _ in guesses], axis=1)
         yield past, ids_THLP, np.stack([scores for _, scores in guesses], axis=1)
+
+
+def scores_of(predictor: Predictor, past: Past) -> NDArray[np.float32]:
+    """A predictor's scores, if they are what they should be."""
+    scores_TLE = predictor.scores(past)
+    if np.shape(scores_TLE) != past.shape:
+        kind = type(predictor)
+        raise FormatError(
+            f"{kind.__module__}.{kind.__qualname__}.scores: expected [tokens, layers, experts] = {list(past.shape)}, "
+            f"got {list(np.shape(scores_TLE))}"
+        )
+    return scores_TLE
 
 
 def write_guesses(
@@ -82,9 +95,11 @@ def write_guesses(
     width: int,
     fitted: tuple[int, ...],
     n_bytes: int,
-    event_us: float | None,
+    event_time: EventTime = UNTIMED,
+    fitted_trace: str | None = None,
 ) -> None:
     """A predictions folder for the requests of a part."""
+    said = declared(predictor)
     card = PredictionsCard(
         trace=trace,
         predictor=name,
@@ -92,12 +107,15 @@ def write_guesses(
         n_layers=part.card.n_layers,
         width=width,
         horizons=predictor.horizons,
-        causality="cheats" if cheats(predictor) else "decode",
+        causality=said.causality if said else "cheats" if cheats(predictor) else "decode",
         score=predictor.score,
         requests=tuple(part.asked().tolist()),
         fitted_requests=fitted,
         parameter_bytes=n_bytes,
-        event_us=event_us,
+        event_us=event_time.us,
+        event_us_from=event_time.measured,
+        event_us_p99=event_time.p99_us,
+        fitted_trace=fitted_trace,
     )
     writer = PredictionsWriter(folder, card)
     with Progress(f"guessing: {name}", None, "tokens") as progress:

@@ -1,6 +1,7 @@
 """Guesses that somebody else made: a predictions folder, or an npz with ids; scored like our own.
 
-What they were allowed to see cannot be checked here; it is what the file, or `causality`, declares.
+What they were allowed to see cannot be checked here; it is what the file, or `causality`, declares. A folder says which
+trace it is about and which requests it was fitted on: that is checked. An npz says neither: its maker answers for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError, FormatError, reading
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import ANSWER, NOT_GUESSED, horizons_of
+from prefetch.predict.predictor import ANSWER, NOT_GUESSED, Declared, horizons_of
 from prefetch.trace.blocks import blocks_of
 from prefetch.trace.predictions import CAUSALITIES, PredictionsReader
 from prefetch.trace.routing import no_expert
@@ -26,9 +27,10 @@ class Imported:
     """`path`: a folder with predictions.json, or an npz with `ids` [T, L, P] or [T, H, L, P].
 
     An npz may hold `scores` of the same shape, `horizons` [H], and `request` and `position` [T]; without these its rows
-    are the trace's, in order.
+    are those of the trace that is asked about, in order.
     """
 
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ()
 
     path: str | None = None
@@ -36,6 +38,7 @@ class Imported:
     causality: str = "decode"  # of an npz: decode | prefill | cheats
     sees: str = field(default="as declared: decode", init=False)
     score: str = field(default="rank", init=False)
+    declared: Declared = field(default_factory=Declared, init=False)
 
     def __post_init__(self) -> None:
         self.horizons = horizons_of(self.horizons)
@@ -45,10 +48,9 @@ class Imported:
             raise ConfigError("path: must be given: the folder or npz that holds the guesses")
         if not Path(self.path).exists():
             raise ConfigError(f"path={self.path}: not found")
-        declared = self.causality
-        if self._is_folder:
-            declared = PredictionsReader(self.path).card.causality
-        self.sees = ANSWER if declared == "cheats" else f"as declared: {declared}"
+        self.declared = _said_by(self.path) if self._is_folder else Declared(self.causality)
+        causality = self.declared.causality
+        self.sees = ANSWER if causality == "cheats" else f"as declared: {causality}"
 
     @property
     def files(self) -> dict[str, Path]:
@@ -60,6 +62,14 @@ class Imported:
     @property
     def _is_folder(self) -> bool:
         return Path(str(self.path)).is_dir()
+
+    def check_fits(self, trace: str, part: Part) -> None:
+        """A folder about another trace, or fitted on a request of the part, is refused; an npz does not say."""
+        if self._is_folder:
+            card, requests = part.card, part.asked().tolist()
+            PredictionsReader(str(self.path)).check_fits(
+                trace=trace, n_experts=card.n_experts, n_layers=card.n_layers, requests=requests
+            )
 
     def fit(self, train: Part, validation: Part) -> Self:
         """Reads them; nothing is fitted."""
@@ -120,6 +130,19 @@ class Imported:
                 f"{self.path}: request {past.request_T[t]}, position {past.position_T[t]}, layer slot {layer}: "
                 f"expert id {ids_TLP[outside][0]} is out of range for {n_experts} experts"
             )
+
+
+def _said_by(folder: str) -> Declared:
+    card = PredictionsReader(folder).card
+    return Declared(
+        causality=card.causality,
+        trace=card.trace,
+        fitted_requests=card.fitted_requests,
+        fitted_trace=card.fitted_trace,
+        parameter_bytes=card.parameter_bytes,
+        event_us=card.event_us,
+        event_us_p99=card.event_us_p99,
+    )
 
 
 def _of_folder(path: str) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any], list[int]]:

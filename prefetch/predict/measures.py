@@ -1,11 +1,13 @@
 """How good guesses are, from a predictions folder and the trace that it is about: counts first, rates from them.
 
 Whoever made the guesses (ours, a notebook, another tool), they are scored here, in the same way. Rows of a template
-are kept apart. T tokens, H horizons, L layers, K choices, P width, E experts, R requests, X = new text | template.
+and near copies are kept apart. T tokens, H horizons, L layers, K choices, P width, E experts, R requests, U units
+that an interval draws (a request, or all turns of a conversation), X = new text | template | near copies.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,52 +17,57 @@ from numba import njit
 from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
-from prefetch.predict.part import Part
-from prefetch.scoring import template_rows
+from prefetch.predict.held_out import HeldOut
 from prefetch.trace.predictions import Predictions, PredictionsReader
 from prefetch.trace.routing import no_expert
 
 CACHE_SHARE = 4  # the stated cache holds one of so many experts of every layer
 BINS = 20  # of the reliability curve
-# Columns of `layer_HXLM` and `request_HXGRM`; hits are within k and within 2k guesses.
-EVENTS, CHOICES, HITS_K, HITS_2K, EXACT, GUESSED_K, FIRST_MISS = range(7)
+NEW, TEMPLATE, COPIES = range(3)  # X
+# Columns of `layer_HXLM`, of which `unit_HYULM` has the first three; hits are within k and within 2k guesses.
+CHOICES, HITS_K, HITS_2K, EVENTS, EXACT, GUESSED_K, FIRST_MISS = range(7)
 MISSES, MISSES_K, MISSES_2K, LOADS_K, LOADS_2K = range(7, 12)
-COLUMNS = 12
+COLUMNS, UNIT_COLUMNS = 12, 3
 
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Sums over the rows of a part; two can be added, two rates cannot."""
+    """Sums over the rows that are tested; two can be added, two rates cannot."""
 
     horizons: tuple[int, ...]
     top_k: int
     n_experts: int
-    request_R: NDArray[np.int64]
-    domain_R: NDArray[np.int64]
+    width: int  # guesses that there could be: of a narrower list nothing is known about more
+    split: str  # requests | time | whole
+    row_XR: NDArray[np.int64]  # rows of every request that were scored
     layer_HXLM: NDArray[np.int64]
-    request_HXGRM: NDArray[np.int64]  # G = first layers (l < horizon) | the others
+    unit_HYULM: NDArray[np.int32]  # Y = new text | all rows
     rank_HXLP: NDArray[np.int64]  # true choices that stood at this rank
     bin_HBC: NDArray[np.float64]  # of the reliability curve: guesses, sum of scores, right ones
 
 
-def count(guesses: PredictionsReader, part: Part, is_template_DP: NDArray[np.bool_]) -> Counts:
-    """Scores the guesses about the rows of a part. The cache that misses are counted on starts empty and stays warm."""
+def count(guesses: PredictionsReader, tested: HeldOut, *, is_foreign: bool = False) -> Counts:
+    """Scores the guesses about the rows that are tested. The cache that misses are counted on starts empty and stays
+    warm. Lists of foreign guesses may be shorter than the file is wide: their width is that of the longest one."""
+    part = tested.part
     card, about = part.card, guesses.card
     if (about.n_experts, about.n_layers) != (card.n_experts, card.n_layers):
         raise FormatError(
             f"{guesses.folder}: guesses about {about.n_layers} layers of {about.n_experts} experts, the trace has "
             f"{card.n_layers} of {card.n_experts}"
         )
-    n_horizons, n_requests = len(about.horizons), len(part.requests)
-    shape = (n_horizons, 2, card.n_layers)
+    n_horizons = len(about.horizons)
+    shape = (n_horizons, 3, card.n_layers)
+    units = (n_horizons, 2, tested.n_units, card.n_layers, UNIT_COLUMNS)
     counts = Counts(
         horizons=about.horizons,
         top_k=card.top_k,
         n_experts=card.n_experts,
-        request_R=part.requests,
-        domain_R=np.full(n_requests, -1, np.int64),
+        width=about.width,
+        split=tested.split,
+        row_XR=np.zeros((3, len(part.requests)), np.int64),
         layer_HXLM=np.zeros((*shape, COLUMNS), np.int64),
-        request_HXGRM=np.zeros((n_horizons, 2, 2, n_requests, COLUMNS), np.int64),
+        unit_HYULM=np.zeros(units, np.int32),
         rank_HXLP=np.zeros((*shape, about.width), np.int64),
         bin_HBC=np.zeros((n_horizons, BINS, 3)),
     )
@@ -69,20 +76,25 @@ def count(guesses: PredictionsReader, part: Part, is_template_DP: NDArray[np.boo
         (card.n_layers, card.n_experts), -1, np.int64
     )  # of the last use; -1 = not resident
     clock = np.ones(1, np.int64)
-    is_probability = about.score == "probability"
+    is_probability, longest = about.score == "probability", 0
     rows = _Aligned(guesses)
     for block, counted_T in part.blocks():
         mine = rows.take(block.request_T, block.position_T)
         request_T = np.searchsorted(part.requests, block.request_T)
-        counts.domain_R[request_T] = block.domain_T
-        row_T = np.where(counted_T, template_rows(block, is_template_DP).astype(np.int8), -1)
+        row_T = np.where(tested.is_copy_R[request_T], COPIES, NEW)
+        row_T[tested.shared.rows(block)] = TEMPLATE
+        row_T[~counted_T] = -1
+        np.add.at(counts.row_XR, (row_T[counted_T], request_T[counted_T]), 1)
+        nobody = no_expert(card.n_experts)
+        if is_foreign:
+            longest = max(longest, int((mine[0] != nobody).sum(axis=3).max(initial=0)))
         _count(
-            block.ids_TLK, mine[0], mine[1].astype(np.float32), row_T, request_T, no_expert(card.n_experts),
+            block.ids_TLK, mine[0], mine[1].astype(np.float32), row_T, tested.unit_R[request_T], nobody,
             np.array(about.horizons), capacity, stamp_LE, clock, is_probability,
-            counts.layer_HXLM, counts.request_HXGRM, counts.rank_HXLP, counts.bin_HBC,
+            counts.layer_HXLM, counts.unit_HYULM, counts.rank_HXLP, counts.bin_HBC,
         )  # fmt: skip
     rows.end()
-    return counts
+    return dataclasses.replace(counts, width=longest) if longest else counts
 
 
 class _Aligned:
@@ -154,11 +166,11 @@ def _named_twice(ids_THLP, nobody):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _count(  # type: ignore[no-untyped-def]  # noqa: C901  # one loop over events is what this is
-    ids_TLK, guess_THLP, score_THLP, row_T, request_T, nobody, horizons, capacity, stamp_LE, clock,
-    is_probability, layer_HXLM, request_HXGRM, rank_HXLP, bin_HBC,
+    ids_TLK, guess_THLP, score_THLP, row_T, unit_T, nobody, horizons, capacity, stamp_LE, clock,
+    is_probability, layer_HXLM, unit_HYULM, rank_HXLP, bin_HBC,
 ):  # fmt: skip
     """Event by event: guesses are compared with what was resident before it, then the event moves the cache."""
-    n_layers, top_k, width = ids_TLK.shape[1], ids_TLK.shape[2], guess_THLP.shape[3]
+    n_layers, top_k = ids_TLK.shape[1], ids_TLK.shape[2]
     one = np.zeros(COLUMNS, np.int64)
     for t in range(ids_TLK.shape[0]):
         for layer in range(n_layers):
@@ -177,24 +189,28 @@ def _count(  # type: ignore[no-untyped-def]  # noqa: C901  # one loop over event
                     if ids[k] != nobody and stamp_E[ids[k]] < 0:
                         one[MISSES] += 1
                 rank_P = rank_HXLP[h, row_T[t], layer]
+                is_binned = is_probability and row_T[t] == NEW and layer >= horizons[h]
                 _one(ids, guess_THLP[t, h, layer], score_THLP[t, h, layer], nobody, stamp_E, top_k,
-                     min(width, 2 * top_k), is_probability, one, rank_P, bin_HBC[h])  # fmt: skip
+                     is_binned, one, rank_P, bin_HBC[h])  # fmt: skip
                 one[EXACT] = one[HITS_K] == needed
-                group = 1 if layer >= horizons[h] else 0
                 for m in range(COLUMNS):
                     layer_HXLM[h, row_T[t], layer, m] += one[m]
-                    request_HXGRM[h, row_T[t], group, request_T[t], m] += one[m]
+                for m in range(UNIT_COLUMNS):
+                    unit_HYULM[h, 1, unit_T[t], layer, m] += one[m]
+                    if row_T[t] == NEW:
+                        unit_HYULM[h, 0, unit_T[t], layer, m] += one[m]
             if needed <= capacity:
                 _use(ids, nobody, stamp_E, capacity, clock)
 
 
 @njit(cache=True, nogil=True)
-def _one(ids, guess_P, score_P, nobody, stamp_E, top_k, reach, is_probability, one, rank_P, bin_BC):  # type: ignore[no-untyped-def]  # fmt: skip
-    first_miss = 0
+def _one(ids, guess_P, score_P, nobody, stamp_E, top_k, is_binned, one, rank_P, bin_BC):  # type: ignore[no-untyped-def]  # fmt: skip
+    first_miss, given = 0, 0
     for p in range(len(guess_P)):
         expert = guess_P[p]
         if expert == nobody:
             break
+        given += 1
         is_right = False
         for k in range(len(ids)):
             is_right |= ids[k] == expert
@@ -202,14 +218,14 @@ def _one(ids, guess_P, score_P, nobody, stamp_E, top_k, reach, is_probability, o
             rank_P[p] += 1
         elif first_miss == 0:
             first_miss = p + 1
-        if is_probability:
+        if p >= 2 * top_k:
+            continue
+        if is_binned:
             score = min(max(score_P[p], 0.0), 1.0)
             place = min(int(score * len(bin_BC)), len(bin_BC) - 1)
             bin_BC[place, 0] += 1
             bin_BC[place, 1] += score
             bin_BC[place, 2] += is_right
-        if p >= reach:
-            continue
         is_load = stamp_E[expert] < 0
         one[HITS_2K] += is_right
         one[LOADS_2K] += is_load
@@ -219,7 +235,9 @@ def _one(ids, guess_P, score_P, nobody, stamp_E, top_k, reach, is_probability, o
             one[HITS_K] += is_right
             one[LOADS_K] += is_load
             one[MISSES_K] += is_right and is_load
-    one[FIRST_MISS] = first_miss if first_miss > 0 else len(guess_P) + 1
+    one[FIRST_MISS] = (
+        first_miss if first_miss > 0 else given + 1
+    )  # where a list ends, silence is a miss
 
 
 @njit(cache=True, nogil=True)

@@ -17,7 +17,7 @@ from prefetch.errors import MissingData
 from prefetch.predict.mlp import DECAYS, contexts_of
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import PROBABILITY, horizons_of
+from prefetch.predict.predictor import PROBABILITY, horizons_of, parameter_bytes
 from prefetch.predict.route_memory import FEWEST_TOLD, N_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
 from prefetch.predict.training import alone, check, fill, flat, one_thread, train_net, training_of
@@ -116,6 +116,10 @@ class MemoryMlp:
             memory.goes_on_M_ = np.diff(self.request_M_, prepend=-1) == 0
             self._memory = memory
         return self._memory
+
+    def resident_bytes(self) -> int:
+        """The networks, and what route memory makes of its tokens."""
+        return parameter_bytes(self) + self.memory().made_bytes()
 
     def _net(self, horizon: int) -> MemoryNet:
         import torch

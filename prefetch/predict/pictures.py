@@ -52,7 +52,7 @@ def recall_by_layer(
 ) -> list[Path]:
     panels = []
     layers = tuple(str(layer) for layer in table.layer.drop_duplicates())
-    for horizon, of_horizon in table[table.rows == "all"].groupby("horizon"):
+    for horizon, of_horizon in table[table["rows"] == "new_text"].groupby("horizon"):
         lines = [
             Line(range(len(rows)), rows.recall_at_k.to_numpy(), name, key.colour, key.dash)
             for name, key in looks.items()
@@ -64,7 +64,7 @@ def recall_by_layer(
         title = f"{horizon} {'layer' if horizon == 1 else 'layers'} ahead"
         panels.append(Lines(title, x, RECALL, lines, (start,)))
     title = "Recall of the k best guesses, layer by layer"
-    said = f"All rows. Left of the dotted line a guess is made as the token begins. {note}"
+    said = f"New text. Left of the dotted line a guess is made as the token begins. {note}"
     return draw(folder / "recall_by_layer", title, panels, columns=2, note=said, panel_size=WIDE)
 
 
@@ -108,7 +108,7 @@ def recall_by_horizon(
             lines.append(Line(x, y, name, key.colour, key.dash, below, above, dots=True))
         panels.append(Lines(title, Axis("horizon (layers ahead)", whole=True), RECALL, lines))
     title = "How recall falls with the distance"
-    said = f"Bands: 95 % over requests. Without rows of a shared template. {note}"
+    said = f"Bands: 95 % over requests. New text. {note}"
     return draw(folder / "recall_by_horizon", title, panels, columns=2, note=said, panel_size=WIDE)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -64,6 +65,19 @@ class Predictor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What the maker of guesses says of them: none of it can be measured here."""
+
+    causality: str = "decode"
+    trace: str | None = None  # key of the trace that they are about
+    fitted_requests: tuple[int, ...] = ()
+    fitted_trace: str | None = None  # that these are of; None = the same
+    parameter_bytes: int = 0
+    event_us: float | None = None
+    event_us_p99: float | None = None
+
+
 class Online(Protocol):
     """The same answers, one event at a time, for an engine."""
 
@@ -84,6 +98,11 @@ class Online(Protocol):
 
 def cheats(predictor: Predictor) -> bool:
     return predictor.sees == ANSWER
+
+
+def declared(predictor: Predictor) -> Declared | None:
+    """Of guesses that somebody else made; None for who guesses here."""
+    return getattr(predictor, "declared", None)
 
 
 def made_of(predictor: Predictor) -> Mapping[str, Predictor]:
@@ -114,7 +133,19 @@ def state_of(predictor: Predictor) -> dict[str, NDArray[Any]]:
 
 
 def parameter_bytes(predictor: Predictor) -> int:
+    """Of what it learnt, as it is saved."""
     return sum(array.nbytes for array in state_of(predictor).values())
+
+
+def resident_bytes(predictor: Predictor) -> int:
+    """What must be held in memory to guess: what was learnt, unless `resident_bytes()` says that it is more."""
+    if said := declared(predictor):
+        return said.parameter_bytes
+    if hasattr(predictor, "resident_bytes"):
+        return int(predictor.resident_bytes())
+    members = made_of(predictor)
+    own = parameter_bytes(predictor) - sum(parameter_bytes(one) for one in members.values())
+    return own + sum(resident_bytes(one) for one in members.values())
 
 
 def save(predictor: Predictor, folder: Path, about: dict[str, Any], fit_seconds: float) -> None:
@@ -123,18 +154,27 @@ def save(predictor: Predictor, folder: Path, about: dict[str, Any], fit_seconds:
 
     save_file(state_of(predictor), str(folder / STATE))
     (folder / FIT).write_text(json.dumps({"seconds": fit_seconds}) + "\n")
-    (folder / ABOUT).write_text(json.dumps({"schema": SCHEMA, **about}, indent=1) + "\n")
+    said = {"schema": SCHEMA, "class": _kind(predictor), **about}
+    (folder / ABOUT).write_text(json.dumps(said, indent=1) + "\n")
 
 
-def restore(predictor: Predictor, folder: Path) -> dict[str, Any]:
+def _kind(predictor: Predictor) -> str:
+    return f"{type(predictor).__module__}.{type(predictor).__qualname__}"
+
+
+def restore(predictor: Predictor, folder: Path | str) -> dict[str, Any]:
     """Puts back what was learnt; returns what was said about it."""
     from safetensors.numpy import load_file
 
+    folder = Path(folder)
     path = folder / ABOUT
     with reading(path, "the description of a fitted predictor"):
         about: dict[str, Any] = json.loads(path.read_text())
         if about.get("schema") != SCHEMA:
             raise FormatError(f"expected schema {SCHEMA}, found {about.get('schema')}")
+    kind, learnt_by = _kind(predictor), about.get("class", _kind(predictor))
+    if learnt_by != kind:
+        raise FormatError(f"{path}: learnt by {learnt_by}, and cannot be put into {kind}")
     with reading(folder / STATE, "the arrays of a fitted predictor"):
         for name, array in load_file(folder / STATE).items():
             member, _, own = name.rpartition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import time
@@ -17,22 +18,26 @@ from prefetch.artifacts import BUILDING, UNFINISHED, Outside, Recipe
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.predict.guesses import write_guesses
+from prefetch.predict.interrupted import seconds_before
 from prefetch.predict.part import Part, parts_of, survey_of
 from prefetch.predict.predictor import (
     FIT,
     Predictor,
     check_same_shape,
+    declared,
     made_of,
     parameter_bytes,
+    resident_bytes,
     restore,
     save,
 )
-from prefetch.predict.timing import event_microseconds
+from prefetch.predict.timing import event_time
 from prefetch.scoring import Fold
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
 
 RECIPE = 2  # raise it when folds, features or files change what is written
+PREDICTIONS = 1  # raise it when only what guesses say of themselves changes: nothing is fitted anew
 
 
 def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None = None) -> Recipe:
@@ -42,7 +47,8 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
     """
     settings = settings_of(cfg)
     name = name_of(cfg)
-    trace = trace or trace_recipe(cfg)
+    predictor_at_rest = made(cfg)
+    trace = trace or _fitted_trace(cfg, predictor_at_rest)
 
     def build(folder: Path, upstream: Mapping[str, Path]) -> None:
         predictor = made(cfg)
@@ -53,11 +59,12 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
         for needed in (train, validation):
             needed.require(*predictor.needs)
         unfinished = folder.with_name(f".{folder.name.removesuffix(BUILDING)}{UNFINISHED}")
+        seconds = _restored(predictor, upstream)
         if hasattr(predictor, "resume"):
             predictor.resume = (
                 unfinished  # beside what is built: that is removed when a run is interrupted
             )
-        seconds = _restored(predictor, upstream)
+            seconds += seconds_before(unfinished)
         started = time.perf_counter()
         if made_of(predictor):
             cast(Any, predictor).combine(validation)
@@ -70,14 +77,15 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
             "settings": settings,
             "fold": part.number,
             "split": part.kind,
-            "fitted_requests": sorted({*part.train.tolist(), *part.validation.tolist()}),
+            "fitted_requests": list(said.fitted_requests)
+            if (said := declared(predictor))
+            else sorted({*part.train.tolist(), *part.validation.tolist()}),
             "parameter_bytes": parameter_bytes(predictor),
             "card": reader.card.to_json(),
             "curve": getattr(predictor, "curve", []),
         }
         save(predictor, folder, about, seconds)
 
-    predictor_at_rest = made(cfg)
     kind = type(predictor_at_rest)
     members = {
         member: predictor_recipe(_with_leaf(cfg, leaf), fold, trace)
@@ -87,7 +95,7 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
         kind="predictor",
         version=RECIPE * 1000 + int(getattr(kind, "version", 1)),
         config={
-            "predictor": name,
+            "predictor": name if _is_ours(cfg) else str(cfg.predictor._target_),
             "settings": settings,
             "fold": fold,
             "seed": cfg.seed,
@@ -96,8 +104,14 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
         build=build,
         upstream={"trace": trace, **members},
         libraries=("numpy", *getattr(kind, "libraries", ())),
-        files=getattr(predictor_at_rest, "files", {}),
+        files={**getattr(predictor_at_rest, "files", {}), **_source(cfg, kind)},
     )
+
+
+def _fitted_trace(cfg: Config, predictor: Predictor) -> Recipe | Outside:
+    """Guesses of others are fitted on nothing here: they belong to the trace that is asked about."""
+    is_asked = declared(predictor) is not None and cfg.train.test_trace is not None
+    return test_recipe(cfg) if is_asked else trace_recipe(cfg)
 
 
 def _restored(predictor: Predictor, upstream: Mapping[str, Path]) -> float:
@@ -111,17 +125,23 @@ def _restored(predictor: Predictor, upstream: Mapping[str, Path]) -> float:
 
 def predictions_recipe(cfg: Config, fold: int = 0) -> Recipe:
     """Guesses about the test requests of one fold, or about all requests of `train.test_trace`."""
-    elsewhere = cfg.train.test_trace
+    is_elsewhere = cfg.train.test_trace is not None
     predictor_made = predictor_recipe(cfg, fold)
-    asked = test_recipe(cfg) if elsewhere is not None else predictor_made.upstream["trace"]
+    fitted_trace = predictor_made.upstream["trace"]
+    asked = tested_recipe(cfg) if is_elsewhere else fitted_trace
 
     def build(folder: Path, upstream: Mapping[str, Path]) -> None:
         predictor = made(cfg)
         about = restore(predictor, upstream["predictor"])
         reader = TraceReader(upstream["asked"])
         check_same_shape(ModelCard.from_json(about["card"], "predictor.json"), reader.card)
-        part = asked_part(reader, cfg.seed, fold, is_elsewhere=elsewhere is not None)
+        part = asked_part(reader, cfg.seed, fold, is_elsewhere=is_elsewhere)
         part.require(*predictor.needs)
+        said, fitted_elsewhere = declared(predictor), fitted_trace.key if is_elsewhere else None
+        if said:
+            fitted_elsewhere = said.fitted_trace
+            known = _known_as(said.trace, asked, upstream["asked"])
+            cast(Any, predictor).check_fits(known, part)
         write_guesses(
             predictor,
             part,
@@ -129,14 +149,15 @@ def predictions_recipe(cfg: Config, fold: int = 0) -> Recipe:
             name=about["predictor"],
             trace=asked.key,
             width=width_of(cfg, reader),
-            fitted=() if elsewhere is not None else tuple(about["fitted_requests"]),
-            n_bytes=about["parameter_bytes"],
-            event_us=event_microseconds(predictor, part),
+            fitted=tuple(about["fitted_requests"]),
+            fitted_trace=fitted_elsewhere,
+            event_time=event_time(predictor, part),
+            n_bytes=resident_bytes(predictor),  # after it was asked: it has made what it needs
         )
 
     return Recipe(
         kind="predictions",
-        version=predictor_made.version,
+        version=PREDICTIONS,
         config={"fold": fold, "seed": cfg.seed, "width": cfg.train.width},
         build=build,
         upstream={"predictor": predictor_made, "asked": asked},
@@ -160,6 +181,31 @@ def test_recipe(cfg: Config) -> Recipe | Outside:
             f"train.test_trace={path}: not the folder of a trace, and the chosen source reads no path"
         )
     return trace_recipe(cast(Config, OmegaConf.merge(cast(DictConfig, cfg), changes)))
+
+
+def tested_recipe(cfg: Config) -> Recipe | Outside:
+    """The other trace, which must not be the one that is fitted on."""
+    tested = test_recipe(cfg)
+    same = _keys(tested) & _keys(trace_recipe(cfg))
+    if same:
+        raise ConfigError(
+            f"train.test_trace={cfg.train.test_trace}: is the trace that is fitted on (key {min(same)}); without "
+            "train.test_trace it is tested on requests that were held out"
+        )
+    return tested
+
+
+def _keys(trace: Recipe | Outside) -> set[str]:
+    """A trace of a store that is named by its folder has two."""
+    sealed = trace.sealed_key if isinstance(trace, Outside) else None
+    return {trace.key} | ({sealed} if sealed else set())
+
+
+def _known_as(name: str | None, trace: Recipe | Outside, folder: Path) -> str:
+    """The name itself, where it is a key of the trace; otherwise the key that was expected."""
+    if name in _keys(trace) or name == Outside("trace", folder).key:
+        return str(name)
+    return trace.key
 
 
 def fold_of(
@@ -215,8 +261,42 @@ def settings_of(cfg: Config) -> dict[str, Any]:
 
 
 def name_of(cfg: Config) -> str:
-    """The module's name: what the user typed after predictor=."""
-    return str(cfg.predictor._target_).split(".")[-2]
+    """What the user typed after predictor=: the module's name; of a class of one's own, the file that names it."""
+    target = str(cfg.predictor._target_)
+    if _is_ours(cfg):
+        return target.split(".")[-2]
+    files = (config.CONFIGS / "predictor").glob("*.yaml")
+    names = [
+        path.stem for path in files if OmegaConf.select(OmegaConf.load(path), "_target_") == target
+    ]
+    return min(names, default=target)
+
+
+def _is_ours(cfg: Config) -> bool:
+    return str(cfg.predictor._target_).startswith("prefetch.predict.")
+
+
+def _source(cfg: Config, kind: type) -> dict[str, Path]:
+    """The file of a class of one's own: whoever changes it gets new guesses."""
+    if _is_ours(cfg):
+        return {}
+    try:
+        return {"source": Path(inspect.getfile(kind))}
+    except (TypeError, OSError):
+        return {}  # typed into a notebook
+
+
+def label_of(cfg: Config) -> str:
+    """The name, with the settings that are not the default ones: `markov` alone is the baseline of every table."""
+    if name_of(cfg) not in config.choices("predictor"):
+        return name_of(cfg)
+    settings, usual = settings_of(cfg), settings_of(with_predictor(cfg, name_of(cfg)))
+    said = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings.items()
+        if value != usual.get(key)
+    ]
+    return f"{name_of(cfg)} ({', '.join(said)})" if said else name_of(cfg)
 
 
 def width_of(cfg: Config, reader: TraceReader) -> int:

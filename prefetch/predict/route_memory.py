@@ -20,7 +20,7 @@ from prefetch.errors import ConfigError
 from prefetch.predict.guesses import ranked
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import PROBABILITY, horizons_of
+from prefetch.predict.predictor import PROBABILITY, horizons_of, parameter_bytes
 from prefetch.predict.tables import chance_of_use, use_of
 from prefetch.trace.routing import id_dtype, no_expert
 
@@ -202,6 +202,14 @@ class RouteMemory:
             now_LK=np.zeros((n_layers, top_k), dtype),
             known=np.zeros(2, np.int64),
         )
+
+    def resident_bytes(self) -> int:
+        return parameter_bytes(self) + self.made_bytes()
+
+    def made_bytes(self) -> int:
+        """Beside what was learnt: who used which expert, and what is known of one request that runs."""
+        memory, running = self.memory(), self.running(self.ids_MLK_.shape[2])
+        return sum(array.nbytes for array in (memory.offset_LE, memory.users, *running))
 
     def mixed(self, mix: tuple[float, ...]) -> Mix:
         return Mix(self.decay, self.carry, self.nearest, *mix)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -14,24 +15,26 @@ from rich.text import Text
 
 from prefetch.artifacts import Store
 from prefetch.config import Config, choices
-from prefetch.errors import MissingData
-from prefetch.predict import results
+from prefetch.errors import ConfigError, MissingData
+from prefetch.predict import cards, results
+from prefetch.predict.held_out import HeldOut, held_out_elsewhere, held_out_folds
 from prefetch.predict.measures import Counts, count
-from prefetch.predict.predictor import ABOUT, FIT, PROBABILITY, cheats
+from prefetch.predict.predictor import ABOUT, FIT, PROBABILITY, cheats, declared
 from prefetch.predict.recipes import (
     asked_part,
+    label_of,
     made,
     n_folds,
     name_of,
     predictions_recipe,
-    test_recipe,
+    tested_recipe,
     trace_recipe,
     with_predictor,
 )
 from prefetch.predict.results import Scored
-from prefetch.scoring import SMALLEST_SPLIT
+from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
-from prefetch.trace.predictions import PredictionsReader
+from prefetch.trace.predictions import PredictionsCard, PredictionsReader
 from prefetch.tracking import Outputs
 
 log = logging.getLogger(__name__)
@@ -52,28 +55,55 @@ NO_BASELINES = ("none", "imported", "ensemble", *LEARNED)  # chosen by name, nev
 def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
     """The chosen predictor first, then the baselines; tables, figures, and the headline numbers out."""
     made(cfg)  # a wrong setting is said before anything is made
+    elsewhere = tested_recipe(cfg) if cfg.train.test_trace is not None else None
     reader = TraceReader(store.make(trace_recipe(cfg)).folder)
     tested = reader
-    if cfg.train.test_trace is not None:
-        tested = TraceReader(store.make(test_recipe(cfg)).folder)
-    chosen = name_of(cfg)
+    if elsewhere is not None:
+        tested = TraceReader(store.make(elsewhere).folder)
+    chosen = _label(cfg)
+    _check_width(cfg, reader.card)
     runs = {
         chosen: cfg,
         **{name: with_predictor(cfg, name) for name in baselines(cfg, reader, chosen)},
     }
-    folds, scored, left_out = n_folds(reader, cfg), list[Scored](), dict[str, str]()
+    folds, scored, left_out = _held_out(cfg, reader, tested), list[Scored](), dict[str, str]()
+    said: dict[str, list[PredictionsCard]] = {}
     for name, one in runs.items():
         try:
-            scored.append(_score(one, store, tested, folds))
+            result, said[name] = _score(name, one, store, folds)
+            scored.append(result)
         except MissingData as error:
             if name == chosen:
-                raise MissingData(f"predictor={name}: {error}") from error
+                raise MissingData(f"predictor={name_of(cfg)}: {error}") from error
             left_out[name] = str(error)
-    return _write(cfg, reader, tested, scored, left_out, outputs)
+    return _write(cfg, reader, tested, scored, said, left_out, outputs)
+
+
+def _label(cfg: Config) -> str:
+    """A baseline with other settings is called by them, because the baseline itself stands beside it."""
+    name = name_of(cfg)
+    is_baseline = name in FAST or (cfg.train.baselines == "all" and name not in NO_BASELINES)
+    return label_of(cfg) if is_baseline else name
+
+
+def _check_width(cfg: Config, card: ModelCard) -> None:
+    if cfg.train.width is not None and cfg.train.width < card.top_k:
+        raise ConfigError(
+            f"train.width={cfg.train.width}: fewer guesses than the k = {card.top_k} experts of a token tell no "
+            f"recall; pass train.width={card.top_k} or more"
+        )
+
+
+def _held_out(cfg: Config, reader: TraceReader, tested: TraceReader) -> list[HeldOut]:
+    """What is scored, fold by fold, the same for all predictors."""
+    if cfg.train.test_trace is None:
+        return held_out_folds(reader, cfg.seed, n_folds(reader, cfg))
+    part = asked_part(tested, cfg.seed, 0, is_elsewhere=True)
+    return [held_out_elsewhere(reader, tested, part)]
 
 
 def baselines(cfg: Config, reader: TraceReader, chosen: str) -> Iterator[str]:
-    """The names of what stands beside the chosen predictor."""
+    """The names of what stands beside the chosen predictor, which may be one of them with other settings."""
     if cfg.train.baselines == "none":
         return
     for name in FAST if cfg.train.baselines == "fast" else choices("predictor"):
@@ -82,38 +112,35 @@ def baselines(cfg: Config, reader: TraceReader, chosen: str) -> Iterator[str]:
             yield name
 
 
-def _score(cfg: Config, store: Store, tested: TraceReader, folds: int) -> Scored:
-    name, predictor = name_of(cfg), made(cfg)
-    is_template_DP = None
-    counts, seconds, n_bytes, event_us = list[Counts](), list[float](), 0, list[float]()
+def _score(
+    name: str, cfg: Config, store: Store, folds: list[HeldOut]
+) -> tuple[Scored, list[PredictionsCard]]:
+    predictor, said = made(cfg), list[PredictionsCard]()
+    counts, seconds = list[Counts](), list[float]()
     curve: list[dict[str, float]] = []
-    for fold in range(folds):
+    for fold, held_out in enumerate(folds):
         recipe = predictions_recipe(cfg, fold)
         predictions = store.make(recipe)
         fitted = store.make(recipe.upstream["predictor"])
         guesses = PredictionsReader(predictions.folder)
-        part = asked_part(tested, cfg.seed, fold, is_elsewhere=cfg.train.test_trace is not None)
-        if is_template_DP is None:
-            is_template_DP = part.survey.template()
-        counts.append(count(guesses, part, is_template_DP))
+        counts.append(count(guesses, held_out, is_foreign=declared(predictor) is not None))
         seconds.append(json.loads((fitted.folder / FIT).read_text())["seconds"])
         about = json.loads((fitted.folder / ABOUT).read_text())
         curve += [{"fold": fold, **row} for row in about.get("curve", ())]
-        n_bytes = guesses.card.parameter_bytes
-        if guesses.card.event_us is not None:
-            event_us.append(guesses.card.event_us)
+        said.append(guesses.card)
         if fitted.was_made:
-            log.info("%s: fold %d of %d fitted in %.1f s", name, fold + 1, folds, seconds[-1])
-    return Scored(
+            log.info("%s: fold %d of %d fitted in %.1f s", name, fold + 1, len(folds), seconds[-1])
+    scored = Scored(
         name=name,
         sees=predictor.sees,
         is_probability=predictor.score == PROBABILITY and not cheats(predictor),
         folds=tuple(counts),
-        parameter_bytes=n_bytes,
+        parameter_bytes=said[-1].parameter_bytes,
         fit_seconds=sum(seconds) / len(seconds),
-        event_us=sum(event_us) / len(event_us) if event_us else None,
+        event_us=cards.mean_event_us(said),
         curve=tuple(curve),
     )
+    return scored, said
 
 
 def _write(
@@ -121,6 +148,7 @@ def _write(
     reader: TraceReader,
     tested: TraceReader,
     scored: list[Scored],
+    said: dict[str, list[PredictionsCard]],
     left_out: dict[str, str],
     outputs: Outputs,
 ) -> dict[str, float]:
@@ -133,6 +161,7 @@ def _write(
         "differences": results.differences(scored, cfg.seed),
         "curve": pd.DataFrame(scored[0].curve),
     }
+    cards.add_to(tables["predictors"], said)
     for name, frame in tables.items():
         if len(frame):
             outputs.table(name, frame)
@@ -149,7 +178,7 @@ def _write(
         ):
             if path.suffix == ".png":
                 outputs.figure(path)
-    _print(tables["predictors"], scored, tested, left_out, len(scored[0].folds))
+    _print(tables["predictors"], tested, left_out, len(scored[0].folds))
     return metrics
 
 
@@ -173,19 +202,9 @@ COLUMNS = {
 }
 
 
-def _print(
-    table: pd.DataFrame,
-    scored: list[Scored],
-    tested: TraceReader,
-    left_out: dict[str, str],
-    folds: int,
-) -> None:
+def _print(table: pd.DataFrame, tested: TraceReader, left_out: dict[str, str], folds: int) -> None:
     rows = table[table["rows"] == "new_text"]
-    requests = int(rows.requests.iloc[0])
-    kind = (
-        "requests" if tested.n_requests >= SMALLEST_SPLIT else "the last part of too few requests"
-    )
-    title = f"{requests:,} {kind} tested, {folds} fold{'s' if folds > 1 else ''}; k = {tested.card.top_k}"
+    title = f"{results.said_of_rows(table, folds)}; k = {tested.card.top_k}"
     shown = Table(title=Text(title), title_justify="left")
     for name in ("predictor", "sees", "ahead"):
         shown.add_column(name)
@@ -195,12 +214,20 @@ def _print(
         cells = [_number(row[name]) for name in COLUMNS]
         cells[0] += "" if math.isnan(row["low"]) else f" [{row['low']:.3f} {row['high']:.3f}]"
         name = f"{row['predictor']} ({row['mark']})" if row["mark"] else str(row["predictor"])
-        times = [_number(row["predict_us_per_event"], 1), _number(row["fit_seconds"], 1)]
+        times = [_event_time(row), _number(row["fit_seconds"], 1)]
         shown.add_row(Text(name), Text(str(row["sees"])), str(row["horizon"]), *cells, *times)
     console = Console(width=max(160, Console().width))
     console.print(shown)
+    if warning := results.warning_of_copies(table):
+        log.warning(warning)
     for name, why in left_out.items():
         console.print(Text(f"{name}: left out, {why}"))
+
+
+def _event_time(row: Mapping[Any, Any]) -> str:
+    """Only single events are a plain number: a share of a block is no time that an engine sees."""
+    how = row["predict_us_from"]
+    return _number(row["predict_us_per_event"], 1) + ("" if how in ("", "online") else f" {how}")
 
 
 def _number(value: float, digits: int = 3) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import horizons_of
+from prefetch.predict.predictor import horizons_of, parameter_bytes
 from prefetch.predict.tables import share_of_use, use_of
 
 TAIL = (
@@ -85,6 +85,12 @@ class Trajectory:
             which_TLM, similarity_TLM, scores_TLE,
         )  # fmt: skip
         return scores_TLE
+
+    def resident_bytes(self) -> int:
+        """Beside what was learnt, the two maps of every stored token, and how long they are."""
+        (n_layers, n_experts), n_stored = self.share_LE_.shape, self.ids_2NLK_.shape[1]
+        of_a_map = n_layers * (n_experts * np.float32().nbytes + np.float64().nbytes)
+        return parameter_bytes(self) + 2 * n_stored * of_a_map
 
     def _before(self, past: Past) -> NDArray[np.float32]:
         recorded = past.before_weights() if self.weighted else None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
-from prefetch.predict.predictor import PROBABILITY, horizons_of
+from prefetch.predict.predictor import PROBABILITY, horizons_of, parameter_bytes
 from prefetch.predict.route_memory import FEWEST_TOLD, N_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
 from prefetch.predict.training import alone, check, fill, flat, train_net, training_of
@@ -155,6 +155,10 @@ class Transformer:
         mean_L = sums_3L[1] / count_L
         spread_L = np.sqrt(np.maximum(sums_3L[2] / count_L - mean_L**2, 1e-4))
         return np.stack([mean_L, spread_L]).astype(np.float32)
+
+    def resident_bytes(self) -> int:
+        """The networks, and what route memory makes of its tokens."""
+        return parameter_bytes(self) + (self._remembering().made_bytes() if self.memory else 0)
 
     def _net(self, horizon: int) -> TransformerNet:
         import torch

@@ -7,7 +7,7 @@ tool can write this file; the simulator reads nothing else of a predictor. It kn
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ from prefetch.trace.routing import IdArray, id_dtype, no_expert
 
 SCHEMA = "prefetch.predictions/1"
 CAUSALITIES = ("decode", "prefill", "cheats")
+TIMED = (
+    "online",
+    "block",
+    "declared",
+)  # one event at a time; its share of a block; as its maker says
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,13 @@ class PredictionsCard:
     score: str  # what a score means: probability, logit, count, rank
     requests: tuple[int, ...]  # covered, in the order of the rows
     fitted_requests: tuple[int, ...]  # what the predictor has seen while it was fitted
-    parameter_bytes: int = 0
-    event_us: float | None = None  # measured microseconds per event; None = not measured
+    parameter_bytes: int = 0  # what must be held in memory to guess
+    event_us: float | None = None  # median microseconds per event; None = not measured
+    event_us_from: str | None = None  # of `TIMED`; None = not said
+    event_us_p99: float | None = None  # 99th percentile; of single events only
+    fitted_trace: str | None = (
+        None  # key of the trace that `fitted_requests` are of; None = `trace`
+    )
 
     def __post_init__(self) -> None:
         for name in ("horizons", "requests", "fitted_requests"):
@@ -60,10 +70,16 @@ class PredictionsCard:
             and min(self.horizons) >= 1
             and len(set(self.horizons)) == len(self.horizons),
             "requests must ascend": list(self.requests) == sorted(set(self.requests)),
+            f"event_us_from must be one of {TIMED}": self.event_us_from in (None, *TIMED),
         }
         for claim, holds in claims.items():
             if not holds:
                 raise FormatError(f"predictions of {self.predictor}: {claim}; got {self}")
+
+    @property
+    def fitted_here(self) -> tuple[int, ...]:
+        """Requests of the trace that the guesses are about."""
+        return self.fitted_requests if self.fitted_trace in (None, self.trace) else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,13 +178,23 @@ class PredictionsReader:
             self._shards = [(int(shard["number"]), int(shard["rows"])) for shard in about["shards"]]
         self.n_tokens = sum(rows for _, rows in self._shards)
 
-    def check_fits(self, *, trace: str, n_experts: int, n_layers: int) -> None:
-        """Guesses about another trace, or of another shape, are refused."""
+    def check_fits(
+        self, *, trace: str, n_experts: int, n_layers: int, requests: Collection[int] = ()
+    ) -> None:
+        """Guesses about another trace, of another shape, or fitted on the requests that are asked, are refused."""
         expected = {"trace": trace, "n_experts": n_experts, "n_layers": n_layers}
         for name, value in expected.items():
             found = getattr(self.card, name)
             if found != value:
-                raise FormatError(f"{self.folder}: {name} is {found}, the replay needs {value}")
+                raise FormatError(
+                    f"{self.folder}: guesses about something else: {name} is {found}, expected {value}"
+                )
+        seen = sorted({*requests} & {*self.card.fitted_here})
+        if seen:
+            raise FormatError(
+                f"{self.folder}: fitted on {len(seen)} of the {len(requests)} requests that are asked "
+                f"(request {seen[0]} is the first): expected guesses about requests that were not fitted on"
+            )
 
     def batches(self, max_rows: int = 1 << 16) -> Iterator[Predictions]:
         card = self.card

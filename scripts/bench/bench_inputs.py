@@ -13,12 +13,11 @@ import time
 
 import numpy as np
 from machine import describe
-from numpy.typing import NDArray
 
 from prefetch.predict.guesses import ranked
 from prefetch.predict.mlp import DECAYS, Mlp
 from prefetch.predict.part import Part, parts_of, survey_of
-from prefetch.scoring import template_rows
+from prefetch.scoring import SharedText
 from prefetch.trace.parquet import TraceReader
 
 HORIZONS = (1, 4)
@@ -32,15 +31,13 @@ INPUTS: dict[str, tuple[bool, tuple[float, ...]]] = {  # this token's layers?, d
 }
 
 
-def recall(
-    predictor: Mlp, test: Part, horizon: int, is_template_DP: NDArray[np.bool_]
-) -> tuple[float, float]:
+def recall(predictor: Mlp, test: Part, horizon: int, shared: SharedText) -> tuple[float, float]:
     """At k and 2k, over the layers from `horizon` on, whatever horizon the predictor was fitted at."""
     right_W, of = np.zeros(2), 0
     for (past, ids_TLK, counted_T), (block, _) in zip(
         test.lessons(predictor.horizons[0]), test.blocks(), strict=True
     ):
-        kept_T = counted_T & ~template_rows(block, is_template_DP)
+        kept_T = counted_T & ~shared.rows(block)
         true_TLK, k = ids_TLK[kept_T][:, horizon:].astype(int), ids_TLK.shape[2]
         best, _ = ranked(predictor.scores(past)[kept_T][:, horizon:], 2 * k)
         is_right = true_TLK[..., None] == best[:, :, None, :]
@@ -63,7 +60,7 @@ def main(folders: list[str]) -> None:
                 mlp = Mlp((horizon,), decays=decays).fit(train, validation)
                 seconds = time.perf_counter() - started
                 for asked in (horizon,) if knows_token else HORIZONS:
-                    at_k, at_2k = recall(mlp, test, asked, survey.template())
+                    at_k, at_2k = recall(mlp, test, asked, survey.shared_text())
                     print(
                         f"| {reader.card.name} | {asked} | {name} | {at_k:.3f} | {at_2k:.3f} | {seconds:.0f} |",
                         flush=True,

@@ -67,6 +67,53 @@ def test_a_shared_template_is_no_conversation():
     np.testing.assert_array_equal(found.groups(), np.arange(12))
 
 
+@pytest.mark.parametrize("n_own", [24, 60])
+def test_a_long_shared_prompt_groups_nobody(n_own):
+    """A prompt of more than half of every request made one group of all of them, and a split in time."""
+    block = trace([64 + n_own] * 20)
+    ids = block.ids_TLK.copy().reshape(20, -1, 3, 2)
+    ids[:, :64] = ids[0, :64]
+    ids[1, 64:84] = ids[
+        0, 64:84
+    ]  # a real pair goes on together, and still may be parted: near copies are found later
+    found = survey(trace_of(CARD, ids.reshape(-1, 3, 2), request_T=block.request_T))
+    folds = found.folds(0)
+    assert [fold.kind for fold in folds] == ["requests"] * 5
+    assert np.sort(np.concatenate([fold.test for fold in folds])).tolist() == list(range(20))
+    assert found.split(0.7, 0).kind == "requests"
+
+
+def test_one_conversation_is_still_split_in_time():
+    block = trace([200])
+    grown = np.concatenate([block.ids_TLK[: 10 * n] for n in range(1, 21)])
+    request_T = np.repeat(np.arange(20), 10 * np.arange(1, 21))
+    (fold,) = survey(trace_of(CARD, grown, request_T=request_T)).folds(0)
+    assert fold.kind == "time"
+
+
+def test_what_requests_end_with_is_shared_text():
+    rng = np.random.default_rng(0)
+    block = trace(rng.integers(30, 60, 12).tolist())
+    ids, stops = block.ids_TLK.copy(), np.append(block.starts_R[1:], block.n_tokens)
+    for start, stop in zip(block.starts_R, stops, strict=True):
+        ids[stop - 3 : stop] = ids[-3:]
+        ids[start : start + 5] = ids[:5]
+    changed = trace_of(CARD, ids, request_T=block.request_T)
+    shared = survey(changed).shared_text()
+    assert np.flatnonzero(shared.end_DP[-1]).tolist() == [0, 1, 2]
+    is_shared_T = shared.rows(changed)
+    assert is_shared_T.sum() == 12 * 8
+    assert is_shared_T[stops - 3].all() and not is_shared_T[stops - 4].any()
+    cut = survey(changed, (int(block.starts_R[4]),)).shared_text()
+    first, second = (
+        survey(changed.rows(block.request_T < 7)),
+        survey(changed.rows(block.request_T >= 7)),
+    )
+    first.merge(second)
+    for other in (cut, first.shared_text()):
+        np.testing.assert_array_equal(other.end_DP, shared.end_DP)
+
+
 def test_a_long_system_prompt_is_a_template():
     block = trace([700] * 4)
     ids = block.ids_TLK.copy().reshape(4, 700, 3, 2)

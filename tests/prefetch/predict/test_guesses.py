@@ -52,7 +52,7 @@ def test_guesses_are_written_in_the_order_of_the_trace(tmp_path: Path) -> None:
     part = whole(random_trace())
     markov = Markov((1, 3)).fit(part, part)
     write_guesses(
-        markov, part, tmp_path, name="markov", trace="t", width=5, fitted=(0, 1), n_bytes=8, event_us=None
+        markov, part, tmp_path, name="markov", trace="t", width=5, fitted=(0, 1), n_bytes=8
     )  # fmt: skip
     reader = PredictionsReader(tmp_path)
     assert reader.card.horizons == (1, 3) and reader.card.causality == "decode"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from pathlib import Path
 
@@ -12,21 +13,24 @@ from routing_traces import random_trace
 from prefetch.errors import FormatError
 from prefetch.predict import measures as m
 from prefetch.predict.guesses import write_guesses
+from prefetch.predict.held_out import held_out_in
 from prefetch.predict.markov import Markov
 from prefetch.predict.measures import Counts, count
+from prefetch.predict.none import Nothing
+from prefetch.predict.oracle import Oracle
 from prefetch.predict.part import Part, whole
+from prefetch.predict.past import Past
 from prefetch.predict.popularity import Popularity
-from prefetch.predict.predictor import Predictor
+from prefetch.predict.predictor import NOT_GUESSED, Predictor
+from prefetch.scoring import SharedText
 from prefetch.trace.predictions import PredictionsReader
 from prefetch.trace.routing import RoutingTrace
-
-NO_TEMPLATE = np.zeros((1, 512), bool)
 
 
 def written(predictor: Predictor, part: Part, folder: Path, width: int) -> PredictionsReader:
     folder.mkdir(exist_ok=True)
     write_guesses(
-        predictor, part, folder, name="p", trace="t", width=width, fitted=(), n_bytes=0, event_us=None
+        predictor, part, folder, name="p", trace="t", width=width, fitted=(), n_bytes=0
     )  # fmt: skip
     return PredictionsReader(folder)
 
@@ -51,7 +55,7 @@ def slow(trace: RoutingTrace, guess_TLP: np.ndarray, top_k: int) -> np.ndarray:
             out[m.HITS_2K] += len(two & true)
             out[m.EXACT] += true <= k
             out[m.GUESSED_K] += len(k)
-            out[m.FIRST_MISS] += wrong[0] if wrong else guess_TLP.shape[2] + 1
+            out[m.FIRST_MISS] += wrong[0] if wrong else len(guess) + 1
             out[m.MISSES] += len(missed)
             out[m.MISSES_K] += len(missed & k)
             out[m.MISSES_2K] += len(missed & two)
@@ -74,39 +78,73 @@ def test_counts_equal_a_slow_definition(tmp_path: Path, width: int, holes: bool)
         trace.ids_TLK[::7, 2] = 255
     part = whole(trace)
     reader = written(Markov((1, 2)).fit(part, part), part, tmp_path / "p", width)
-    counts = count(reader, part, NO_TEMPLATE)
+    counts = count(reader, held_out_in(part))
     guess_THLP = np.concatenate([block.ids_THLP for block in reader.batches()])
     for h in range(2):
         expected = slow(trace, guess_THLP[:, h], 3)
         np.testing.assert_array_equal(counts.layer_HXLM[h, 0], expected)
-        total = counts.request_HXGRM[h].sum(axis=(0, 1, 2))
-        np.testing.assert_array_equal(total, expected.sum(axis=0))
-        first = counts.request_HXGRM[h, 0, 0].sum(axis=0)
-        np.testing.assert_array_equal(first, expected[: h + 1].sum(axis=0))
+        for rows in range(2):  # new text, all: nothing is kept apart here
+            total = counts.unit_HYULM[h, rows].sum(axis=0)
+            np.testing.assert_array_equal(total, expected[:, : m.UNIT_COLUMNS])
         hits = counts.rank_HXLP[h, 0].cumsum(axis=1)
         np.testing.assert_array_equal(hits[:, 2], expected[:, m.HITS_K])
 
 
 def test_rows_of_a_template_stand_apart(tmp_path: Path) -> None:
     trace = random_trace(n_requests=6, tokens=30)
-    template = NO_TEMPLATE.copy()
-    template[-1, :4] = True
+    template = SharedText(np.arange(512)[None] < 4, np.arange(256)[None] < 2)
     part = whole(trace)
     reader = written(Popularity().fit(part, part), part, tmp_path / "p", 6)
-    counts = count(reader, part, template)
-    assert counts.layer_HXLM[0, 1, :, m.EVENTS].tolist() == [24] * 4
-    assert counts.layer_HXLM[0, 0, :, m.EVENTS].tolist() == [156] * 4
+    is_copy_R = np.array([0, 0, 1, 0, 0, 0], bool)
+    tested = dataclasses.replace(held_out_in(part), shared=template, is_copy_R=is_copy_R)
+    counts = count(reader, tested)
+    assert counts.layer_HXLM[0, :, :, m.EVENTS].T.tolist() == [[120, 36, 24]] * 4
+    assert counts.row_XR.tolist() == [[24, 24, 0, 24, 24, 24], [6] * 6, [0, 0, 24, 0, 0, 0]]
+    assert counts.unit_HYULM[0, 0, 2].sum() == 0 < counts.unit_HYULM[0, 1, 2].sum()
 
 
 def test_probabilities_are_binned(tmp_path: Path) -> None:
     """Popularity on its own trace is right as often as it says."""
     part = whole(random_trace(n_requests=60))
-    counts: Counts = count(
-        written(Popularity().fit(part, part), part, tmp_path / "p", 16), part, NO_TEMPLATE
-    )
+    reader = written(Popularity().fit(part, part), part, tmp_path / "p", 16)
+    counts: Counts = count(reader, held_out_in(part))
     guesses, scores, right = counts.bin_HBC[0].sum(axis=0)
-    assert guesses == 60 * 40 * 4 * 16 and right == 60 * 40 * 4 * 3
+    assert guesses == 60 * 40 * 3 * 6  # from the horizon on, the best 2k
+    assert right == counts.layer_HXLM[0, m.NEW, 1:, m.HITS_2K].sum()
     assert scores == pytest.approx(right, rel=1e-3)  # float16
+
+
+def test_bins_hold_the_rows_of_the_headline(tmp_path: Path) -> None:
+    part = whole(random_trace(n_requests=6, tokens=30))
+    reader = written(Popularity().fit(part, part), part, tmp_path / "p", 6)
+    template = SharedText(np.arange(512)[None] < 10, np.zeros((1, 256), bool))
+    counts = count(reader, dataclasses.replace(held_out_in(part), shared=template))
+    assert counts.bin_HBC[0, :, 0].sum() == counts.layer_HXLM[0, m.NEW, 1:, m.EVENTS].sum() * 6
+
+
+@pytest.mark.parametrize("width", [3, 6, 16])
+def test_silence_is_a_miss_and_width_changes_no_rank(tmp_path: Path, width: int) -> None:
+    part = whole(random_trace(n_requests=6))
+    for predictor, first_miss in ((Nothing(), 1), (Oracle(), 4)):
+        reader = written(predictor, part, tmp_path / type(predictor).__name__, width)
+        sums = count(reader, held_out_in(part)).layer_HXLM[0, m.NEW]
+        assert (sums[:, m.FIRST_MISS] == first_miss * sums[:, m.EVENTS]).all()
+
+
+class Short(Popularity):
+    def scores(self, past: Past) -> np.ndarray:
+        scores_TLE = super().scores(past)
+        third_TL1 = np.sort(scores_TLE, axis=2)[:, :, -3:-2]
+        return np.where(scores_TLE >= third_TL1, scores_TLE, NOT_GUESSED).astype(np.float32)
+
+
+def test_foreign_lists_are_as_wide_as_the_longest(tmp_path: Path) -> None:
+    part = whole(random_trace(n_requests=6))
+    reader = written(
+        Short().fit(part, part), part, tmp_path / "p", 6
+    )  # three guesses and three holes
+    assert count(reader, held_out_in(part)).width == 6
+    assert count(reader, held_out_in(part), is_foreign=True).width == 3
 
 
 def test_guesses_about_other_rows_are_refused(tmp_path: Path) -> None:
@@ -114,10 +152,10 @@ def test_guesses_about_other_rows_are_refused(tmp_path: Path) -> None:
     part = whole(trace)
     reader = written(Popularity().fit(part, part), part, tmp_path / "p", 6)
     with pytest.raises(FormatError, match="ends at row 1200; the trace goes on"):
-        count(reader, whole(random_trace(n_requests=31)), NO_TEMPLATE)
+        count(reader, held_out_in(whole(random_trace(n_requests=31))))
     with pytest.raises(FormatError, match="has rows after row 1160"):
-        count(reader, whole(random_trace(n_requests=29)), NO_TEMPLATE)
+        count(reader, held_out_in(whole(random_trace(n_requests=29))))
     with pytest.raises(FormatError, match="row 40 is about request 1, position 0"):
-        count(reader, whole(random_trace(n_requests=24, tokens=50)), NO_TEMPLATE)
+        count(reader, held_out_in(whole(random_trace(n_requests=24, tokens=50))))
     with pytest.raises(FormatError, match="the trace has 4 of 15"):
-        count(reader, whole(random_trace(n_experts=15)), NO_TEMPLATE)
+        count(reader, held_out_in(whole(random_trace(n_experts=15))))

@@ -1,6 +1,8 @@
 """Guesses go to disk and come back equal; what does not fit its own description is refused."""
 
 import dataclasses
+import functools
+import json
 
 import numpy as np
 import pytest
@@ -78,6 +80,7 @@ def test_an_id_out_of_range_is_named_with_its_horizon():
         ({"width": 17}, "width must be from 1"),
         ({"horizons": (0,)}, "horizons must be distinct"),
         ({"horizons": ()}, "horizons must be distinct"),
+        ({"event_us_from": "hearsay"}, "event_us_from must be one of"),
         ({"requests": (2, 0)}, "requests must ascend"),
     ],
 )
@@ -100,5 +103,35 @@ def test_guesses_about_another_trace_are_refused(tmp_path):
     writer.close()
     reader = PredictionsReader(tmp_path)
     reader.check_fits(trace="abc", n_experts=16, n_layers=3)
-    with pytest.raises(FormatError, match="trace is abc, the replay needs other"):
+    with pytest.raises(FormatError, match="trace is abc, expected other"):
         reader.check_fits(trace="other", n_experts=16, n_layers=3)
+
+
+def test_guesses_fitted_on_what_is_asked_are_refused(tmp_path):
+    writer = PredictionsWriter(tmp_path, CARD)
+    writer.append(block())
+    writer.close()
+    check = functools.partial(
+        PredictionsReader(tmp_path).check_fits, trace="abc", n_experts=16, n_layers=3
+    )
+    check(requests=[0, 2])
+    with pytest.raises(FormatError, match="fitted on 1 of the 2 requests that are asked"):
+        check(requests=[0, 1])
+
+
+def test_requests_of_another_trace_are_no_requests_of_this_one():
+    assert CARD.fitted_here == (1,)
+    assert dataclasses.replace(CARD, fitted_trace="abc").fitted_here == (1,)
+    assert dataclasses.replace(CARD, fitted_trace="other").fitted_here == ()
+
+
+def test_a_card_of_before_can_be_read(tmp_path):
+    writer = PredictionsWriter(tmp_path, CARD)
+    writer.append(block())
+    writer.close()
+    path = tmp_path / "predictions.json"
+    about = json.loads(path.read_text())
+    for name in ("event_us_from", "event_us_p99", "fitted_trace"):
+        del about["card"][name]
+    path.write_text(json.dumps(about))
+    assert PredictionsReader(tmp_path).card == CARD
