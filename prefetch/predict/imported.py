@@ -87,6 +87,10 @@ class Imported:
                 f"{self.path}: guesses for the horizons {horizons}, not for {missing}; pass train.horizons={horizons}"
             )
         order = np.lexsort((row_T2[:, 1], row_T2[:, 0]))
+        again = np.flatnonzero((np.diff(row_T2[order], axis=0) == 0).all(axis=1))
+        if len(again):
+            request, position = row_T2[order][again[0]].tolist()
+            raise FormatError(f"{self.path}: two rows for request {request}, position {position}")
         chosen = [horizons.index(horizon) for horizon in self.horizons]
         self.row_T2_ = row_T2[order]
         self.ids_THLP_ = ids_THLP[order][:, chosen]
@@ -130,6 +134,14 @@ class Imported:
                 f"{self.path}: request {past.request_T[t]}, position {past.position_T[t]}, layer slot {layer}: "
                 f"expert id {ids_TLP[outside][0]} is out of range for {n_experts} experts"
             )
+        inside_TLP = np.sort(ids_TLP, axis=2)
+        twice = (np.diff(inside_TLP, axis=2) == 0) & (inside_TLP[:, :, 1:] != past.nobody)
+        if twice.any():
+            t, layer, place = (int(x) for x in np.argwhere(twice)[0])
+            raise FormatError(
+                f"{self.path}: request {past.request_T[t]}, position {past.position_T[t]}, layer slot {layer}: "
+                f"expert {inside_TLP[t, layer, place]} is guessed twice"
+            )
 
 
 def _said_by(folder: str) -> Declared:
@@ -171,9 +183,16 @@ def _of_npz(
         named = {name: arrays[name] for name in ("request", "position") if name in arrays}
     ids = ids[:, None] if ids.ndim == 3 else ids
     if ids.shape[1] != len(horizons):
-        raise FormatError(f"{path}: ids for {ids.shape[1]} horizons, `horizons` names {horizons}")
+        raise FormatError(
+            f"{path}: ids for {ids.shape[1]} horizons, `horizons` names {horizons} (without it they are of horizon 1)"
+        )
     ids = np.where(ids < 0, no_expert(train.card.n_experts), ids)
-    rows = _rows_of(train) if len(named) < 2 else np.stack([*named.values()], axis=1)
+    if len(named) == 1:
+        (name,) = named
+        raise FormatError(
+            f"{path}: `{name}` alone names no row; give `request` and `position`, or neither"
+        )
+    rows = np.stack([*named.values()], axis=1) if named else _rows_of(train)
     if len(rows) != len(ids):
         raise FormatError(f"{path}: {len(ids)} rows of ids, expected {len(rows)}")
     return rows.astype(np.int64), ids, _scores_of(scores, ids, path), horizons
@@ -185,6 +204,12 @@ def _scores_of(scores: NDArray[Any] | None, ids: NDArray[Any], path: str) -> NDA
     scores = scores[:, None] if scores.ndim == 3 else scores
     if scores.shape != ids.shape:
         raise FormatError(f"{path}: scores {list(scores.shape)} do not fit ids {list(ids.shape)}")
+    if not np.isfinite(scores).all():
+        t, h, layer, place = (int(x) for x in np.argwhere(~np.isfinite(scores))[0])
+        raise FormatError(
+            f"{path}: row {t}, horizon number {h}, layer slot {layer}, guess {place}: the score is "
+            f"{scores[t, h, layer, place]}"
+        )
     return scores
 
 

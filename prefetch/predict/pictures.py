@@ -23,13 +23,17 @@ from prefetch.figures import (
 RECALL = Axis("recall (share of choices)", low=0, high=1.02)
 WIDE = (4.6, 2.9)
 OTHERS = tuple(colour for colour in CATEGORIES if colour not in (VERMILLION, BLACK))
+MOST_LINES = 8
 ENOUGH_GUESSES = 100  # of a point of the reliability curve
 DASHES: tuple[Dash, ...] = ("-", "--", ":")
 
 
 def draw_all(tables: dict[str, pd.DataFrame], folder: Path, note: str, *, top_k: int) -> list[Path]:
-    names = tables["predictors"].predictor.drop_duplicates().tolist()
+    table = tables["predictors"]
+    names = _shown(table)
     looks = _looks(names)
+    if hidden := table.predictor.nunique() - len(names):
+        note = f"{note}. {hidden} more predictors are in the tables: the least good, and those that cheat"
     return [
         *recall_by_layer(tables["by_layer"], looks, folder, note),
         *recall_by_width(tables["by_width"], looks, folder, note, top_k=top_k),
@@ -37,6 +41,16 @@ def draw_all(tables: dict[str, pd.DataFrame], folder: Path, note: str, *, top_k:
         *reliability(tables["reliability"], looks, folder, note),
         *learning_curve(tables["curve"], folder, f"{names[0]}. {note}"),
     ]
+
+
+def _shown(table: pd.DataFrame) -> list[str]:
+    """The chosen one; if there are more than a reader can tell apart, the best of the others that do not cheat."""
+    names: list[str] = table.predictor.drop_duplicates().tolist()
+    if len(names) <= MOST_LINES:
+        return names
+    fair = table[(table.rows == "new_text") & (table.mark == "") & (table.predictor != names[0])]
+    best = fair.groupby("predictor").recall_at_k.mean().nlargest(MOST_LINES - 1).index
+    return [names[0], *(name for name in names if name in best)]
 
 
 def _looks(names: list[str]) -> dict[str, Key]:
@@ -139,7 +153,7 @@ def learning_curve(table: pd.DataFrame, folder: Path, note: str) -> list[Path]:
         return []
     panels = []
     for column, title, y in (
-        ("loss", "Loss on the training rows", Axis("loss of a choice (nats)")),
+        ("loss", "Loss on the training rows", Axis("training loss (nats, of its own kind)")),
         ("score", "Recall on the validation rows", RECALL),
     ):
         lines = []

@@ -95,7 +95,7 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
         kind="predictor",
         version=RECIPE * 1000 + int(getattr(kind, "version", 1)),
         config={
-            "predictor": name if _is_ours(cfg) else str(cfg.predictor._target_),
+            "predictor": name if is_ours(cfg) else str(cfg.predictor._target_),
             "settings": settings,
             "fold": fold,
             "seed": cfg.seed,
@@ -263,7 +263,7 @@ def settings_of(cfg: Config) -> dict[str, Any]:
 def name_of(cfg: Config) -> str:
     """What the user typed after predictor=: the module's name; of a class of one's own, the file that names it."""
     target = str(cfg.predictor._target_)
-    if _is_ours(cfg):
+    if is_ours(cfg):
         return target.split(".")[-2]
     files = (config.CONFIGS / "predictor").glob("*.yaml")
     names = [
@@ -272,13 +272,13 @@ def name_of(cfg: Config) -> str:
     return min(names, default=target)
 
 
-def _is_ours(cfg: Config) -> bool:
+def is_ours(cfg: Config) -> bool:
     return str(cfg.predictor._target_).startswith("prefetch.predict.")
 
 
 def _source(cfg: Config, kind: type) -> dict[str, Path]:
     """The file of a class of one's own: whoever changes it gets new guesses."""
-    if _is_ours(cfg):
+    if is_ours(cfg):
         return {}
     try:
         return {"source": Path(inspect.getfile(kind))}

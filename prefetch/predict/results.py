@@ -331,6 +331,7 @@ def headline(table: pd.DataFrame, chosen: str) -> dict[str, float]:
         "recall_at_k_all_rows": cells[chosen, ALL_ROWS, shortest]["recall_at_k"],
         "horizon": shortest,
     }
+    numbers |= {name: near[name] for name in HEADLINE_FAR}
     far = cells.get((chosen, NEW_TEXT, 4), {})
     numbers |= {f"{name}_h4": far[name] for name in HEADLINE_FAR if name in far}
     numbers |= {f"recall_at_k_h4_{end}": far[end] for end in ("low", "high") if end in far}

@@ -17,11 +17,13 @@ from prefetch.artifacts import Store
 from prefetch.config import Config, choices
 from prefetch.errors import ConfigError, MissingData
 from prefetch.predict import cards, results
+from prefetch.predict.estimates import ENOUGH_UNITS
 from prefetch.predict.held_out import HeldOut, held_out_elsewhere, held_out_folds
 from prefetch.predict.measures import Counts, count
 from prefetch.predict.predictor import ABOUT, FIT, PROBABILITY, cheats, declared
 from prefetch.predict.recipes import (
     asked_part,
+    is_ours,
     label_of,
     made,
     n_folds,
@@ -87,6 +89,10 @@ def _label(cfg: Config) -> str:
 
 
 def _check_width(cfg: Config, card: ModelCard) -> None:
+    if cfg.train.width is not None and cfg.train.width > card.n_experts:
+        raise ConfigError(
+            f"train.width={cfg.train.width}: the model has {card.n_experts} experts per layer"
+        )
     if cfg.train.width is not None and cfg.train.width < card.top_k:
         raise ConfigError(
             f"train.width={cfg.train.width}: fewer guesses than the k = {card.top_k} experts of a token tell no "
@@ -107,8 +113,10 @@ def baselines(cfg: Config, reader: TraceReader, chosen: str) -> Iterator[str]:
     if cfg.train.baselines == "none":
         return
     for name in FAST if cfg.train.baselines == "fast" else choices("predictor"):
-        needs = made(with_predictor(cfg, name)).needs if name not in NO_BASELINES else ("nothing",)
-        if name != chosen and set(needs) <= set(reader.columns):
+        if name == chosen or name in NO_BASELINES:
+            continue
+        one = with_predictor(cfg, name)
+        if is_ours(one) and set(made(one).needs) <= set(reader.columns):
             yield name
 
 
@@ -218,6 +226,8 @@ def _print(table: pd.DataFrame, tested: TraceReader, left_out: dict[str, str], f
         shown.add_row(Text(name), Text(str(row["sees"])), str(row["horizon"]), *cells, *times)
     console = Console(width=max(160, Console().width))
     console.print(shown)
+    if rows.low.isna().all():
+        console.print(Text(f"no intervals: they need {ENOUGH_UNITS} tested requests"))
     if warning := results.warning_of_copies(table):
         log.warning(warning)
     for name, why in left_out.items():

@@ -44,6 +44,9 @@ CHAIN = (
 )  # fmt: skip
 
 
+RANKS = np.broadcast_to(np.arange(4), (1280, 6, 4))
+
+
 def configured(tmp_path: Path, *words: str) -> Config:
     if not any(word.startswith("predictor=") for word in words):
         words = ("predictor=markov", *words)
@@ -162,6 +165,13 @@ def test_guesses_of_others_get_the_same_scores(tmp_path: Path) -> None:
         ({"ids": np.zeros((1280, 5, 4), np.int64)}, "guesses for 5 layers, the trace has 6"),
         ({"other": np.zeros(3)}, "expected an array `ids`"),
         ({"ids": np.zeros((1280, 6, 4), np.int64), "horizons": np.array([2])}, r"not for \[1\]"),
+        ({"ids": np.zeros((1280, 6, 4), np.int64)}, "layer slot 0: expert 0 is guessed twice"),
+        ({"ids": RANKS, "request": np.zeros(1280, np.int64)}, "`request` alone names no row"),
+        ({"ids": RANKS, "scores": np.full(RANKS.shape, np.inf)}, "row 0, .* guess 0: the score is inf"),
+        (
+            {"ids": RANKS, "request": np.full(1280, 3), "position": np.full(1280, 5)},
+            "two rows for request 3, position 5",
+        ),
     ],
 )  # fmt: skip
 def test_guesses_that_do_not_fit_are_refused(
