@@ -51,12 +51,17 @@ class State(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """As an array where compiled functions are called: numba takes a microsecond to look at a named tuple."""
+
     layers: int
     experts: int
     hidden: int
     contexts: int
     horizon: int
     nobody: int
+
+    def array(self) -> NDArray[np.int64]:
+        return np.array(self, np.int64)
 
 
 def packed(weights: Weights) -> Float:
@@ -68,6 +73,11 @@ def fresh(sizes: Sizes, top_k: int) -> tuple[Float, NDArray[np.int64]]:
     n_layers, n_experts, n, c = sizes[:4]
     n_floats = 3 * n + 2 * c * n + n_layers * c * (n + n_experts)
     return np.zeros(n_floats, np.float32), np.full((n_layers, top_k), sizes.nobody, np.int64)
+
+
+@njit(cache=True, nogil=True)
+def _sizes(sizes_6):  # type: ignore[no-untyped-def]
+    return Sizes(sizes_6[0], sizes_6[1], sizes_6[2], sizes_6[3], sizes_6[4], sizes_6[5])
 
 
 @njit(cache=True, nogil=True)
@@ -139,9 +149,10 @@ def _shrink(into, factor):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def observe(ids_K, layer, packed, sizes, decays_C, floats, now_LK):  # type: ignore[no-untyped-def]
+def observe(ids_K, layer, packed, sizes_6, decays_C, floats, now_LK):  # type: ignore[no-untyped-def]
     """This token's experts of one layer; with the last one the token becomes context."""
-    weights, state, one = _weights(packed, sizes), _state(floats, sizes), np.float32(1)
+    sizes, one = _sizes(sizes_6), np.float32(1)
+    weights, state = _weights(packed, sizes), _state(floats, sizes)
     for c in range(len(decays_C)):
         _shrink(state.own_LCN[layer, c], decays_C[c])
         _shrink(state.skip_LCE[layer, c], decays_C[c])
@@ -165,9 +176,10 @@ def observe(ids_K, layer, packed, sizes, decays_C, floats, now_LK):  # type: ign
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def guess(layer, packed, sizes, floats, now_LK, out_E):  # type: ignore[no-untyped-def]
+def guess(layer, packed, sizes_6, floats, now_LK, out_E):  # type: ignore[no-untyped-def]
     """Chance of every expert of a layer; in the first layers of a token nothing of the token is known."""
-    weights, state, one = _weights(packed, sizes), _state(floats, sizes), np.float32(1)
+    sizes, one = _sizes(sizes_6), np.float32(1)
+    weights, state = _weights(packed, sizes), _state(floats, sizes)
     x_N = state.x_N
     x_N[:] = weights.bias_LN[layer]
     out_E[:] = weights.prior_LE[layer]
@@ -213,20 +225,21 @@ def _hidden(weights, state):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def replay(ids_SLK, here_TLK, packed, sizes, decays_C, floats, now_LK, out_TLE):  # type: ignore[no-untyped-def]
+def replay(ids_SLK, here_TLK, packed, sizes_6, decays_C, floats, now_LK, out_TLE):  # type: ignore[no-untyped-def]
     """One request; `ids_SLK` has no last token, because nobody comes after it."""
+    sizes = _sizes(sizes_6)
     n_layers, horizon = sizes.layers, sizes.horizon
     floats[:] = 0
     for t in range(here_TLK.shape[0]):
         for layer in range(n_layers):
             if layer >= horizon:
                 observe(
-                    here_TLK[t, layer], layer - horizon, packed, sizes, decays_C, floats, now_LK
+                    here_TLK[t, layer], layer - horizon, packed, sizes_6, decays_C, floats, now_LK
                 )
-            guess(layer, packed, sizes, floats, now_LK, out_TLE[t, layer])
+            guess(layer, packed, sizes_6, floats, now_LK, out_TLE[t, layer])
         if t < len(ids_SLK):
             for layer in range(max(0, n_layers - horizon), n_layers):
-                observe(ids_SLK[t, layer], layer, packed, sizes, decays_C, floats, now_LK)
+                observe(ids_SLK[t, layer], layer, packed, sizes_6, decays_C, floats, now_LK)
 
 
 def sizes_of(weights: Weights, horizon: int, nobody: int) -> Sizes:

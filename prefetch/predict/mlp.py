@@ -99,7 +99,7 @@ class Mlp:
         stops = [*past.starts_R[1:].tolist(), past.n_tokens]
         for first, stop in zip(past.starts_R.tolist(), stops, strict=True):
             history.replay(
-                past.earlier(stop - 1), here_TLK[first:stop], weights, sizes, self.decays_C_, floats, now_LK,
+                past.earlier(stop - 1), here_TLK[first:stop], weights, sizes.array(), self.decays_C_, floats, now_LK,
                 out_TLE[first:stop],
             )  # fmt: skip
         return out_TLE
@@ -118,10 +118,10 @@ class MlpOnline:
     """The same answers, one event at a time."""
 
     def __init__(self, fitted: Mlp, horizon: int) -> None:
-        self._weights, self._sizes = fitted.network(horizon)
-        self._decays_C, top_k = fitted.decays_C_, int(fitted.top_k_[0])
-        self._floats, self._now_LK = history.fresh(self._sizes, top_k)
-        self._out_E = np.empty(self._sizes.experts, np.float32)
+        self._weights, sizes = fitted.network(horizon)
+        self._decays_C, self._sizes_6 = fitted.decays_C_, sizes.array()
+        self._floats, self._now_LK = history.fresh(sizes, int(fitted.top_k_[0]))
+        self._out_E = np.empty(sizes.experts, np.float32)
 
     def start(self) -> None:
         self._floats[:] = 0
@@ -130,11 +130,11 @@ class MlpOnline:
         self, layer: int, ids: NDArray[Any], gate_input: NDArray[Any] | None = None
     ) -> None:
         history.observe(
-            ids, layer, self._weights, self._sizes, self._decays_C, self._floats, self._now_LK
+            ids, layer, self._weights, self._sizes_6, self._decays_C, self._floats, self._now_LK
         )
 
     def guess(self, layer: int) -> NDArray[np.float32]:
-        history.guess(layer, self._weights, self._sizes, self._floats, self._now_LK, self._out_E)
+        history.guess(layer, self._weights, self._sizes_6, self._floats, self._now_LK, self._out_E)
         return self._out_E
 
 
