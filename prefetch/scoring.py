@@ -127,10 +127,12 @@ class _Agreement:
         self._last[domain] = head
 
     def _compare(self, domain: int, one: _Head, other: _Head, nobody: int) -> None:
-        positions, rows_one, rows_other = np.intersect1d(
-            one.position_T, other.position_T, return_indices=True
-        )
-        here, there = one.ids_TLK[rows_one], other.ids_TLK[rows_other]
+        positions, here, there = one.position_T, one.ids_TLK, other.ids_TLK
+        if not np.array_equal(positions, other.position_T):
+            positions, rows_one, rows_other = np.intersect1d(
+                one.position_T, other.position_T, return_indices=True
+            )
+            here, there = here[rows_one], there[rows_other]
         shared_T, of_T = _shared(here, there, nobody)
         total = self._total.setdefault(domain, np.zeros((3, self._reach), np.int64))
         total[:, positions] += np.stack([shared_T, of_T, np.ones_like(of_T)])
@@ -192,8 +194,9 @@ class Survey:
         self.n_rows_R.append(stop - start)
         self.domain_R.append(domain)
         self.ran_R.append(bool(block.executed_T[start:stop].any()))
-        self.heads_R.append(_heads(ids_TLK))
-        self.digest_R.append(hashlib.blake2b(ids_TLK.data, digest_size=8).digest())
+        heads, digest = _heads(ids_TLK)
+        self.heads_R.append(heads)
+        self.digest_R.append(digest)
         position_T = block.position_T[start:stop]
         self.first_position_R.append(int(position_T[0]))
         layers = np.unique(np.linspace(0, block.card.n_layers - 1, TEMPLATE_LAYERS).astype(int))
@@ -203,7 +206,7 @@ class Survey:
             (self._end, from_end_T, TEMPLATE_END),
         ):
             near = np.flatnonzero((place_T >= 0) & (place_T < reach))
-            head = _Head(place_T[near], ids_TLK[near][:, layers])
+            head = _Head(place_T[near], ids_TLK[np.ix_(near, layers)])
             agreement.meet(domain, head, self._nobody)
 
     def merge(self, later: Survey) -> None:
@@ -355,14 +358,15 @@ def _shared(one_TLK, other_TLK, nobody):  # type: ignore[no-untyped-def]
     return shared_T, of_T
 
 
-def _heads(ids_TLK: NDArray[Any]) -> tuple[bytes, ...]:
-    """Digests of the first 8, 16, 32, ... rows."""
+def _heads(ids_TLK: NDArray[Any]) -> tuple[tuple[bytes, ...], bytes]:
+    """Digests of the first 8, 16, 32, ... rows, and of all."""
     digest, done, rows, found = hashlib.blake2b(digest_size=8), 0, DUPLICATE_ROWS, list[bytes]()
     while rows <= len(ids_TLK):
-        digest.update(np.ascontiguousarray(ids_TLK[done:rows]).data)
+        digest.update(ids_TLK[done:rows].data)
         found.append(digest.digest())
         done, rows = rows, 2 * rows
-    return tuple(found)
+    digest.update(ids_TLK[done:].data)
+    return tuple(found), digest.digest()
 
 
 def _root(group_R: NDArray[np.int64], r: int) -> int:

@@ -82,6 +82,9 @@ class Batch:
         if self.ids_LTK.shape[2] == 1:
             return self.ids_LTK[:, :, 0]
         if weights_TLK is None:
+            first_LT = self.ids_LTK[:, :, 0]
+            if not (first_LT == self.nobody).any():
+                return first_LT
             place_LT1 = (self.ids_LTK != self.nobody).argmax(axis=2)[:, :, None]
             return np.take_along_axis(self.ids_LTK, place_LT1, axis=2)[:, :, 0]
         first_LT = np.empty(self.ids_LTK.shape[:2], self.ids_LTK.dtype)

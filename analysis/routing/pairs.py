@@ -79,6 +79,7 @@ class Spread:
     """How pair counts spread over requests: sums over requests of products of their counts, in integers.
 
     Of a request's T tokens that had an expert on both sides, n chose a here and b there, a chose a here, b b there.
+    Where both sides are the same, what stands at a >= b says nothing.
     """
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
@@ -96,7 +97,8 @@ class Spread:
         """The rows of whole requests; those of class `SKIP` do not count."""
         edges = np.append(starts_R, len(here_TK))
         sums = self.pair_LMEE[layer], self.margin_LME[layer], self.total_LM[layer]
-        _square_requests(here_TK, there_TK, edges, class_T, nobody, *sums)
+        is_same = here_TK is there_TK
+        _square_requests(here_TK, there_TK, edges, class_T, nobody, is_same, *sums)
 
     def merge(self, later: Spread) -> None:
         for name in ("pair_LMEE", "margin_LME", "total_LM"):
@@ -118,21 +120,24 @@ class Spread:
 
 
 @njit(cache=True, nogil=True)
-def _square_requests(here_TK, there_TK, edges, class_T, nobody, pair_MEE, margin_ME, total_M):  # type: ignore[no-untyped-def]
-    pairs_CEE = np.zeros((1, *pair_MEE.shape[1:]), np.int32)
-    for r in range(len(edges) - 1):
+def _square_requests(  # type: ignore[no-untyped-def]
+    here_TK, there_TK, edges, class_T, nobody, is_same, pair_MEE, margin_ME, total_M
+):
+    n_requests, n_experts = len(edges) - 1, pair_MEE.shape[1]
+    pairs_CEE = np.zeros((1, n_experts, n_experts), np.int32)
+    for r in range(n_requests):
         one, two = here_TK[edges[r] : edges[r + 1]], there_TK[edges[r] : edges[r + 1]]
         zero_T = np.where(class_T[edges[r] : edges[r + 1]] == SKIP, SKIP, 0)
-        here_CE = np.zeros((1, pair_MEE.shape[1]), np.int64)
+        here_CE = np.zeros((1, n_experts), np.int64)
         there_CE, tokens_C = np.zeros_like(here_CE), np.zeros(1, np.int64)
         count_margins(one, two, zero_T, nobody, here_CE, there_CE, tokens_C)
         count_pairs(one, two, zero_T, nobody, pairs_CEE)
         total_M[0] += tokens_C[0] > 0
         total_M[1] += tokens_C[0] ** 2
-        _square_margins(here_CE[0], there_CE[0], tokens_C[0], margin_ME, pair_MEE[4])
+        _square_margins(here_CE[0], there_CE[0], tokens_C[0], margin_ME, is_same, pair_MEE[4])
         of = here_CE[0], there_CE[0], tokens_C[0]
         if len(one) * one.shape[1] ** 2 > DENSE * pairs_CEE[0].size:
-            _settle_all(*of, pairs_CEE[0], pair_MEE)
+            _settle_all(*of, is_same, pairs_CEE[0], pair_MEE)
             continue
         for t in range(len(one)):
             if zero_T[t] == 0:
@@ -140,25 +145,38 @@ def _square_requests(here_TK, there_TK, edges, class_T, nobody, pair_MEE, margin
 
 
 @njit(cache=True, nogil=True)
-def _square_margins(here_E, there_E, tokens, margin_ME, both_EE):  # type: ignore[no-untyped-def]
+def _square_margins(here_E, there_E, tokens, margin_ME, is_same, both_EE):  # type: ignore[no-untyped-def]
     margin_ME[0] += here_E**2
     margin_ME[1] += here_E * tokens
     margin_ME[2] += there_E**2
     margin_ME[3] += there_E * tokens
-    for a in np.flatnonzero(here_E):
-        both_EE[a] += here_E[a] * there_E
+    for a in range(len(here_E)):
+        if here_E[a]:
+            first, here = a + 1 if is_same else 0, here_E[a]
+            both_B, there_B = both_EE[a, first:], there_E[first:]
+            for b in range(len(both_B)):
+                both_B[b] += here * there_B[b]
 
 
 @njit(cache=True, nogil=True)
-def _settle_all(here_E, there_E, tokens, pairs_EE, pair_MEE):  # type: ignore[no-untyped-def]
-    """The same as `_settle` for every cell of the table, in its order: faster where a request met many of them."""
-    for a in np.flatnonzero(here_E):
-        for b in range(len(there_E)):
-            n = np.int64(pairs_EE[a, b])
-            pair_MEE[0, a, b] += n * n
-            pair_MEE[1, a, b] += n * here_E[a]
-            pair_MEE[2, a, b] += n * there_E[b]
-            pair_MEE[3, a, b] += n * tokens
+def _settle_all(here_E, there_E, tokens, is_same, pairs_EE, pair_MEE):  # type: ignore[no-untyped-def]
+    """The same as `_settle` for every cell of the table, in its order: faster where a request met many of them.
+
+    Rows as arrays of their own, so that the loop becomes vector instructions: half the time.
+    """
+    for a in range(len(here_E)):
+        if here_E[a] == 0:
+            continue
+        first, here = a + 1 if is_same else 0, here_E[a]
+        n_B, there_B = pairs_EE[a, first:], there_E[first:]
+        nn_B, na_B = pair_MEE[0, a, first:], pair_MEE[1, a, first:]
+        nb_B, nt_B = pair_MEE[2, a, first:], pair_MEE[3, a, first:]
+        for b in range(len(n_B)):
+            n = np.int64(n_B[b])
+            nn_B[b] += n * n
+            na_B[b] += n * here
+            nb_B[b] += n * there_B[b]
+            nt_B[b] += n * tokens
         pairs_EE[a] = 0
 
 
