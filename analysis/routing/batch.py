@@ -28,6 +28,7 @@ from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import PHASES, RoutingTrace, no_expert
 
 TRAIN_SHARE = 0.7
+WITNESSES = 600  # requests from which it is told how much requests differ; the error of a variance is then 6 %
 THREADS = "layers"
 
 
@@ -54,6 +55,12 @@ class Plan:
     def domains(self) -> tuple[str, ...]:
         return self.survey.domains
 
+    @cached_property
+    def witnesses(self) -> NDArray[np.int64]:
+        """Some of the requests, evenly spread over the trace."""
+        request_R = np.array(self.survey.request_R)[np.array(self.survey.ran_R, bool)]
+        return np.sort(request_R[:: max(1, -(-len(request_R) // WITNESSES))])
+
     @property
     def phases(self) -> tuple[str, ...]:
         """The names of the row groups that tables keep apart: all, and each phase where both exist."""
@@ -69,6 +76,7 @@ class Batch:
     row_T: NDArray[np.int64]  # where each row stands in the whole trace
     part_T: NDArray[np.uint8]  # scoring.TRAIN, TEST or LEFT_OUT
     is_template_T: NDArray[np.bool_]
+    is_witness_T: NDArray[np.bool_]
 
     @cached_property
     def ids_LTK(self) -> NDArray[Any]:
@@ -111,7 +119,11 @@ class Batch:
         is_in = [self.block.phase_T == phase for phase in range(len(PHASES))]
         return [
             Batch(
-                self.block.rows(in_T), self.row_T[in_T], self.part_T[in_T], self.is_template_T[in_T]
+                self.block.rows(in_T),
+                self.row_T[in_T],
+                self.part_T[in_T],
+                self.is_template_T[in_T],
+                self.is_witness_T[in_T],
             )
             for in_T in is_in
         ]
@@ -185,7 +197,13 @@ def batches(
         if not block.executed_T.all():
             row_T, block = row_T[block.executed_T], block.rows(block.executed_T)
         if block.n_tokens:
-            yield Batch(block, row_T, plan.split.parts(block, row_T), plan.split.is_template(block))
+            yield Batch(
+                block,
+                row_T,
+                plan.split.parts(block, row_T),
+                plan.split.is_template(block),
+                np.isin(block.request_T, plan.witnesses),
+            )
 
 
 def accumulate(

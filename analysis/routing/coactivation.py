@@ -51,7 +51,8 @@ class CoActivation:
 
     def add(self, batch: Batch) -> None:
         self._compared = None
-        class_T = np.where(batch.part_T == LEFT_OUT, SKIP, 0).astype(np.uint8)
+        is_told_T = batch.is_witness_T & (batch.part_T != LEFT_OUT)
+        class_T = np.where(is_told_T, 0, SKIP).astype(np.uint8)
 
         def count(layer: int) -> None:
             half_CEE, tokens_C = self._half_CLEE[:, layer], self.tokens_CL[:, layer]

@@ -128,6 +128,8 @@ def _square_requests(  # type: ignore[no-untyped-def]
     for r in range(n_requests):
         one, two = here_TK[edges[r] : edges[r + 1]], there_TK[edges[r] : edges[r + 1]]
         zero_T = np.where(class_T[edges[r] : edges[r + 1]] == SKIP, SKIP, 0)
+        if zero_T.all():
+            continue
         here_CE = np.zeros((1, n_experts), np.int64)
         there_CE, tokens_C = np.zeros_like(here_CE), np.zeros(1, np.int64)
         count_margins(one, two, zero_T, nobody, here_CE, there_CE, tokens_C)

@@ -62,6 +62,7 @@ class Transitions:
 
     def add(self, batch: Batch) -> None:
         class_T = _classes(batch)
+        witness_T = np.where(batch.is_witness_T, class_T, SKIP).astype(np.uint8)
         ids_LTK = batch.ids_LTK
 
         def count(layer: int) -> None:
@@ -80,7 +81,7 @@ class Transitions:
                     )
                 if horizon == 1 and layer + 1 < len(ids_LTK):
                     two = ids_LTK[layer], ids_LTK[layer + 1]
-                    self.spread.add(layer, *two, batch.starts_R, class_T, batch.nobody)
+                    self.spread.add(layer, *two, batch.starts_R, witness_T, batch.nobody)
 
         for_layers(count, len(ids_LTK) - 1)
         self.shifted.add(batch, class_T)
