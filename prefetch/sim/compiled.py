@@ -1,0 +1,103 @@
+"""An engine compiled for one policy: a module of its own, written to a cache folder, so that the next process finds it.
+
+numba keeps compiled code per file and line; what is compiled from memory is compiled anew by every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numba
+
+from prefetch.sim.policy import KeyRules, Rules
+
+HERE = Path(__file__).parent
+ENGINE = "# the engine: from here on\n"
+RULES = "# rules of the policy: from here on\n"
+KEYED_NAMES, STATE_NAMES = ("on_fill", "on_use"), ("filled", "used", "victim")
+
+
+@cache
+def engine(rules: Rules, name: str = "replay") -> ModuleType:
+    """The module `prefetch.sim.<name>` with these rules in place of LRU's."""
+    functions = _functions(rules)
+    text = _text(rules, name, functions)
+    if any(_is_local(function) for function in functions.values()):
+        return _in_memory(text, name, functions)
+    return _from_file(text, name, functions)
+
+
+def _functions(rules: Rules) -> dict[str, Callable[..., int | None]]:
+    names = KEYED_NAMES if isinstance(rules, KeyRules) else STATE_NAMES
+    return {name: getattr(rules, name) for name in names}
+
+
+def _is_local(function: Callable[..., int | None]) -> bool:
+    """Of a notebook or of another function: no file to import it from."""
+    return function.__module__ == "__main__" or "<" in function.__qualname__
+
+
+def _text(rules: Rules, name: str, functions: dict[str, Callable[..., int | None]]) -> str:
+    head, body = (HERE / f"{name}.py").read_text().split(ENGINE)
+    imports = [line for line in head.splitlines() if "prefetch.sim.keyed" not in line]
+    at = 1 + max(i for i, line in enumerate(imports) if line.startswith(("import", "from")))
+    lines = [_import(short, function) for short, function in functions.items()]
+    own_name = "{}" if isinstance(rules, KeyRules) else "own_{}"
+    lines += [f'{own_name.format(short)} = njit(inline="always")(_{short})' for short in functions]
+    own = "\n".join([*imports[:at], "from prefetch.sim.policy import BLOCK, FEW, STAYS", *lines])
+    kind = "keyed" if isinstance(rules, KeyRules) else "stated"
+    return f"{own}\n{(HERE / f'{kind}.py').read_text().split(RULES)[1]}\n{body}"
+
+
+def _import(short: str, function: Callable[..., int | None]) -> str:
+    if _is_local(function):
+        return f"_{short} = GIVEN[{short!r}]"
+    return f"from {function.__module__} import {function.__name__} as _{short}"
+
+
+def _in_memory(text: str, name: str, functions: dict[str, Callable[..., int | None]]) -> ModuleType:
+    module = ModuleType(f"prefetch_sim_{name}_of_{next(iter(functions.values())).__qualname__}")
+    module.__dict__["GIVEN"] = functions
+    exec(compile(text.replace("cache=True, ", ""), module.__name__, "exec"), module.__dict__)
+    return module
+
+
+def _from_file(text: str, name: str, functions: dict[str, Callable[..., int | None]]) -> ModuleType:
+    modules = sorted({function.__module__ for function in functions.values()})
+    sources = [inspect.getsource(sys.modules[module]) for module in modules]
+    beside = [(HERE / file).read_text() for file in ("policy.py", "pool.py", "workload.py")]
+    told = "\0".join([text, *sources, *beside, numba.__version__])
+    key = hashlib.sha256(told.encode()).hexdigest()[:16]
+    path = _folder() / f"{name}_{key}.py"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)  # two processes may write it at once: they write the same
+    spec = importlib.util.spec_from_file_location(f"prefetch_sim_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _folder() -> Path:
+    """Of this user; where nothing can be written there, one that lasts as long as the process."""
+    own = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    folder = Path(own or Path.home() / ".cache") / "expert-prefetch" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="expert-prefetch-"))

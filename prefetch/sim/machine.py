@@ -1,0 +1,94 @@
+"""What the timed engine is told of a machine and of guesses, as arrays of whole nanoseconds, and what it counts.
+
+It simulates nothing. L layers, S steps, V events, W guesses per event, X chunks of a copy, Q copies that may wait.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefetch.sim.pool import Pool
+from prefetch.sim.workload import NEVER
+
+WAIT, ON_HOST, BOTH = 0, 1, 2  # what is done about a miss
+MISSES = ("wait", "host", "both")
+# of a copy that waits, or is under way
+LAYER, EXPERT, TARGET, ISSUED, DONE, SCORE = range(6)
+# of the link
+FREE_NS, LANDING_NS, LANDING_GROUP, LANDING_SLOT, QUEUED, LAYER_IN_USE, EVENT_IN_USE = range(7)
+# counts
+COUNTS = (
+    "now_ns", "compute_ns", "stall_ns", "late_stall_ns", "host_stall_ns", "link_ns", "demand_loads",
+    "prefetch_loads", "prefetch_used", "prefetch_unused", "prefetch_dropped", "moved_bytes", "wasted_bytes", "on_host",
+)  # fmt: skip
+(
+    NOW, COMPUTE, STALL, LATE_STALL, HOST_STALL, LINK, DEMAND, PREFETCHED, USED, UNUSED, DROPPED, MOVED, WASTED,
+    BY_HOST,
+) = range(len(COUNTS))  # fmt: skip
+
+
+class Machine(NamedTuple):
+    """Costs, layer by layer, and how the link is run."""
+
+    before_S: NDArray[
+        np.int64
+    ]  # per layer, before its routing is known: attention, gate, launches, shared experts
+    weight_ns_L: NDArray[np.int64]  # an expert takes the longer of reading its weights on the GPU
+    token_ns_L: NDArray[np.int64]  # and of computing its tokens
+    host_weight_ns_L: NDArray[np.int64]  # the same on the host
+    host_token_ns_L: NDArray[np.int64]
+    chunk_ns_LX: NDArray[np.int64]  # of every chunk of a copy; the latency is in the first
+    n_chunks_L: NDArray[np.int64]
+    bytes_L: NDArray[np.int64]
+    chunk_bytes: int
+    miss_way: int  # WAIT, ON_HOST, BOTH
+    staging: int  # copies that may be under way beside the cache
+    issue_ns: int  # of the host's time, per copy
+    predict_ns: int  # of the host's time, per event whose guesses are made
+    uploads: int  # copies of experts computed on the host that may wait at once
+    shared_per_1000: int  # of the host's memory bandwidth, what is left to it while a copy runs
+    cancels: bool  # queued guesses about an event are dropped when its routing is known
+    protects: bool  # a guess pushes nobody out who is guessed for the same event
+
+
+class Guesses(NamedTuple):
+    """For every event whom to copy, best first. Known `ahead` layers before; in a step's first layers as it begins."""
+
+    ids_VW: NDArray[np.int32]  # EMPTY where there is no guess
+    score_VW: NDArray[np.int64]
+    ahead: int
+
+
+class Running(NamedTuple):
+    """What a timed run has under way: it goes on from here with the next events."""
+
+    link: NDArray[np.int64]
+    queue: NDArray[np.int64]  # [Q, 6], first come first
+    ready_GN: NDArray[np.int64]  # when a slot's copy is complete
+    ahead_GN: NDArray[np.int64]  # 1 where an expert was copied ahead and not used since
+    held_GN: NDArray[np.int64]  # 1 while a guess must not push it out
+    in_use_E: NDArray[np.int64]  # the event that an expert was last in use in
+    coming_LE: NDArray[np.int64]  # the access that next needs each, where the future is known
+    counts: NDArray[np.int64]
+
+
+def no_guesses() -> Guesses:
+    return Guesses(np.empty((0, 0), np.int32), np.empty((0, 0), np.int64), 1)
+
+
+def running_of(pool: Pool, first_LE: NDArray[np.int64], *, waiting: int) -> Running:
+    link = np.zeros(7, np.int64)
+    link[LANDING_NS], link[LAYER_IN_USE] = NEVER, -1
+    return Running(
+        link=link,
+        queue=np.zeros((waiting, 6), np.int64),
+        ready_GN=np.zeros_like(pool.busy_GN),
+        ahead_GN=np.zeros_like(pool.busy_GN),
+        held_GN=np.zeros_like(pool.busy_GN),
+        in_use_E=np.zeros(pool.slot_LE.shape[1], np.int64),
+        coming_LE=first_LE.copy(),
+        counts=np.zeros(len(COUNTS), np.int64),
+    )

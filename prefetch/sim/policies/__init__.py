@@ -1,0 +1,1 @@
+"""Who leaves a cache: one file per idea."""

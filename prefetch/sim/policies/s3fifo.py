@@ -1,0 +1,156 @@
+"""Three queues: newcomers wait in a small one, those used again go on to the main one, those evicted are remembered.
+
+S3-FIFO (Yang, Zhang, Qiu, Yue and Rashmi, SOSP 2023), with its authors' sizes: a tenth of the cache for newcomers,
+memory of nine tenths of it, two more uses to go on. Before anybody was evicted, newcomers that the small queue has no
+room for go to the main one. Slots that are busy are passed over, and keep their places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from prefetch.sim.policies.rings import NEWER, OLDER, put, take
+from prefetch.sim.policy import STAYS, Rules, Seen, State, StateRules
+
+# Queues, each a ring followed by its length; then sizes; then a node per expert; then the node in every slot.
+SMALL, MAIN, GHOST, LENGTH = 0, 3, 6, 2
+SMALL_ROOM, MAIN_ROOM, GHOST_ROOM, HAS_EVICTED, NODES = 9, 10, 11, 12, 13
+QUEUE, USES, SLOT, WIDE = 2, 3, 4, 5  # of a node, behind its neighbours
+NOWHERE, IN_SMALL, IN_MAIN, IN_GHOST, REMEMBERED = range(5)  # remembered: came back just now
+TO_GO_ON, MOST_USES = 2, 3
+
+
+def state_size(n_slots: int, n_entries: int) -> int:
+    return NODES + WIDE * n_entries + n_slots
+
+
+def start(state: State, capacity: int) -> None:
+    for queue in (SMALL, MAIN, GHOST):
+        state[queue + OLDER], state[queue + NEWER] = queue, queue
+    state[SMALL_ROOM] = max(1, capacity // 10)
+    state[MAIN_ROOM] = capacity - state[SMALL_ROOM]
+    state[GHOST_ROOM] = capacity * 9 // 10
+
+
+def filled(state: State, n_slots: int, slot: int, seen: Seen) -> None:
+    node = _node(state, n_slots, seen)
+    before = state[len(state) - n_slots + slot]
+    if before and _is_here(state, before) and state[before + SLOT] == slot:
+        _drop(state, before)  # emptied by somebody else
+    if _is_here(state, node):
+        _drop(state, node)
+    _recall(state, node)
+    is_full = state[SMALL + LENGTH] >= state[SMALL_ROOM]
+    if state[node + QUEUE] == REMEMBERED or (is_full and state[HAS_EVICTED] == 0):
+        _join(state, MAIN, IN_MAIN, node)
+    else:
+        _join(state, SMALL, IN_SMALL, node)
+    state[node + USES], state[node + SLOT] = 0, slot
+    state[len(state) - n_slots + slot] = node
+
+
+def used(state: State, n_slots: int, slot: int, is_new: bool, seen: Seen) -> None:
+    if not is_new:
+        state[_node(state, n_slots, seen) + USES] += 1
+
+
+def victim(state: State, n_slots: int, busy_N: NDArray[np.int64], seen: Seen) -> int:
+    if seen.now > 0:
+        _recall(state, _node(state, n_slots, seen))
+    state[HAS_EVICTED] = 1
+    if state[MAIN + LENGTH] > state[MAIN_ROOM] or state[SMALL + LENGTH] == 0:
+        slot = _from_main(state, busy_N)
+        if slot != STAYS:
+            return slot
+    slot = _from_small(state, busy_N)
+    if slot != STAYS:
+        return slot
+    return _from_main(state, busy_N)
+
+
+@njit(cache=True)
+def _node(state, n_slots, seen):  # type: ignore[no-untyped-def]
+    n_entries = (len(state) - n_slots - NODES) // WIDE
+    return NODES + WIDE * (seen.entry % n_entries)
+
+
+@njit(cache=True)
+def _is_here(state, node):  # type: ignore[no-untyped-def]
+    return state[node + QUEUE] == IN_SMALL or state[node + QUEUE] == IN_MAIN
+
+
+@njit(cache=True)
+def _join(state, queue, name, node):  # type: ignore[no-untyped-def]
+    put(state, queue, node)
+    state[node + QUEUE] = name
+    state[queue + LENGTH] += 1
+
+
+@njit(cache=True)
+def _drop(state, node):  # type: ignore[no-untyped-def]
+    take(state, node)
+    state[SMALL + LENGTH + (state[node + QUEUE] - IN_SMALL) * (MAIN - SMALL)] -= 1
+    state[node + QUEUE] = NOWHERE
+
+
+@njit(cache=True)
+def _recall(state, node):  # type: ignore[no-untyped-def]
+    """Who is remembered leaves the memory before anybody else joins it."""
+    if state[node + QUEUE] == IN_GHOST:
+        _drop(state, node)
+        state[node + QUEUE] = REMEMBERED
+
+
+@njit(cache=True)
+def _from_small(state, busy_N):  # type: ignore[no-untyped-def]
+    node = state[SMALL + NEWER]
+    while node != SMALL:
+        newer = state[node + NEWER]
+        if busy_N[state[node + SLOT]] == 0:
+            _drop(state, node)
+            if state[node + USES] < TO_GO_ON:
+                _remember(state, node)
+                return state[node + SLOT]
+            _join(state, MAIN, IN_MAIN, node)
+            state[node + USES] = 0
+        node = newer
+    return STAYS
+
+
+@njit(cache=True)
+def _from_main(state, busy_N):  # type: ignore[no-untyped-def]
+    node = state[MAIN + NEWER]
+    while node != MAIN:
+        newer = state[node + NEWER]
+        if busy_N[state[node + SLOT]] == 0:
+            if state[node + USES] == 0:
+                _drop(state, node)
+                return state[node + SLOT]
+            state[node + USES] = min(state[node + USES], MOST_USES) - 1
+            take(state, node)
+            put(state, MAIN, node)
+            if newer == MAIN:  # it was the newest and is again
+                newer = node
+        node = newer
+    return STAYS
+
+
+@njit(cache=True)
+def _remember(state, node):  # type: ignore[no-untyped-def]
+    if state[GHOST_ROOM] == 0:
+        return
+    while state[GHOST + LENGTH] >= state[GHOST_ROOM]:
+        _drop(state, state[GHOST + NEWER])
+    _join(state, GHOST, IN_GHOST, node)
+
+
+@dataclass(frozen=True)
+class S3Fifo:
+    needs: ClassVar[tuple[str, ...]] = ()
+    after_use: ClassVar[bool] = False
+    rules: ClassVar[Rules] = StateRules(state_size, start, filled, used, victim)

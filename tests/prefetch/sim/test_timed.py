@@ -1,0 +1,196 @@
+"""The compiled timed engine is the plain one, event for event, and both obey the laws of time and bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefetch.sim.machine import BOTH, ON_HOST, WAIT, Guesses, Machine
+from prefetch.sim.policies.belady import Belady
+from prefetch.sim.policies.lfu import Lfu
+from prefetch.sim.policies.lru import Lru
+from prefetch.sim.pool import ATOMIC, HIT, LATE, MISS, OVERSHOOT
+from prefetch.sim.run import replay, timed_replay
+from prefetch.sim.timed_reference import TimedReplay
+from prefetch.sim.workload import Workload, workload_of
+from prefetch.trace.card import plain_card
+from prefetch.trace.routing import trace_of
+from tests.prefetch.sim.test_replay import drawn
+
+POLICIES = (Lru(), Lfu(), Belady())
+
+
+def machine_of(work: Workload, seed: int = 0, **settings: Any) -> Machine:
+    """Layers of different sizes and speeds; nothing divides anything."""
+    rng, n_layers = np.random.default_rng(seed), work.card.n_layers
+    n_chunks_L = rng.integers(1, 4, n_layers)
+
+    def ns(low: int, high: int, *shape: int) -> Any:
+        return rng.integers(low, high, shape).astype(np.int64)
+
+    given: dict[str, Any] = {
+        "before_S": ns(50, 200, work.n_steps),
+        "weight_ns_L": ns(10, 40, n_layers),
+        "token_ns_L": ns(1, 20, n_layers),
+        "host_weight_ns_L": ns(50, 200, n_layers),
+        "host_token_ns_L": ns(10, 90, n_layers),
+        "chunk_ns_LX": ns(20, 120, n_layers, 3),
+        "n_chunks_L": n_chunks_L,
+        "bytes_L": n_chunks_L * 1000 - 300,
+        "chunk_bytes": 1000,
+        "miss_way": WAIT,
+        "staging": 2,
+        "issue_ns": 3,
+        "predict_ns": 5,
+        "uploads": 3,
+        "shared_per_1000": 600,
+        "cancels": True,
+        "protects": seed % 3 > 0,
+    }
+    return Machine(**{**given, **settings})
+
+
+def guesses_of(work: Workload, seed: int, ahead: int, width: int, recall: float) -> Guesses:
+    """The truth with this chance, else anybody; some rows are short."""
+    rng, n_events = np.random.default_rng(seed), len(work.start_V) - 1
+    ids_VW = rng.permuted(
+        np.tile(np.arange(work.card.n_experts, dtype=np.int32), (n_events, 1)), axis=1
+    )[:, :width]
+    for v in range(n_events):
+        true = [int(e) for e in work.ids_A[work.start_V[v] : work.start_V[v + 1]]]
+        kept = [e for e in true if rng.random() < recall]
+        row = (kept + [e for e in ids_VW[v].tolist() if e not in kept])[:width]
+        ids_VW[v] = row
+    ids_VW[rng.random(ids_VW.shape) < 0.1] = -1
+    return Guesses(ids_VW, rng.integers(0, 1000, ids_VW.shape), ahead)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    policy=st.sampled_from(POLICIES),
+    room=st.integers(0, 9),
+    batch=st.sampled_from([1, 2, 4]),
+    semantics=st.sampled_from([ATOMIC, ATOMIC, OVERSHOOT]),
+    is_global=st.booleans(),
+    way=st.sampled_from([WAIT, WAIT, BOTH, ON_HOST]),
+    ahead=st.integers(1, 4),
+    width=st.integers(0, 4),
+    recall=st.sampled_from([0.0, 0.5, 1.0]),
+    cancels=st.booleans(),
+)
+def test_compiled_equals_plain(
+    seed, policy, room, batch, semantics, is_global, way, ahead, width, recall, cancels
+):
+    work = drawn(seed, n_tokens=40, batch=batch)
+    rooms = [3 * room] if is_global else [room] * 3
+    machine = machine_of(work, seed, miss_way=way, cancels=cancels, staging=1 + seed % 3)
+    guesses = guesses_of(work, seed, ahead, width, recall)
+    plain = TimedReplay(work, policy, rooms, [1, 1, 1], machine, guesses, semantics).run()
+    fast = timed_replay(work, policy, rooms, [1, 1, 1], machine, guesses, semantics)
+    assert fast.outcome_A.tolist() == plain.outcome
+    assert fast.counts == dict(plain.counts)
+    assert fast.time_S.tolist() == plain.time_S
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    policy=st.sampled_from(POLICIES),
+    room=st.integers(1, 9),
+    batch=st.sampled_from([1, 3]),
+    ahead=st.integers(1, 4),
+    width=st.integers(0, 4),
+    recall=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_sums_of_time_and_bytes(seed, policy, room, batch, ahead, width, recall):
+    """Invariants 10 to 14 of every run in which misses wait for their copies."""
+    work = drawn(seed, n_tokens=40, batch=batch)
+    machine = machine_of(work, seed)
+    guesses = guesses_of(work, seed, ahead, width, recall)
+    timed = timed_replay(work, policy, [room] * 3, [1] * 3, machine, guesses)
+    counts, layer_A = (
+        timed.counts,
+        np.repeat(np.arange(len(work.start_V) - 1) % 3, np.diff(work.start_V)),
+    )
+    assert np.isin(timed.outcome_A, (HIT, LATE, MISS)).all()
+    assert counts["demand_loads"] == (timed.outcome_A == MISS).sum()
+    assert counts["prefetch_used"] + counts["prefetch_unused"] <= counts["prefetch_loads"]
+    waited = counts["stall_ns"] + counts["late_stall_ns"]
+    assert timed.time_S.sum() == counts["now_ns"] == counts["compute_ns"] + waited
+    # transfers in series with compute are the slowest order there is; host time is part of it
+    asked = machine.issue_ns * (
+        counts["demand_loads"] + guesses.ids_VW.size
+    ) + machine.predict_ns * (len(work.start_V) + 3 * work.n_steps)
+    assert counts["now_ns"] <= counts["compute_ns"] + counts["link_ns"] + asked
+    fewest = (replay(work, Belady(), [room + 2] * 3, [1] * 3) == MISS).astype(np.int64)
+    whole_L = np.array([machine.chunk_ns_LX[x, : machine.n_chunks_L[x]].sum() for x in range(3)])
+    if batch == 1 and room >= 3:
+        assert counts["now_ns"] + whole_L.sum() >= (fewest * whole_L[layer_A]).sum()
+    assert counts["moved_bytes"] >= (machine.bytes_L[layer_A] * (timed.outcome_A == MISS)).sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(POLICIES), st.integers(0, 9), st.sampled_from([1, 3]))
+def test_without_guesses_the_clock_changes_no_hit(seed, policy, room, batch):
+    work = drawn(seed, n_tokens=40, batch=batch)
+    timed = timed_replay(work, policy, [room] * 3, [1] * 3, machine_of(work, seed))
+    assert (timed.outcome_A == replay(work, policy, [room] * 3, [1] * 3)).all()
+
+
+def test_all_miss_and_all_hit_in_closed_form():
+    """Disjoint groups: a token waits for its k copies in turn; with room for all, only the first use of each waits."""
+    n_layers, top_k, n_tokens = 2, 2, 6
+    ids = np.array([[[2 * (t % 3), 2 * (t % 3) + 1]] * n_layers for t in range(n_tokens)])
+    card = plain_card("turns", n_experts=6, top_k=top_k, layer_numbers=(0, 1))
+    work = workload_of(trace_of(card, ids))
+    machine = machine_of(
+        work,
+        before_S=np.full(n_tokens, 100),
+        weight_ns_L=np.full(2, 10),
+        token_ns_L=np.full(2, 1),
+        chunk_ns_LX=np.array([[40, 30, 30]] * 2),
+        n_chunks_L=np.full(2, 3),
+        bytes_L=np.full(2, 3000),
+        issue_ns=0,
+        predict_ns=0,
+    )
+    missing = timed_replay(work, Lru(), [2, 2], [1, 1], machine)
+    assert missing.time_S.tolist() == [n_layers * (100 + top_k * 100 + 10)] * n_tokens
+    there = timed_replay(work, Lru(), [6, 6], [1, 1], machine)
+    assert there.time_S.tolist()[3:] == [n_layers * (100 + top_k * 10)] * 3
+
+
+def test_perfect_guesses_hide_copies_that_a_layer_can_hide():
+    """Copies of one event take less than what stands before the experts: nothing waits once guesses are there."""
+    work = drawn(3, n_tokens=40, phase="decode")
+    machine = machine_of(
+        work,
+        before_S=np.full(work.n_steps, 2000),
+        chunk_ns_LX=np.full((3, 3), 50),
+        issue_ns=0,
+        predict_ns=0,
+        protects=True,
+    )
+    guesses = guesses_of(work, 0, 1, 3, 1.0)._replace(ids_VW=true_ids(work, 3))
+    decoding = timed_replay(work, Lru(), [6] * 3, [1] * 3, machine, guesses)
+    assert decoding.counts["stall_ns"] == decoding.counts["late_stall_ns"] == 0
+    plain = timed_replay(work, Lru(), [6] * 3, [1] * 3, machine)
+    assert plain.counts["stall_ns"] > 0
+
+
+def true_ids(work: Workload, width: int) -> Any:
+    ids_VW = np.full((len(work.start_V) - 1, width), -1, np.int32)
+    for v in range(len(ids_VW)):
+        true = work.ids_A[work.start_V[v] : work.start_V[v + 1]][:width]
+        ids_VW[v, : len(true)] = true
+    return ids_VW
+
+
+def test_a_link_that_costs_nothing_stalls_nobody():
+    work = drawn(5, n_tokens=40)
+    machine = machine_of(work, chunk_ns_LX=np.zeros((3, 3), np.int64), issue_ns=0, predict_ns=0)
+    assert timed_replay(work, Lru(), [3] * 3, [1] * 3, machine).counts["stall_ns"] == 0
