@@ -49,6 +49,34 @@ class TrainConfig:
 
 
 @dataclass
+class SimulatorConfig:
+    cache: Any = 0.25  # a share of all experts (with a dot), experts per layer, or bytes (500MiB)
+    scope: str = "per_layer"  # per_layer | global
+    batch: int = 1  # requests at once
+    chunk: int | None = None  # tokens of prompts per step; None = a whole prompt is a step
+    phase: str = "auto"  # auto | decode (every token as if generated) | prefill
+    context: int = 4096  # tokens of a request that memory is kept for
+    horizon: int = 4  # layers ahead that a guess is made
+    width: int | None = None  # guesses copied per layer; None = k
+    threshold: float = 0.0  # scores below it are not copied
+    requests: str = "test"  # test | all: what is replayed
+    semantics: str = "atomic"  # atomic | overshoot (evicts after the batch)
+    misses: str = "wait"  # wait | host | both: what is done about an expert that is not there
+    staging: int = 2  # experts that may be under way beside the cache
+    uploads: int = 2  # with misses=both: copies that may wait at once
+    is_pinned: bool = True  # the host memory that copies are made from
+    model_card: str | None = None  # sizes of this model, where the trace does not know its own
+
+
+@dataclass
+class EvaluateConfig:
+    policies: list[str] | None = None  # None = the one chosen at the root
+    predictors: list[str] | None = None
+    capacities: list[Any] | None = None  # None = simulator.cache
+    horizons: list[int] | None = None  # None = simulator.horizon
+
+
+@dataclass
 class ArtifactsConfig:
     remove: str | None = None  # "unused", or kind/key (a prefix will do); None = only list
     spare_minutes: float = (
@@ -64,13 +92,17 @@ class Config:
     stage: Any
     source: Any
     predictor: Any
+    policy: Any
     hardware: Any
     tracker: Any
     makers: dict[str, str]  # artifact kind -> the function that says how to make it
     collect: CollectConfig = field(default_factory=CollectConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
+    memory: str | None = None  # all of the GPU's memory that may be used (12GiB), instead of simulator.cache
     trace: str | None = None  # folder of a trace to use as it is; None = collect it from `source`
     store: str = "artifacts"  # folder of what runs share
     seed: int = 0
@@ -145,6 +177,22 @@ def check_values(cfg: Config) -> None:
     for claim, holds in claims.items():
         if not holds:
             raise ConfigError(claim)
+
+
+def with_choice(cfg: Config, group: str, name: str) -> Config:
+    """The same configuration with another choice of a group, at its default settings."""
+    path = CONFIGS / group / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{group} {name!r}: does not exist; there are {', '.join(choices(group))}")
+    return with_leaf(cfg, group, OmegaConf.load(path))
+
+
+def with_leaf(cfg: Config, group: str, leaf: Any) -> Config:
+    whole = typing.cast(
+        DictConfig, OmegaConf.create(OmegaConf.to_container(typing.cast(DictConfig, cfg)))
+    )
+    whole[group] = leaf
+    return typing.cast(Config, whole)
 
 
 def _first_comment(path: Path) -> str:

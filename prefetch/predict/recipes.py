@@ -88,7 +88,7 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
 
     kind = type(predictor_at_rest)
     members = {
-        member: predictor_recipe(_with_leaf(cfg, leaf), fold, trace)
+        member: predictor_recipe(config.with_leaf(cfg, "predictor", leaf), fold, trace)
         for member, leaf in getattr(predictor_at_rest, "leaves", {}).items()
     }
     return Recipe(
@@ -241,13 +241,7 @@ def _array(values: list[int]) -> Any:
 
 def with_predictor(cfg: Config, name: str) -> Config:
     """The same configuration with another predictor, at its default settings."""
-    return _with_leaf(cfg, OmegaConf.load(config.CONFIGS / "predictor" / f"{name}.yaml"))
-
-
-def _with_leaf(cfg: Config, leaf: Any) -> Config:
-    whole = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cast(DictConfig, cfg))))
-    whole.predictor = leaf
-    return cast(Config, whole)
+    return config.with_choice(cfg, "predictor", name)
 
 
 def made(cfg: Config) -> Predictor:

@@ -76,12 +76,19 @@ def timed_replay(
     semantics: int = ATOMIC,
     *,
     score_A: NDArray[np.int64] = NONE_A,
+    warm: NDArray[np.int64] = NONE_A,
 ) -> Timed:
-    """The same with a clock, a link and guesses that are copied ahead."""
+    """The same with a clock, a link and guesses that are copied ahead.
+
+    `warm`: entries (layer * E + expert) that are there from the start, for a cache whose misses the host computes.
+    """
     if semantics == SEQUENTIAL:
-        raise ConfigError("semantics=sequential has no clock: the experts of an event are needed at once")
+        raise ConfigError(
+            "semantics=sequential has no clock: the experts of an event are needed at once"
+        )
     guesses = guesses or no_guesses()
     pool, semantics = prepared(work, policy, room_G, size_L, semantics)
+    _warm(pool, warm)
     events, first_LE = events_of(work, policy, score_A), np.zeros_like(pool.uses_LE)
     if "future" in policy.needs:
         first_LE = next_uses(work)[1]
@@ -93,3 +100,18 @@ def timed_replay(
     )
     counts = dict(zip(COUNTS, run.counts.tolist(), strict=True))
     return Timed(time_S, outcome_A, counts, int((pool.slot_LE >= 0).sum()))
+
+
+def _warm(pool: Pool, entries: NDArray[np.int64]) -> None:
+    """Puts them in, in their order, as far as there is room."""
+    n_experts = pool.slot_LE.shape[1]
+    for entry in entries.tolist():
+        layer, expert = divmod(entry, n_experts)
+        group = int(pool.group_L[layer])
+        if pool.left_G[group] < pool.size_L[layer]:
+            continue
+        pool.n_free_G[group] -= 1
+        slot = int(pool.free_GN[group, pool.n_free_G[group]])
+        pool.slot_LE[layer, expert], pool.entry_GN[group, slot] = slot, entry
+        pool.busy_GN[group, slot] = 0
+        pool.left_G[group] -= pool.size_L[layer]

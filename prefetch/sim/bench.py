@@ -1,0 +1,372 @@
+"""The cells of a table, and what they share: the rows that are replayed, the model's sizes, the machine's costs.
+
+It knows no predictor: guesses come from the store as files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+
+from prefetch import config
+from prefetch.artifacts import Store
+from prefetch.config import Config
+from prefetch.errors import ConfigError
+from prefetch.models.cards import card_names, load_architecture
+from prefetch.sim.bounds import compute_S, least_ns
+from prefetch.sim.cell import Cell, row_of
+from prefetch.sim.costs import UNKNOWN, Beside, beside_of, machine_of
+from prefetch.sim.foresight import guessed_rows, guesses_of, keys_of
+from prefetch.sim.hardware import Hardware
+from prefetch.sim.machine import Guesses
+from prefetch.sim.memory import Budget, budget_of
+from prefetch.sim.policies.lru import Lru
+from prefetch.sim.policy import Policy
+from prefetch.sim.pool import ATOMIC, OVERSHOOT
+from prefetch.sim.workload import workload_of
+from prefetch.trace.card import ModelCard
+from prefetch.trace.parquet import TraceReader
+from prefetch.trace.predictions import PredictionsReader
+from prefetch.trace.routing import RoutingTrace
+
+log = logging.getLogger(__name__)
+SEMANTICS = {"atomic": ATOMIC, "overshoot": OVERSHOOT}
+CURVE = (
+    0.0625,
+    0.125,
+    0.25,
+    0.375,
+    0.5,
+    0.625,
+    0.75,
+    0.875,
+    0.9375,
+)  # where savings are looked for
+CHOSEN, OPTIMUM, ORACLE = "chosen", "optimum", "oracle prefetch"
+
+
+class Bench:
+    """What all cells share: the rows that are replayed, the model's sizes, the machine's costs."""
+
+    def __init__(self, cfg: Config, store: Store) -> None:
+        self.cfg, self.store, self.simulator = cfg, store, cfg.simulator
+        self.hardware: Hardware = config.instantiate(cfg.hardware, "hardware")
+        self._check()
+        made = store.make(config.locate(cfg.makers["trace"])(cfg))
+        self.reader = TraceReader(made.folder)
+        self.card, self.beside = self._card()
+        whole = self.reader.load()
+        self.trace, self.others = self._parts(whole)
+        self.work = workload_of(
+            self.trace,
+            batch=self.simulator.batch,
+            chunk=self.simulator.chunk,
+            phase=self.simulator.phase,
+        )
+        if not self.work.n_accesses:
+            raise ConfigError("nothing to replay: no executed row of the chosen requests and phase")
+        self._full_ns: float | None = None
+        self._bounds: dict[Any, float | None] = {}
+
+    def _check(self) -> None:
+        told = self.simulator
+        if told.semantics not in SEMANTICS:
+            raise ConfigError(
+                f"simulator.semantics={told.semantics}: expected one of {', '.join(SEMANTICS)}"
+            )
+        if told.requests not in ("test", "all"):
+            raise ConfigError(f"simulator.requests={told.requests}: expected test or all")
+        if told.requests == "all" and any(name != "none" for name in self.predictors):
+            raise ConfigError(
+                "simulator.requests=all: predictors are fitted on some of them; pass predictor=none, "
+                "or simulator.requests=test"
+            )
+
+    @property
+    def predictors(self) -> list[str]:
+        name = _name_of(self.cfg, "predictor")
+        return list(self.cfg.evaluate.predictors or [name])
+
+    @property
+    def policies(self) -> list[str]:
+        return list(self.cfg.evaluate.policies or [_name_of(self.cfg, "policy")])
+
+    @property
+    def capacities(self) -> list[Any]:
+        if self.cfg.memory is not None:
+            return [None]  # what remains of the memory
+        return list(self.cfg.evaluate.capacities or [self.simulator.cache])
+
+    @property
+    def horizons(self) -> list[int]:
+        return list(self.cfg.evaluate.horizons or [self.simulator.horizon])
+
+    def _card(self) -> tuple[ModelCard, Beside]:
+        """The trace's own sizes, or those of another model of the same shape."""
+        own, name = self.reader.card, self.simulator.model_card
+        if name is None:
+            if own.expert_bytes_L is None:
+                raise ConfigError(
+                    f"the trace of {own.name} does not say how large an expert is; pass simulator.model_card=NAME, "
+                    f"one of {', '.join(card_names())}"
+                )
+            return own, UNKNOWN
+        architecture = load_architecture(name)
+        lent = architecture.card(None, None)
+        if lent.n_experts != own.n_experts:
+            raise ConfigError(
+                f"simulator.model_card={name}: has {lent.n_experts} experts per layer, the trace {own.n_experts}"
+            )
+        if (lent.n_layers, lent.top_k) != (own.n_layers, own.top_k):
+            log.warning(
+                f"simulator.model_card={name} has {lent.n_layers} layers and k = {lent.top_k}, the trace "
+                f"{own.n_layers} and {own.top_k}: the trace's are replayed, with its sizes"
+            )
+        return _fitted_to(lent, own), beside_of(architecture)
+
+    def _parts(self, whole: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
+        """What is replayed, and all other rows: those that a static choice may be fitted on."""
+        if self.simulator.requests == "all":
+            return whole, whole
+        keys_T = keys_of(whole.request_T, whole.position_T)
+        asked = np.isin(keys_T, guessed_rows(self._predictions("none", self.horizons[0])))
+        return whole.rows(asked), whole.rows(~asked)
+
+    def _predictions(self, name: str, horizon: int) -> PredictionsReader:
+        cfg = (
+            self.cfg
+            if name == _name_of(self.cfg, "predictor")
+            else config.with_choice(self.cfg, "predictor", name)
+        )
+        changes: dict[str, Any] = {}
+        if horizon not in cfg.train.horizons:
+            changes["horizons"] = sorted({*cfg.train.horizons, horizon})
+        if self.simulator.width is not None and self.simulator.width > 2 * self.reader.card.top_k:
+            changes["width"] = self.simulator.width
+        asked = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), {"train": changes}))
+        recipe = config.locate(self.cfg.makers["predictions"])(asked, 0)
+        return PredictionsReader(self.store.make(recipe).folder)
+
+    def budget(self, capacity: Any, predictor_bytes: int) -> Budget:
+        told = self.simulator
+        return budget_of(
+            self.card,
+            self.hardware,
+            cache=capacity,
+            memory=self.cfg.memory,
+            scope=told.scope,
+            context=told.context,
+            batch=told.batch,
+            staging=told.staging,
+            predictor_bytes=predictor_bytes,
+        )
+
+    def machine(self, misses: str, predictor_us: float = 0.0) -> Any:
+        told = self.simulator
+        return machine_of(
+            self.card,
+            self.hardware,
+            self.work,
+            beside=self.beside,
+            misses=misses,
+            staging=told.staging,
+            is_pinned=told.is_pinned,
+            predictor_us=predictor_us,
+            uploads=told.uploads,
+        )
+
+    def guesses(self, name: str, horizon: int) -> tuple[Guesses, PredictionsReader]:
+        reader = self._predictions(name, horizon)
+        width = self.simulator.width or self.reader.card.top_k
+        made = guesses_of(
+            reader,
+            self.trace,
+            self.work,
+            horizon=horizon,
+            width=width,
+            threshold=self.simulator.threshold,
+        )
+        return made, reader
+
+    def cells(self) -> Iterator[Cell]:
+        for policy, name, capacity, horizon in itertools.product(
+            self.policies, self.predictors, self.capacities, self.horizons
+        ):
+            if name == "none" and horizon != self.horizons[0]:
+                continue
+            yield self._cell(CHOSEN, policy, name, capacity, horizon)
+        for capacity in self.capacities:
+            for policy in self.policies:
+                if "none" not in self.predictors:
+                    yield self._cell("no prefetch", policy, "none", capacity, self.horizons[0])
+            yield self._cell("lru", "lru", "none", capacity, self.horizons[0])
+            yield self._cell(OPTIMUM, "belady", "none", capacity, self.horizons[0])
+            yield self._cell(ORACLE, self.policies[0], "oracle", capacity, self.horizons[0])
+            yield from self._today(capacity)
+        yield from self._curve()
+
+    def _curve(self) -> Iterator[Cell]:
+        """The first policy and predictor at all sizes, each number of experts once."""
+        seen = set[tuple[int, ...]]()
+        for share in CURVE:
+            one = self.policies[0], self.predictors[0], share, self.horizons[0]
+            cell = self._cell("curve", *one, is_curve=True)
+            if cell.budget.slots_G not in seen:
+                seen.add(cell.budget.slots_G)
+                yield cell
+
+    def _cell(
+        self,
+        way: str,
+        policy: str,
+        name: str,
+        capacity: Any,
+        horizon: int,
+        *,
+        is_curve: bool = False,
+    ) -> Cell:
+        guesses, event_us, n_bytes, mark = None, 0.0, 0, ""
+        if name != "none":
+            guesses, reader = self.guesses(name, horizon)
+            said = reader.card
+            event_us, n_bytes = said.event_us or 0.0, said.parameter_bytes
+            mark = "cheats" if said.causality == "cheats" else ""
+        if policy.startswith("belady"):
+            mark = "cheats"
+        budget = self.budget(capacity, n_bytes) if not is_curve else self._share(capacity, n_bytes)
+        return Cell(
+            names={
+                "way": way,
+                "policy": policy,
+                "predictor": name,
+                "mark": mark,
+                "capacity": str(capacity if capacity is not None else self.cfg.memory),
+                "horizon": horizon if guesses is not None else 0,
+                "misses": self.simulator.misses,
+            },
+            policy=self.policy(policy),
+            budget=budget,
+            machine=self.machine(self.simulator.misses, event_us),
+            guesses=guesses,
+            semantics=SEMANTICS[self.simulator.semantics],
+        )
+
+    def _share(self, share: float, n_bytes: int) -> Budget:
+        return budget_of(
+            self.card,
+            self.hardware,
+            cache=share,
+            scope=self.simulator.scope,
+            context=self.simulator.context,
+            batch=self.simulator.batch,
+            staging=self.simulator.staging,
+            predictor_bytes=n_bytes,
+        )
+
+    def policy(self, name: str) -> Policy:
+        if name == _name_of(self.cfg, "policy"):
+            return cast(Policy, config.instantiate(self.cfg.policy, "policy"))
+        return cast(
+            Policy,
+            config.instantiate(config.with_choice(self.cfg, "policy", name).policy, "policy"),
+        )
+
+    def _today(self, capacity: Any) -> Iterator[Cell]:
+        """Experts that always stay on the GPU, the others computed on the host; and the host beside a filling cache."""
+        budget = self.budget(capacity, 0)
+        names = {
+            "predictor": "none",
+            "mark": "",
+            "horizon": 0,
+            "capacity": str(capacity or self.cfg.memory),
+        }
+        by_layer = np.arange(self.card.n_layers * self.card.n_experts)
+        split = dataclasses.replace(
+            budget, room_G=(sum(budget.room_G),), scope="global"
+        )  # whole layers, the first ones
+        for way, warm, one, misses in (
+            ("static split by layer", by_layer, split, "host"),
+            ("host compute", self.popular(), budget, "host"),
+            ("host compute and uploads", self.popular(), budget, "both"),
+        ):
+            yield Cell(
+                names={
+                    "way": way,
+                    "policy": "lru" if misses == "both" else "static",
+                    "misses": misses,
+                    **names,
+                },
+                policy=Lru(),
+                budget=one,
+                machine=self.machine(misses),
+                warm=warm,
+            )
+
+    def popular(self) -> NDArray[np.int64]:
+        """Entries by their use in the rows that are not replayed, the most used first."""
+        counted = workload_of(self.others, phase="decode") if len(self.others.ids_TLK) else None
+        uses_LE = np.zeros((self.card.n_layers, self.card.n_experts), np.int64)
+        if counted is not None:
+            layer_A = np.repeat(
+                np.arange(len(counted.start_V) - 1) % self.card.n_layers, np.diff(counted.start_V)
+            )
+            np.add.at(uses_LE, (layer_A, counted.ids_A), counted.tokens_A)
+        return np.argsort(-uses_LE.ravel(), kind="stable")
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        timed = cell.run(self.work)
+        return row_of(cell, self.work, timed, self.bound(cell), self.full_ns, self.cfg.seed)
+
+    @property
+    def tokens(self) -> int:
+        return max(1, int(self.work.decode_S.sum()))
+
+    @property
+    def full_ns(self) -> float:
+        """Per generated token, with every expert resident."""
+        if self._full_ns is None:
+            took_S = compute_S(self.work, self.machine("wait"))
+            self._full_ns = float(took_S[self.work.is_decode_S].sum()) / self.tokens
+        return self._full_ns
+
+    def bound(self, cell: Cell) -> float | None:
+        if (self.work.prefill_S > 0).any():
+            return None  # what a prompt has brought is not the generated tokens' to pay
+        key = (cell.budget.room_G, cell.machine.miss_way)
+        if key not in self._bounds:
+            link = self.hardware.link
+            least = least_ns(self.work, cell.machine, cell.budget, link.latency_ns)
+            self._bounds[key] = None if least is None else least / self.tokens
+        return self._bounds[key]
+
+
+def _name_of(cfg: Config, group: str) -> str:
+    """What was typed after `group=`."""
+    leaf = OmegaConf.to_container(cast(DictConfig, getattr(cfg, group)), resolve=True)
+    target = str(cast(dict[str, Any], leaf)["_target_"])
+    for name in config.choices(group):
+        known = OmegaConf.load(config.CONFIGS / group / f"{name}.yaml")
+        if OmegaConf.select(known, "_target_") == target:
+            return name
+    return target
+
+
+def _fitted_to(lent: ModelCard, own: ModelCard) -> ModelCard:
+    """Sizes of the lent card on the layers of the trace: where those differ in number, of its first layer."""
+    sizes_L = lent.expert_bytes_L or ()
+    if lent.n_layers != own.n_layers:
+        sizes_L = (sizes_L[0],) * own.n_layers
+    return dataclasses.replace(
+        lent,
+        top_k=own.top_k,
+        layer_numbers=own.layer_numbers,
+        layer_stacks=own.layer_stacks,
+        expert_bytes_L=sizes_L,
+    )

@@ -1,0 +1,93 @@
+"""The stage as a whole: rows, headline, laws between rows, and clear errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+
+from prefetch import config
+from prefetch.artifacts import Store
+from prefetch.config import Config
+from prefetch.errors import ConfigError
+from prefetch.sim.evaluate import run
+from prefetch.tracking import NoTracker, Outputs
+
+PROMISED = {
+    "hit_rate", "late_hit_rate", "stall_fraction", "tpot_ms", "speedup_over_static_split", "memory_savings",
+    "memory_savings_at_5pct", "memory_savings_at_25pct", "bytes_per_token", "wasted_prefetch_bytes_per_token",
+    "link_utilisation", "gap_closed", "capacity_token_cycles",
+}  # fmt: skip
+SMALL = (
+    "source=synthetic", "source.n_requests=12", "source.prompt_tokens=6", "source.new_tokens=20", "source.n_layers=4",
+    "source.n_experts=8", "source.top_k=2", "simulator.model_card=mixtral_8x7b", "train.horizons=[1,2]",
+    "simulator.horizon=2", "simulator.cache=0.5",
+)  # fmt: skip
+
+
+def evaluated(tmp_path: Path, *words: str) -> tuple[dict[str, float], pd.DataFrame, str]:
+    with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
+        overrides = ["stage=evaluate", f"store={tmp_path / 'store'}", *SMALL, *words]
+        cfg = cast(Config, compose("config", overrides=overrides))
+    config.check_values(cfg)
+    folder = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+    metrics = run(cfg, Store(cfg.store, makers=cfg.makers), Outputs(folder, NoTracker()))
+    return metrics, pd.read_parquet(folder / "results.parquet"), (folder / "summary.md").read_text()
+
+
+def test_every_number_that_is_promised_and_the_rows_beside(tmp_path):
+    metrics, table, summary = evaluated(tmp_path, "predictor=markov")
+    assert set(metrics) >= PROMISED
+    ways = set(table.way)
+    assert ways >= {
+        "chosen", "no prefetch", "optimum", "oracle prefetch", "static split by layer", "host compute",
+        "host compute and uploads",
+    }  # fmt: skip
+    one = table[table.way != "curve"].set_index("way")
+    assert one.hit_rate["optimum"] >= one.hit_rate["lru"] == one.hit_rate["no prefetch"]
+    assert one.hit_rate["static split by layer"] == pytest.approx(0.5, abs=0.15)
+    assert (table.slowdown >= 1 - 1e-9).all()
+    assert (table[table.way == "curve"].memory_savings.diff().dropna() < 0).all()
+    assert (table.hit_rate_low.dropna() <= table.hit_rate[table.hit_rate_low.notna()]).all()
+    assert "no bound" in summary and "the routing is synthetic" in summary
+
+
+def test_a_grid_has_a_row_per_cell_and_the_same_numbers_twice(tmp_path):
+    words = (
+        "evaluate.policies=[lru,lfu]", "evaluate.predictors=[none,popularity]", "evaluate.capacities=[0.25,4]",
+        "evaluate.horizons=[1,2]",
+    )  # fmt: skip
+    _, first, _ = evaluated(tmp_path, *words)
+    _, again, _ = evaluated(tmp_path, *words)
+    chosen = first[first.way == "chosen"]
+    assert len(chosen) == 2 * 2 * (1 + 2)  # without guesses there is one horizon
+    pd.testing.assert_frame_equal(first, again)
+
+
+def test_guesses_that_are_true_leave_fewer_misses_than_none(tmp_path):
+    _, table, _ = evaluated(tmp_path, "predictor=oracle", "simulator.batch=2")
+    one = table[table.way != "curve"].set_index("way")
+    assert one.demand_loads["chosen"] < one.demand_loads["no prefetch"]
+    assert one.mark["chosen"] == "cheats"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("simulator.model_card=null",), "does not say how large an expert is"),
+        (("simulator.model_card=qwen3_30b_a3b",), "has 128 experts per layer"),
+        (("simulator.semantics=sequential",), "expected one of atomic, overshoot"),
+        (("simulator.requests=all", "predictor=markov"), "predictors are fitted on some of them"),
+        (("evaluate.policies=[mru]",), "there are arc, belady"),
+        (("evaluate.predictors=[crystal_ball]",), "predictor 'crystal_ball': does not exist"),
+        (("memory=3GiB",), "dense"),
+        (("predictor=markov", "simulator.width=9"), "width"),
+        (("predictor=markov", "simulator.threshold=0.5"), "no probabilities"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path, words, said):
+    with pytest.raises(ConfigError, match=said):
+        evaluated(tmp_path, "predictor=popularity", *words)
