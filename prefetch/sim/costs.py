@@ -89,6 +89,7 @@ def machine_of(
         host_weight_ns_L=_each(bytes_L, host.bytes_per_s),
         host_token_ns_L=_each(operations_L, host.operations_per_s),
         chunk_ns_LX=chunk_ns_LX,
+        whole_ns_L=chunk_ns_LX.sum(axis=1),
         n_chunks_L=np.array([len(chunks[size]) for size in bytes_L], np.int64),
         bytes_L=np.array(bytes_L, np.int64),
         chunk_bytes=link.chunk_bytes,

@@ -18,7 +18,9 @@ MISSES = ("wait", "host", "both")
 # of a copy that waits, or is under way
 LAYER, EXPERT, TARGET, ISSUED, DONE, SCORE = range(6)
 # of the link
-FREE_NS, LANDING_NS, LANDING_GROUP, LANDING_SLOT, QUEUED, LAYER_IN_USE, EVENT_IN_USE = range(7)
+FREE_NS, LANDING_NS, LANDING_GROUP, LANDING_SLOT, QUEUED, LAYER_IN_USE, EVENT_IN_USE, HEAD = range(
+    8
+)
 # counts
 COUNTS = (
     "now_ns", "compute_ns", "stall_ns", "late_stall_ns", "host_stall_ns", "link_ns", "demand_loads",
@@ -42,6 +44,7 @@ class Machine(NamedTuple):
     host_token_ns_L: NDArray[np.int64]
     chunk_ns_LX: NDArray[np.int64]  # of every chunk of a copy; the latency is in the first
     n_chunks_L: NDArray[np.int64]
+    whole_ns_L: NDArray[np.int64]  # of all chunks
     bytes_L: NDArray[np.int64]
     chunk_bytes: int
     miss_way: int  # WAIT, ON_HOST, BOTH
@@ -66,13 +69,15 @@ class Running(NamedTuple):
     """What a timed run has under way: it goes on from here with the next events."""
 
     link: NDArray[np.int64]
-    queue: NDArray[np.int64]  # [Q, 6], first come first
+    queue: NDArray[np.int64]  # [2 Q, 6], first come first, from `HEAD` on
+    queued_LE: NDArray[np.int64]  # 1 where an expert is in it
     ready_GN: NDArray[np.int64]  # when a slot's copy is complete
     ahead_GN: NDArray[np.int64]  # 1 where an expert was copied ahead and not used since
     held_GN: NDArray[np.int64]  # 1 while a guess must not push it out
     in_use_E: NDArray[np.int64]  # the event that an expert was last in use in
     coming_LE: NDArray[np.int64]  # the access that next needs each, where the future is known
     counts: NDArray[np.int64]
+    scratch_4E: NDArray[np.int64]
 
 
 def no_guesses() -> Guesses:
@@ -80,15 +85,17 @@ def no_guesses() -> Guesses:
 
 
 def running_of(pool: Pool, first_LE: NDArray[np.int64], *, waiting: int) -> Running:
-    link = np.zeros(7, np.int64)
+    link = np.zeros(8, np.int64)
     link[LANDING_NS], link[LAYER_IN_USE] = NEVER, -1
     return Running(
         link=link,
-        queue=np.zeros((waiting, 6), np.int64),
+        queue=np.zeros((2 * waiting, 6), np.int64),
+        queued_LE=np.zeros_like(pool.uses_LE),
         ready_GN=np.zeros_like(pool.busy_GN),
         ahead_GN=np.zeros_like(pool.busy_GN),
         held_GN=np.zeros_like(pool.busy_GN),
         in_use_E=np.zeros(pool.slot_LE.shape[1], np.int64),
         coming_LE=first_LE.copy(),
         counts=np.zeros(len(COUNTS), np.int64),
+        scratch_4E=np.zeros((4, pool.slot_LE.shape[1]), np.int64),
     )

@@ -3,7 +3,8 @@
 Whole nanoseconds on one clock. A step at a layer: the GPU runs what stands before the experts; routing is known;
 experts that are there are computed, missing ones copied and computed in the order of their arrival. The link moves one
 chunk at a time: a demand copy waits for the chunk in hand, never for a queued guess. Compiled per policy, like
-`replay`; `timed_reference` says the same in plain Python.
+`replay`; `timed_reference` says the same in plain Python. Nothing here allocates, so that arrays need not be counted as
+used (`_nrt=False`): counting took two thirds of the time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from prefetch.sim.machine import (
     EVENT_IN_USE,
     EXPERT,
     FREE_NS,
+    HEAD,
     HOST_STALL,
     ISSUED,
     LANDING_GROUP,
@@ -50,7 +52,7 @@ from prefetch.sim.workload import NEVER
 # the engine: from here on
 
 
-@njit
+@njit(_nrt=False)
 def _leave(pool, run, machine, group, slot):  # type: ignore[no-untyped-def]
     n_experts = pool.slot_LE.shape[1]
     entry = pool.entry_GN[group, slot]
@@ -67,7 +69,7 @@ def _leave(pool, run, machine, group, slot):  # type: ignore[no-untyped-def]
     pool.n_free_G[group] += 1
 
 
-@njit
+@njit(_nrt=False)
 def _enter(pool, group, layer, expert):  # type: ignore[no-untyped-def]
     pool.n_free_G[group] -= 1
     slot = pool.free_GN[group, pool.n_free_G[group]]
@@ -78,13 +80,13 @@ def _enter(pool, group, layer, expert):  # type: ignore[no-untyped-def]
     return slot
 
 
-@njit
+@njit(_nrt=False)
 def _free(pool, group, slot):  # type: ignore[no-untyped-def]
     pool.busy_GN[group, slot] = 0
     released(pool.state_GM, group, pool.busy_GN.shape[1], slot)
 
 
-@njit
+@njit(_nrt=False)
 def _make_room(pool, run, machine, group, size, seen):  # type: ignore[no-untyped-def]
     while pool.left_G[group] < size:
         slot = victim(pool.state_GM, group, pool.busy_GN.shape[1], pool.busy_GN, seen)
@@ -94,7 +96,7 @@ def _make_room(pool, run, machine, group, size, seen):  # type: ignore[no-untype
     return pool.left_G[group] >= size
 
 
-@njit
+@njit(_nrt=False)
 def _land(pool, run, until):  # type: ignore[no-untyped-def]
     """The copy whose last chunk is on its way has arrived by then; who is in use stays so until the event is over."""
     if run.link[LANDING_NS] <= until:
@@ -106,15 +108,37 @@ def _land(pool, run, until):  # type: ignore[no-untyped-def]
             _free(pool, group, slot)
 
 
-@njit
+@njit(_nrt=False)
 def _forget(run, at):  # type: ignore[no-untyped-def]
-    """Takes a copy out of the queue."""
-    for i in range(at, run.link[QUEUED] - 1):
-        run.queue[i] = run.queue[i + 1]
+    """Takes the copy at this place out of the queue, which begins at `HEAD`."""
+    run.queued_LE[run.queue[at, LAYER], run.queue[at, EXPERT]] = 0
     run.link[QUEUED] -= 1
+    if at == run.link[HEAD]:
+        run.link[HEAD] += 1
+        return
+    for i in range(at, run.link[HEAD] + run.link[QUEUED]):
+        for field in range(run.queue.shape[1]):
+            run.queue[i, field] = run.queue[i + 1, field]
 
 
-@njit
+@njit(_nrt=False)
+def _join(layer, expert, target, issued, score, run):  # type: ignore[no-untyped-def]
+    link, queue = run.link, run.queue
+    if link[HEAD] + link[QUEUED] == len(
+        queue
+    ):  # twice as long as what may wait: moved to its beginning
+        for i in range(link[QUEUED]):
+            for field in range(queue.shape[1]):
+                queue[i, field] = queue[link[HEAD] + i, field]
+        link[HEAD] = 0
+    at = link[HEAD] + link[QUEUED]
+    queue[at, LAYER], queue[at, EXPERT], queue[at, TARGET] = layer, expert, target
+    queue[at, ISSUED], queue[at, DONE], queue[at, SCORE] = issued, 0, score
+    run.queued_LE[layer, expert] = 1
+    link[QUEUED] += 1
+
+
+@njit(_nrt=False)
 def _hold(row, layer, holds, pool, run, guesses):  # type: ignore[no-untyped-def]
     """Guessed for the same event and there: not pushed out by another guess."""
     group = pool.group_L[layer]
@@ -130,30 +154,35 @@ def _hold(row, layer, holds, pool, run, guesses):  # type: ignore[no-untyped-def
             _free(pool, group, slot)
 
 
-@njit
+@njit(_nrt=False)
 def _run_link(until, pool, run, machine, guesses, first_event, step):  # type: ignore[no-untyped-def]
     """Moves chunks of queued copies, as long as they begin before `until`."""
     link, queue, counts = run.link, run.queue, run.counts
     n_experts = pool.slot_LE.shape[1]
     while link[QUEUED]:
-        begin = max(link[FREE_NS], queue[0, ISSUED])
+        head = link[HEAD]
+        begin = max(link[FREE_NS], queue[head, ISSUED])
         if begin >= until:
             break
         _land(pool, run, begin)
-        layer, expert, group = queue[0, LAYER], queue[0, EXPERT], pool.group_L[queue[0, LAYER]]
-        if queue[0, DONE] == 0:
+        layer, expert, group = (
+            queue[head, LAYER],
+            queue[head, EXPERT],
+            pool.group_L[queue[head, LAYER]],
+        )
+        if queue[head, DONE] == 0:
             if pool.slot_LE[layer, expert] >= 0:  # came on demand meanwhile
                 counts[DROPPED] += 1
-                _forget(run, 0)
+                _forget(run, head)
                 continue
             pool.clock[0] += 1
             entry = layer * n_experts + expert
-            seen = Seen(
-                pool.clock[0], min(step + 1, queue[0, TARGET] // len(pool.group_L)), entry, pool.uses_LE[layer, expert],
-                run.coming_LE[layer, expert], queue[0, SCORE],
-            )  # fmt: skip
-            row = queue[0, TARGET] - first_event
+            meant_for = min(step + 1, queue[head, TARGET] // len(pool.group_L))
+            uses, coming = pool.uses_LE[layer, expert], run.coming_LE[layer, expert]
+            seen = Seen(pool.clock[0], meant_for, entry, uses, coming, queue[head, SCORE])
+            row = queue[head, TARGET] - first_event
             is_guess = machine.protects and 0 <= row < len(guesses.ids_VW)
+            is_guess &= pool.left_G[group] < pool.size_L[layer]
             if is_guess:
                 _hold(row, layer, True, pool, run, guesses)
             has_room = _make_room(pool, run, machine, group, pool.size_L[layer], seen)
@@ -161,26 +190,26 @@ def _run_link(until, pool, run, machine, guesses, first_event, step):  # type: i
                 _hold(row, layer, False, pool, run, guesses)
             if not has_room:
                 counts[DROPPED] += 1
-                _forget(run, 0)
+                _forget(run, head)
                 continue
             slot = _enter(pool, group, layer, expert)
             run.ready_GN[group, slot], run.ahead_GN[group, slot] = NEVER, 1
             filled(pool.state_GM, group, pool.busy_GN.shape[1], slot, seen)
             counts[PREFETCHED] += 1
-        took = machine.chunk_ns_LX[layer, queue[0, DONE]]
-        queue[0, DONE] += 1
+        took = machine.chunk_ns_LX[layer, queue[head, DONE]]
+        queue[head, DONE] += 1
         link[FREE_NS] = begin + took
         counts[LINK] += took
-        if queue[0, DONE] == machine.n_chunks_L[layer]:
+        if queue[head, DONE] == machine.n_chunks_L[layer]:
             slot = pool.slot_LE[layer, expert]
             run.ready_GN[group, slot] = link[FREE_NS]
             link[LANDING_NS], link[LANDING_GROUP] = link[FREE_NS], group
             link[LANDING_SLOT] = slot
             counts[MOVED] += machine.bytes_L[layer]
-            _forget(run, 0)
+            _forget(run, head)
 
 
-@njit
+@njit(_nrt=False)
 def _enqueue(target, host, first_event, guesses, pool, run, machine):  # type: ignore[no-untyped-def]
     """Guesses about an event join the queue, where they are neither there nor queued; the host's time after that."""
     n_layers = len(pool.group_L)
@@ -189,25 +218,16 @@ def _enqueue(target, host, first_event, guesses, pool, run, machine):  # type: i
         return host
     for i in range(guesses.ids_VW.shape[1]):
         expert = guesses.ids_VW[target - first_event, i]
-        if expert == EMPTY or run.link[QUEUED] == len(run.queue):
+        if expert == EMPTY or run.link[QUEUED] == len(run.queue) // 2:
             break
-        is_known = pool.slot_LE[layer, expert] >= 0
-        for q in range(run.link[QUEUED]):
-            is_known |= run.queue[q, LAYER] == layer and run.queue[q, EXPERT] == expert
-        if not is_known:
+        if pool.slot_LE[layer, expert] < 0 and run.queued_LE[layer, expert] == 0:
             host += machine.issue_ns
-            at, score = run.link[QUEUED], guesses.score_VW[target - first_event, i]
-            run.queue[at, LAYER], run.queue[at, EXPERT], run.queue[at, TARGET] = (
-                layer,
-                expert,
-                target,
-            )
-            run.queue[at, ISSUED], run.queue[at, DONE], run.queue[at, SCORE] = host, 0, score
-            run.link[QUEUED] += 1
+            score = guesses.score_VW[target - first_event, i]
+            _join(layer, expert, target, host, score, run)
     return host
 
 
-@njit
+@njit(_nrt=False)
 def _promote(now, layer, expert, pool, run, machine):  # type: ignore[no-untyped-def]
     """A copy under way is needed: what is left of it goes before all others. When it will be there."""
     link, queue, group = run.link, run.queue, pool.group_L[layer]
@@ -215,7 +235,7 @@ def _promote(now, layer, expert, pool, run, machine):  # type: ignore[no-untyped
     if link[LANDING_NS] < NEVER and link[LANDING_GROUP] == group and link[LANDING_SLOT] == slot:
         link[LANDING_NS] = NEVER
         return
-    at = 0
+    at = link[HEAD]
     while queue[at, LAYER] != layer or queue[at, EXPERT] != expert or queue[at, DONE] == 0:
         at += 1
     took = np.int64(0)
@@ -228,11 +248,11 @@ def _promote(now, layer, expert, pool, run, machine):  # type: ignore[no-untyped
     _forget(run, at)
 
 
-@njit
+@njit(_nrt=False)
 def _drop_stale(event, pool, run, machine):  # type: ignore[no-untyped-def]
     """The routing of this event is known: what is queued for it is not needed, or is wanted at once."""
-    q = 0
-    while q < run.link[QUEUED]:
+    q = run.link[HEAD]
+    while q < run.link[HEAD] + run.link[QUEUED]:
         if run.queue[q, TARGET] > event:
             q += 1
             continue
@@ -244,14 +264,16 @@ def _drop_stale(event, pool, run, machine):  # type: ignore[no-untyped-def]
             _leave(pool, run, machine, pool.group_L[layer], pool.slot_LE[layer, expert])
         else:
             run.counts[DROPPED] += 1
+        is_first = q == run.link[HEAD]
         _forget(run, q)
+        q += is_first
 
 
-@njit
+@njit(_nrt=False)
 def _on_host(begin, work_ns, run, machine):  # type: ignore[no-untyped-def]
     """When the host has computed so much; copies that run meanwhile take their share of its memory."""
     copying = max(np.int64(0), run.link[FREE_NS] - begin)
-    for q in range(run.link[QUEUED]):
+    for q in range(run.link[HEAD], run.link[HEAD] + run.link[QUEUED]):
         for x in range(run.queue[q, DONE], machine.n_chunks_L[run.queue[q, LAYER]]):
             copying += machine.chunk_ns_LX[run.queue[q, LAYER], x]
     meanwhile = copying * machine.shared_per_1000 // 1000
@@ -260,7 +282,7 @@ def _on_host(begin, work_ns, run, machine):  # type: ignore[no-untyped-def]
     return begin + copying + work_ns - meanwhile
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  # type: ignore[no-untyped-def]
     """Runs the next events; `time_S` gets the nanoseconds of every step, `outcome_A` HIT, LATE or MISS of every access.
 
@@ -271,16 +293,13 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
     n_layers, n_experts = slot_LE.shape
     n_slots, is_guessing = pool.busy_GN.shape[1], guesses.ids_VW.shape[1] > 0
     is_active = is_guessing or machine.miss_way == BOTH
-    order, done_at = np.empty(n_experts, np.int64), np.empty(n_experts, np.int64)
-    missing, late = np.empty(n_experts, np.int64), np.empty(n_experts, np.int64)
+    order, done_at = run.scratch_4E[0], run.scratch_4E[1]
+    missing, late = run.scratch_4E[2], run.scratch_4E[3]
     wants_future, wants_score = len(next_A) > 0, len(score_A) > 0
     event, now, host = clock[1], counts[NOW], counts[NOW]
     first_event, first_step = event, event // n_layers
     is_before = semantics == ATOMIC
     nobody = Seen(np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0))
-    whole_L = np.zeros(n_layers, np.int64)
-    for x in range(n_layers):
-        whole_L[x] = machine.chunk_ns_LX[x, : machine.n_chunks_L[x]].sum()
     for v in range(len(start_V) - 1):
         first, n = start_V[v], start_V[v + 1] - start_V[v]
         stop, step = first + n, event // n_layers
@@ -428,7 +447,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                     may = max(may, done_at[m - at_once])
                 if is_active:
                     _run_link(may, pool, run, machine, guesses, first_event, step)
-                took = whole_L[layer]
+                took = machine.whole_ns_L[layer]
                 ready = max(may, run.link[FREE_NS]) + took
                 run.link[FREE_NS] = ready
                 counts[LINK] += took
@@ -464,16 +483,13 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
     counts[NOW] = now
 
 
-@njit
+@njit(_nrt=False)
 def _upload(layer, expert, host, pool, run, machine):  # type: ignore[no-untyped-def]
     """An expert that the host computes is copied behind everything else, for its next use."""
-    if run.link[QUEUED] >= min(machine.uploads, len(run.queue)):
+    if (
+        run.link[QUEUED] >= min(machine.uploads, len(run.queue) // 2)
+        or run.queued_LE[layer, expert]
+    ):
         return host
-    for q in range(run.link[QUEUED]):
-        if run.queue[q, LAYER] == layer and run.queue[q, EXPERT] == expert:
-            return host
-    at, host = run.link[QUEUED], host + machine.issue_ns
-    run.queue[at, LAYER], run.queue[at, EXPERT], run.queue[at, TARGET] = layer, expert, NEVER
-    run.queue[at, ISSUED], run.queue[at, DONE], run.queue[at, SCORE] = host, 0, 0
-    run.link[QUEUED] += 1
-    return host
+    _join(layer, expert, NEVER, host + machine.issue_ns, 0, run)
+    return host + machine.issue_ns

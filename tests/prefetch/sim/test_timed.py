@@ -50,7 +50,9 @@ def machine_of(work: Workload, seed: int = 0, **settings: Any) -> Machine:
         "cancels": True,
         "protects": seed % 3 > 0,
     }
-    return Machine(**{**given, **settings})
+    given |= settings
+    chunks = zip(given["chunk_ns_LX"], given["n_chunks_L"], strict=True)
+    return Machine(**given, whole_ns_L=np.array([ns_X[:n].sum() for ns_X, n in chunks]))
 
 
 def guesses_of(work: Workload, seed: int, ahead: int, width: int, recall: float) -> Guesses:
