@@ -4,7 +4,7 @@ Whole nanoseconds on one clock. A step at a layer: the GPU runs what stands befo
 experts that are there are computed, missing ones copied and computed in the order of their arrival. The link moves one
 chunk at a time: a demand copy waits for the chunk in hand, never for a queued guess. Compiled per policy, like
 `replay`; `timed_reference` says the same in plain Python. Nothing here allocates, so that arrays need not be counted as
-used (`_nrt=False`): counting took two thirds of the time.
+used (`UNCOUNTED`): counting took two thirds of the time.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from prefetch.sim.machine import (
     WAIT,
     WASTED,
 )  # fmt: skip
-from prefetch.sim.policy import BUSY, Seen
+from prefetch.sim.policy import BUSY, UNCOUNTED, Seen
 from prefetch.sim.pool import AFTER_USE, ATOMIC, EMPTY, HIT, LATE, MISS, OVERSHOOT
 from prefetch.sim.workload import NEVER
 
 # the engine: from here on
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _leave(pool, run, machine, group, slot):  # type: ignore[no-untyped-def]
     n_experts = pool.slot_LE.shape[1]
     entry = pool.entry_GN[group, slot]
@@ -69,7 +69,7 @@ def _leave(pool, run, machine, group, slot):  # type: ignore[no-untyped-def]
     pool.n_free_G[group] += 1
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _enter(pool, group, layer, expert):  # type: ignore[no-untyped-def]
     pool.n_free_G[group] -= 1
     slot = pool.free_GN[group, pool.n_free_G[group]]
@@ -80,13 +80,13 @@ def _enter(pool, group, layer, expert):  # type: ignore[no-untyped-def]
     return slot
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _free(pool, group, slot):  # type: ignore[no-untyped-def]
     pool.busy_GN[group, slot] = 0
     released(pool.state_GM, group, pool.busy_GN.shape[1], slot)
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _make_room(pool, run, machine, group, size, seen):  # type: ignore[no-untyped-def]
     while pool.left_G[group] < size:
         slot = victim(pool.state_GM, group, pool.busy_GN.shape[1], pool.busy_GN, seen)
@@ -96,7 +96,7 @@ def _make_room(pool, run, machine, group, size, seen):  # type: ignore[no-untype
     return pool.left_G[group] >= size
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _land(pool, run, until):  # type: ignore[no-untyped-def]
     """The copy whose last chunk is on its way has arrived by then; who is in use stays so until the event is over."""
     if run.link[LANDING_NS] <= until:
@@ -108,7 +108,7 @@ def _land(pool, run, until):  # type: ignore[no-untyped-def]
             _free(pool, group, slot)
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _forget(run, at):  # type: ignore[no-untyped-def]
     """Takes the copy at this place out of the queue, which begins at `HEAD`."""
     run.queued_LE[run.queue[at, LAYER], run.queue[at, EXPERT]] = 0
@@ -121,7 +121,7 @@ def _forget(run, at):  # type: ignore[no-untyped-def]
             run.queue[i, field] = run.queue[i + 1, field]
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _join(layer, expert, target, issued, score, run):  # type: ignore[no-untyped-def]
     link, queue = run.link, run.queue
     if link[HEAD] + link[QUEUED] == len(
@@ -138,7 +138,7 @@ def _join(layer, expert, target, issued, score, run):  # type: ignore[no-untyped
     link[QUEUED] += 1
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _hold(row, layer, holds, pool, run, guesses):  # type: ignore[no-untyped-def]
     """Guessed for the same event and there: not pushed out by another guess."""
     group = pool.group_L[layer]
@@ -154,7 +154,7 @@ def _hold(row, layer, holds, pool, run, guesses):  # type: ignore[no-untyped-def
             _free(pool, group, slot)
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _run_link(until, pool, run, machine, guesses, first_event, step):  # type: ignore[no-untyped-def]
     """Moves chunks of queued copies, as long as they begin before `until`."""
     link, queue, counts = run.link, run.queue, run.counts
@@ -209,7 +209,7 @@ def _run_link(until, pool, run, machine, guesses, first_event, step):  # type: i
             _forget(run, head)
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _enqueue(target, host, first_event, guesses, pool, run, machine):  # type: ignore[no-untyped-def]
     """Guesses about an event join the queue, where they are neither there nor queued; the host's time after that."""
     n_layers = len(pool.group_L)
@@ -227,7 +227,7 @@ def _enqueue(target, host, first_event, guesses, pool, run, machine):  # type: i
     return host
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _promote(now, layer, expert, pool, run, machine):  # type: ignore[no-untyped-def]
     """A copy under way is needed: what is left of it goes before all others. When it will be there."""
     link, queue, group = run.link, run.queue, pool.group_L[layer]
@@ -248,7 +248,7 @@ def _promote(now, layer, expert, pool, run, machine):  # type: ignore[no-untyped
     _forget(run, at)
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _drop_stale(event, pool, run, machine):  # type: ignore[no-untyped-def]
     """The routing of this event is known: what is queued for it is not needed, or is wanted at once."""
     q = run.link[HEAD]
@@ -269,7 +269,7 @@ def _drop_stale(event, pool, run, machine):  # type: ignore[no-untyped-def]
         q += is_first
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _on_host(begin, work_ns, run, machine):  # type: ignore[no-untyped-def]
     """When the host has computed so much; copies that run meanwhile take their share of its memory."""
     copying = max(np.int64(0), run.link[FREE_NS] - begin)
@@ -282,7 +282,7 @@ def _on_host(begin, work_ns, run, machine):  # type: ignore[no-untyped-def]
     return begin + copying + work_ns - meanwhile
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@njit(cache=True, nogil=True, **UNCOUNTED)
 def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  # type: ignore[no-untyped-def]
     """Runs the next events; `time_S` gets the nanoseconds of every step, `outcome_A` HIT, LATE or MISS of every access.
 
@@ -483,7 +483,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
     counts[NOW] = now
 
 
-@njit(_nrt=False)
+@njit(**UNCOUNTED)
 def _upload(layer, expert, host, pool, run, machine):  # type: ignore[no-untyped-def]
     """An expert that the host computes is copied behind everything else, for its next use."""
     if (
