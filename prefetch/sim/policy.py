@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 State = NDArray[np.int64]
 BUSY = np.int64(2**63 - 1)  # of a slot that nobody may be evicted from: in use, in flight, or empty
-# For compiled functions that allocate nothing: arrays are not counted as used. numba's own hints do not know the option.
+# For compiled functions that allocate nothing: arrays are not counted as used. numba hides this option from its hints.
 UNCOUNTED: dict[str, Any] = {"_nrt": False}
 STAYS = -1  # instead of a victim: whoever was loaded is used and not kept
 FEW, BLOCK = (
