@@ -90,6 +90,18 @@ class Bench:
             )
 
     @property
+    def root(self) -> dict[str, Any]:
+        """What the cell chosen at the root is called in a table."""
+        predictor = _name_of(self.cfg, "predictor")
+        capacity = self.cfg.memory if self.cfg.memory is not None else self.simulator.cache
+        return {
+            "policy": _name_of(self.cfg, "policy"),
+            "predictor": predictor,
+            "capacity": str(capacity),
+            "horizon": 0 if predictor == "none" else self.simulator.horizon,
+        }
+
+    @property
     def predictors(self) -> list[str]:
         name = _name_of(self.cfg, "predictor")
         return list(self.cfg.evaluate.predictors or [name])

@@ -37,9 +37,10 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     table = pd.DataFrame(rows)
     table["gap_closed"] = _gap_closed(table)
     outputs.table("results", table)
-    metrics = _headline(table)
+    chosen = _chosen(bench, table)
+    metrics = _headline(table, chosen)
     outputs.metrics(metrics)
-    warnings = list(_warnings(bench, table))
+    warnings = list(_warnings(bench, table, chosen))
     (outputs.folder / "summary.md").write_text(_summary(bench, table, warnings))
     _print(bench, table)
     for text in warnings:
@@ -57,8 +58,15 @@ def _gap_closed(table: pd.DataFrame) -> pd.Series:
     return pd.Series(closed, table.index)
 
 
-def _headline(table: pd.DataFrame) -> dict[str, float]:
-    chosen = table[table.way == CHOSEN].iloc[0]
+def _chosen(bench: Bench, table: pd.DataFrame) -> pd.Series:
+    """The cell that the root names; of a grid that does not hold it, the first."""
+    cells = table[table.way == CHOSEN]
+    for name, value in bench.root.items():
+        cells = cells[cells[name] == value] if (cells[name] == value).any() else cells
+    return cells.iloc[0]
+
+
+def _headline(table: pd.DataFrame, chosen: pd.Series) -> dict[str, float]:
     names = (
         "hit_rate", "late_hit_rate", "stall_fraction", "tpot_ms", "tpot_bound_ms", "memory_savings", "bytes_per_token",
         "wasted_prefetch_bytes_per_token", "link_utilisation", "gap_closed", "capacity_token_cycles", "slowdown",
@@ -76,8 +84,7 @@ def _headline(table: pd.DataFrame) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def _warnings(bench: Bench, table: pd.DataFrame) -> Iterator[str]:
-    chosen = table[table.way == CHOSEN].iloc[0]
+def _warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[str]:
     same = table[table.capacity == chosen["capacity"]].set_index("way").tpot_ms
     if chosen["capacity_token_cycles"] < 1:
         yield (

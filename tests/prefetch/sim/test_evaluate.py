@@ -60,8 +60,16 @@ def test_a_grid_has_a_row_per_cell_and_the_same_numbers_twice(tmp_path):
         "evaluate.policies=[lru,lfu]", "evaluate.predictors=[none,popularity]", "evaluate.capacities=[0.25,4]",
         "evaluate.horizons=[1,2]",
     )  # fmt: skip
-    _, first, _ = evaluated(tmp_path, *words)
-    _, again, _ = evaluated(tmp_path, *words)
+    metrics, first, _ = evaluated(
+        tmp_path, *words, "predictor=popularity", "policy=lfu", "simulator.cache=4"
+    )
+    root = first[
+        (first.policy == "lfu") & (first.predictor == "popularity") & (first.capacity == "4")
+    ]
+    assert metrics["tpot_ms"] == root[(root.way == "chosen") & (root.horizon == 2)].tpot_ms.item()
+    _, again, _ = evaluated(
+        tmp_path, *words, "predictor=popularity", "policy=lfu", "simulator.cache=4"
+    )
     chosen = first[first.way == "chosen"]
     assert len(chosen) == 2 * 2 * (1 + 2)  # without guesses there is one horizon
     pd.testing.assert_frame_equal(first, again)
