@@ -102,7 +102,9 @@ class Config:
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
-    memory: str | None = None  # all of the GPU's memory that may be used (12GiB), instead of simulator.cache
+    memory: str | None = (
+        None  # all of the GPU's memory that may be used (12GiB), instead of simulator.cache
+    )
     trace: str | None = None  # folder of a trace to use as it is; None = collect it from `source`
     store: str = "artifacts"  # folder of what runs share
     seed: int = 0
@@ -183,7 +185,9 @@ def with_choice(cfg: Config, group: str, name: str) -> Config:
     """The same configuration with another choice of a group, at its default settings."""
     path = CONFIGS / group / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"{group} {name!r}: does not exist; there are {', '.join(choices(group))}")
+        raise ConfigError(
+            f"{group} {name!r}: does not exist; there are {', '.join(choices(group))}"
+        )
     return with_leaf(cfg, group, OmegaConf.load(path))
 
 

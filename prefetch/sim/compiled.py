@@ -72,7 +72,7 @@ def _in_memory(text: str, name: str, functions: dict[str, Callable[..., int | No
 
 
 def _from_file(text: str, name: str, functions: dict[str, Callable[..., int | None]]) -> ModuleType:
-    modules = sorted({function.__module__ for function in functions.values()})
+    modules = sorted({name for function in functions.values() for name in _modules(function)})
     sources = [inspect.getsource(sys.modules[module]) for module in modules]
     beside = [(HERE / file).read_text() for file in ("policy.py", "pool.py", "workload.py")]
     told = "\0".join([text, *sources, *beside, numba.__version__])
@@ -88,6 +88,13 @@ def _from_file(text: str, name: str, functions: dict[str, Callable[..., int | No
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _modules(function: Callable[..., int | None]) -> set[str]:
+    """Where it stands, and where the compiled functions come from that are known there."""
+    known = vars(sys.modules[function.__module__]).values()
+    called = {value.py_func.__module__ for value in known if hasattr(value, "py_func")}
+    return {function.__module__, *called}
 
 
 def _folder() -> Path:

@@ -48,7 +48,7 @@ class StateRules:
     """The policy keeps its own order. `busy_N` is BUSY in slots that must stay as they are, else 0."""
 
     state_size: Callable[[int, int], int]  # (slots, experts that may be cached in them) -> numbers
-    start: Callable[[State, int], None]
+    start: Callable[..., None]  # (state, slots of this cache, *settings of the policy)
     filled: Callable[[State, int, int, Seen], None]  # (state, slots, slot, seen)
     used: Callable[[State, int, int, bool, Seen], None]  # ... and whether it was loaded just now
     victim: Callable[[State, int, NDArray[np.int64], Seen], int]  # seen: who comes in
@@ -66,5 +66,5 @@ class Policy(Protocol):
 
 
 def settings_of(policy: Any) -> tuple[float, ...]:
-    """Numbers that compiled rules are handed; none of ours needs any yet."""
+    """Numbers that `start` is handed after the capacity: a seed."""
     return tuple(getattr(policy, "settings", ()))

@@ -44,7 +44,9 @@ def drawn(
     first = np.searchsorted(request, request)
     place = np.arange(n_tokens) - first
     phase_T = (place >= np.bincount(request, minlength=3)[request] // 2).astype(np.uint8)
-    return workload_of(trace_of(card, ids, request_T=request, phase_T=phase_T), batch=batch, phase=phase)
+    return workload_of(
+        trace_of(card, ids, request_T=request, phase_T=phase_T), batch=batch, phase=phase
+    )
 
 
 @settings(max_examples=60, deadline=None)
