@@ -130,7 +130,8 @@ def _said(bench: Bench) -> str:
     work = bench.work
     return (
         f"{work.n_steps} steps, {int(work.decode_S.sum())} generated tokens, semantics {bench.simulator.semantics}, "
-        f"batch {bench.simulator.batch}; all resident {bench.full_ns / 1e6:.2f} ms per token"
+        f"batch {bench.simulator.batch}; sizes of {bench.card.name} ({bench.card.expert_precision}); "
+        f"all resident {bench.full_ns / 1e6:.2f} ms per token"
     )
 
 
