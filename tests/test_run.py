@@ -71,7 +71,7 @@ def test_collect_twice_makes_once_and_ends_with_its_folder(tmp_path):
 
 
 def test_all_runs_every_stage_in_folders_of_their_own(tmp_path):
-    done = run(tmp_path, "stage=all", *QUICK)
+    done = run(tmp_path, "stage=all", *QUICK, "simulator.model_card=gpt_oss_20b")
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.splitlines()[-1])
     assert json.loads((folder / "metrics.json").read_text())["collect/tokens"] == 384
@@ -79,6 +79,7 @@ def test_all_runs_every_stage_in_folders_of_their_own(tmp_path):
     (used,) = json.loads((folder / "analyze" / "lineage.json").read_text())
     assert used in json.loads((folder / "lineage.json").read_text())
     assert (folder / "analyze" / "summary.md").exists()
+    assert (folder / "evaluate" / "results.csv").exists()
 
 
 def test_artifacts_lists_and_removes(tmp_path):
