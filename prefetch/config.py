@@ -169,6 +169,14 @@ def check_values(cfg: Config) -> None:
         f"train.folds={train.folds}: must be from 1 to 5": 1 <= train.folds <= 5,
         f"train.baselines={train.baselines}: expected all, fast or none": train.baselines
         in ("all", "fast", "none"),
+        **{
+            f"simulator.{name}={getattr(cfg.simulator, name)}: must be at least 1": getattr(
+                cfg.simulator, name
+            )
+            is None
+            or getattr(cfg.simulator, name) >= 1
+            for name in ("batch", "chunk", "context", "horizon", "width")
+        },
         f"seed={cfg.seed}: must not be negative": cfg.seed >= 0,
         f"collect.max_dropped={cfg.collect.max_dropped}: must be a share from 0 to 1": 0
         <= cfg.collect.max_dropped

@@ -62,8 +62,9 @@ def row_of(
     late_S = np.bincount(step_A, outcome_A == LATE, work.n_steps)
     counted_S = is_decode_S if is_decode_S.any() else np.ones(work.n_steps, np.bool_)
     accesses, tokens = int(accesses_S[counted_S].sum()), int(tokens_S.sum())
+    per_token = tokens or np.nan  # of prompts alone nothing is told per generated token
     time_ns = timed.time_S[is_decode_S]
-    per_token_ns = float(time_ns.sum() / max(1, tokens))
+    per_token_ns = float(time_ns.sum() / per_token)
     waited = counts["stall_ns"] + counts["late_stall_ns"] + counts["host_stall_ns"]
     hit_low, hit_high = interval(work, hits_S * counted_S, accesses_S * counted_S, seed)
     time_low, time_high = interval(work, timed.time_S * is_decode_S, tokens_S, seed)
@@ -88,8 +89,8 @@ def row_of(
         "capacity_token_cycles": budget.token_cycles,
         "stall_fraction": waited / max(1, counts["now_ns"]),
         "link_utilisation": counts["link_ns"] / max(1, counts["now_ns"]),
-        "bytes_per_token": counts["moved_bytes"] / max(1, tokens),
-        "wasted_prefetch_bytes_per_token": counts["wasted_bytes"] / max(1, tokens),
+        "bytes_per_token": counts["moved_bytes"] / per_token,
+        "wasted_prefetch_bytes_per_token": counts["wasted_bytes"] / per_token,
     }
     for name, share in (("p50", 50), ("p95", 95), ("p99", 99)):
         row[f"tpot_ms_{name}"] = (
@@ -106,7 +107,7 @@ def row_of(
         }
     )
     for name in ("stall_ns", "late_stall_ns", "host_stall_ns", "compute_ns"):
-        row[name.replace("_ns", "_ms_per_token")] = counts[name] / max(1, tokens) / NS_PER_MS
+        row[name.replace("_ns", "_ms_per_token")] = counts[name] / per_token / NS_PER_MS
     return row
 
 

@@ -1,6 +1,6 @@
 """Stage `evaluate`: what guesses are worth: policies x predictors x capacities x horizons on one workload.
 
-Every table also shows, at the same GPU memory: no prefetch, the optimum, perfect guesses, and what people use today.
+Every table also shows, at the same capacity: no prefetch, the optimum, perfect guesses, and what people use today.
 """
 
 from __future__ import annotations
@@ -66,6 +66,15 @@ def _chosen(bench: Bench, table: pd.DataFrame) -> pd.Series:
     return cells.iloc[0]
 
 
+def _beside(table: pd.DataFrame, chosen: pd.Series) -> dict[str, float]:
+    """Milliseconds per token of the ways beside a cell: at its capacity, without guesses also with its policy."""
+    same = table[table.capacity == chosen["capacity"]]
+    alone = same[(same.predictor == "none") & (same.policy == chosen["policy"])]
+    alone = alone[alone.way.isin([CHOSEN, "no prefetch"])]
+    ways = {str(row.way): float(row.tpot_ms) for row in same[same.way != CHOSEN].itertuples()}
+    return ways | {"no prefetch": float(alone.tpot_ms.iloc[0])}
+
+
 def _headline(table: pd.DataFrame, chosen: pd.Series) -> dict[str, float]:
     names = (
         "hit_rate", "late_hit_rate", "stall_fraction", "tpot_ms", "tpot_bound_ms", "memory_savings", "bytes_per_token",
@@ -73,8 +82,8 @@ def _headline(table: pd.DataFrame, chosen: pd.Series) -> dict[str, float]:
         "ttft_ms", "tokens_per_s",
     )  # fmt: skip
     metrics = {name: float(chosen[name]) for name in names}
-    same = table[table.capacity == chosen["capacity"]].set_index("way").tpot_ms
-    metrics["speedup_over_static_split"] = float(same["static split by layer"] / chosen["tpot_ms"])
+    static_ms = _beside(table, chosen)["static split by layer"]
+    metrics["speedup_over_static_split"] = static_ms / metrics["tpot_ms"]
     curve = table[table.way == "curve"]
     for most in SLOWDOWNS:
         fitting = curve[curve.slowdown <= 1 + most].memory_savings
@@ -85,7 +94,7 @@ def _headline(table: pd.DataFrame, chosen: pd.Series) -> dict[str, float]:
 
 
 def _warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[str]:
-    same = table[table.capacity == chosen["capacity"]].set_index("way").tpot_ms
+    same = _beside(table, chosen)
     if chosen["capacity_token_cycles"] < 1:
         yield (
             f"the cache holds {chosen['capacity_token_cycles']:.2f} of what one token touches: "
@@ -93,9 +102,9 @@ def _warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[
         )
     if chosen["link_utilisation"] > 0.9:
         yield f"the link is busy {chosen['link_utilisation']:.0%} of the time: copies made ahead delay what is needed"
-    if "no prefetch" in same and float(same["no prefetch"]) < chosen["tpot_ms"]:
+    if same["no prefetch"] < chosen["tpot_ms"]:
         yield f"prefetch is slower than none: {chosen['tpot_ms']:.2f} ms against {same['no prefetch']:.2f} ms per token"
-    if float(same["host compute"]) < chosen["tpot_ms"]:
+    if same["host compute"] < chosen["tpot_ms"]:
         yield (
             f"computing misses on the host is faster: {same['host compute']:.2f} ms against {chosen['tpot_ms']:.2f} ms"
         )

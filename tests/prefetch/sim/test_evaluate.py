@@ -75,6 +75,14 @@ def test_a_grid_has_a_row_per_cell_and_the_same_numbers_twice(tmp_path):
     pd.testing.assert_frame_equal(first, again)
 
 
+def test_two_policies_beside_a_predictor_and_prompts_alone(tmp_path):
+    """Each policy has its own row without guesses; without generated tokens nothing is told per token."""
+    metrics, table, _ = evaluated(tmp_path, "evaluate.policies=[lru,lfu]", "predictor=popularity")
+    assert (table.way == "no prefetch").sum() == 2 and metrics["tpot_ms"] > 0
+    prompts, table, _ = evaluated(tmp_path, "simulator.phase=prefill", "predictor=popularity")
+    assert table.tpot_ms.isna().all() and "tpot_ms" not in prompts and prompts["ttft_ms"] > 0
+
+
 def test_guesses_that_are_true_leave_fewer_misses_than_none(tmp_path):
     _, table, _ = evaluated(tmp_path, "predictor=oracle", "simulator.batch=2")
     one = table[table.way != "curve"].set_index("way")
@@ -93,6 +101,7 @@ def test_guesses_that_are_true_leave_fewer_misses_than_none(tmp_path):
         (("evaluate.predictors=[crystal_ball]",), "predictor 'crystal_ball': does not exist"),
         (("memory=3GiB",), "dense"),
         (("predictor=markov", "simulator.width=9"), "width"),
+        (("simulator.width=0",), "simulator.width=0: must be at least 1"),
         (("predictor=markov", "simulator.threshold=0.5"), "no probabilities"),
     ],
 )
