@@ -83,6 +83,14 @@ def test_two_policies_beside_a_predictor_and_prompts_alone(tmp_path):
     assert table.tpot_ms.isna().all() and "tpot_ms" not in prompts and prompts["ttft_ms"] > 0
 
 
+def test_all_requests_without_predictors(tmp_path):
+    """Nobody has guesses about all of them, and a choice by use has seen what is replayed."""
+    metrics, table, _ = evaluated(tmp_path, "simulator.requests=all", "predictor=none")
+    one = table[table.way != "curve"].set_index("way")
+    assert "oracle prefetch" not in one.index and metrics["tpot_ms"] > 0
+    assert one.mark["host compute"] == "cheats" and one.mark["static split by layer"] == ""
+
+
 def test_guesses_that_are_true_leave_fewer_misses_than_none(tmp_path):
     _, table, _ = evaluated(tmp_path, "predictor=oracle", "simulator.batch=2")
     one = table[table.way != "curve"].set_index("way")
