@@ -11,19 +11,16 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from prefetch.agreement import Agreement
 from prefetch.trace.routing import DECODE, RoutingTrace, no_expert
 
 TRAIN, TEST, LEFT_OUT, VALIDATION = 0, 1, 2, 3  # parts; what is left out repeats an earlier request
 FOLDS = 5
 TIME_SHARES = (0.6, 0.7)  # of the rows, where a split is in time: train ends, validation ends
-TEMPLATE_AGREEMENT = 0.9  # of the choices of neighbouring requests, at one position
 TEMPLATE_POSITIONS = 4096  # from the start: later positions are not looked at
 TEMPLATE_END = 256  # from the end, where a chat template closes a request
-TEMPLATE_PAIRS = 2  # fewer pairs of requests agree by chance
-TEMPLATE_LAYERS = 8  # so many layers, evenly spread, tell a shared text from chance
 DUPLICATE_ROWS = 8  # shorter requests are equal by chance
 SMALLEST_SPLIT = 4  # fewer requests are split in time
 MANY_REQUESTS = 20_000  # of which a ratio is as good as normal: more are not drawn, but computed
@@ -102,62 +99,6 @@ class Fold:
     cuts: tuple[int, int]  # rows where validation and test begin, where the split is in time
 
 
-@dataclass(frozen=True, eq=False)
-class _Head:
-    """The rows of a request where a template may stand; some layers of them."""
-
-    position_T: NDArray[np.int32]
-    ids_TLK: NDArray[Any]
-
-
-class _Agreement:
-    """How far neighbouring requests of a domain choose alike, at every position from one of their ends."""
-
-    def __init__(self, reach: int) -> None:
-        self._reach = reach
-        self._total: dict[int, NDArray[np.int64]] = {}  # shared choices, choices, pairs
-        self._first: dict[int, _Head] = {}  # of the domain's first request
-        self._last: dict[int, _Head] = {}
-
-    def meet(self, domain: int, head: _Head, nobody: int) -> None:
-        """Compares a request with the one before it in the same domain."""
-        if domain in self._last:
-            self._compare(domain, self._last[domain], head, nobody)
-        self._first.setdefault(domain, head)
-        self._last[domain] = head
-
-    def _compare(self, domain: int, one: _Head, other: _Head, nobody: int) -> None:
-        positions, here, there = one.position_T, one.ids_TLK, other.ids_TLK
-        if not np.array_equal(positions, other.position_T):
-            positions, rows_one, rows_other = np.intersect1d(
-                one.position_T, other.position_T, return_indices=True
-            )
-            here, there = here[rows_one], there[rows_other]
-        shared_T, of_T = _shared(here, there, nobody)
-        total = self._total.setdefault(domain, np.zeros((3, self._reach), np.int64))
-        total[:, positions] += np.stack([shared_T, of_T, np.ones_like(of_T)])
-
-    def merge(self, later: _Agreement, nobody: int) -> None:
-        for domain, head in later._first.items():
-            self.meet(domain, head, nobody)
-            self._last[domain] = later._last[domain]
-        for domain, total in later._total.items():
-            self._total[domain] = self._total.get(domain, 0) + total
-
-    def shared(self, domain_R: list[int], n_domains: int) -> NDArray[np.bool_]:
-        """[domain, position]: do neighbouring requests agree there, and do most of them reach so far?
-
-        Where they agree at every position there is no template but a router that hardly varies.
-        """
-        is_shared_DP = np.zeros((n_domains + 1, self._reach), bool)
-        for domain, (shared_P, of_P, pairs_P) in self._total.items():
-            most = domain_R.count(domain) - 1
-            enough_P = (pairs_P >= TEMPLATE_PAIRS) & (2 * pairs_P >= most)
-            agree_P = enough_P & (shared_P >= TEMPLATE_AGREEMENT * np.maximum(of_P, 1))
-            is_shared_DP[domain] = agree_P & (agree_P != enough_P).any()
-        return is_shared_DP
-
-
 class Survey:
     """What must be known of all requests before anything is counted: one light pass over the trace."""
 
@@ -174,40 +115,32 @@ class Survey:
         self.heads_R: list[tuple[bytes, ...]] = []  # digests of its first 8, 16, 32, ... rows
         self.first_position_R: list[int] = []
         self._nobody = 0
-        self._start, self._end = _Agreement(TEMPLATE_POSITIONS), _Agreement(TEMPLATE_END)
+        self._start, self._end = Agreement(TEMPLATE_POSITIONS), Agreement(TEMPLATE_END)
 
     def add(self, block: RoutingTrace) -> None:
         """`block` holds whole requests."""
         self.domains = block.domains or self.domains
         self._nobody = no_expert(block.card.n_experts)
         self.rows += block.n_tokens
+        if not block.n_tokens:
+            return
         self.executed_rows += int(block.executed_T.sum())
         self.decode_rows += int((block.executed_T & (block.phase_T == DECODE)).sum())
-        stops = [*block.starts_R[1:].tolist(), block.n_tokens]
-        for start, stop in zip(block.starts_R.tolist(), stops, strict=True):
-            self._request(block, start, stop)
-
-    def _request(self, block: RoutingTrace, start: int, stop: int) -> None:
-        ids_TLK = np.ascontiguousarray(block.ids_TLK[start:stop])
-        domain = int(block.domain_T[start])
-        self.request_R.append(int(block.request_T[start]))
-        self.n_rows_R.append(stop - start)
-        self.domain_R.append(domain)
-        self.ran_R.append(bool(block.executed_T[start:stop].any()))
-        heads, digest = _heads(ids_TLK)
-        self.heads_R.append(heads)
-        self.digest_R.append(digest)
-        position_T = block.position_T[start:stop]
-        self.first_position_R.append(int(position_T[0]))
-        layers = np.unique(np.linspace(0, block.card.n_layers - 1, TEMPLATE_LAYERS).astype(int))
-        from_end_T = np.where(position_T >= 0, position_T[-1] - position_T, -1)
-        for agreement, place_T, reach in (
-            (self._start, position_T, TEMPLATE_POSITIONS),
-            (self._end, from_end_T, TEMPLATE_END),
-        ):
-            near = np.flatnonzero((place_T >= 0) & (place_T < reach))
-            head = _Head(place_T[near], ids_TLK[np.ix_(near, layers)])
-            agreement.meet(domain, head, self._nobody)
+        starts_R, domain_R = block.starts_R, block.domain_T[block.starts_R].astype(np.int64)
+        stops_R = np.append(starts_R[1:], block.n_tokens)
+        self.request_R += block.request_T[starts_R].tolist()
+        self.n_rows_R += (stops_R - starts_R).tolist()
+        self.domain_R += domain_R.tolist()
+        self.ran_R += np.logical_or.reduceat(block.executed_T, starts_R).tolist()
+        self.first_position_R += block.position_T[starts_R].tolist()
+        ids_TLK = np.ascontiguousarray(block.ids_TLK)
+        for start, stop in zip(starts_R.tolist(), stops_R.tolist(), strict=True):
+            heads, digest = _heads(ids_TLK[start:stop])
+            self.heads_R.append(heads)
+            self.digest_R.append(digest)
+        edges_R = np.append(starts_R, block.n_tokens)
+        self._start.meet(ids_TLK, block.position_T, edges_R, domain_R, self._nobody)
+        self._end.meet(ids_TLK, _from_end(block), edges_R, domain_R, self._nobody)
 
     def merge(self, later: Survey) -> None:
         """`later` surveyed what follows in the same trace."""
@@ -338,24 +271,6 @@ class Survey:
             )
             folds.append(Fold(number, "requests", train, validation, test, (0, 0)))
         return folds
-
-
-@njit(cache=True, nogil=True)
-def _shared(one_TLK, other_TLK, nobody):  # type: ignore[no-untyped-def]
-    """How many choices the two have in common in every row, and how many there are."""
-    shared_T = np.zeros(len(one_TLK), np.int64)
-    of_T = np.zeros(len(one_TLK), np.int64)
-    for t in range(one_TLK.shape[0]):
-        for layer in range(one_TLK.shape[1]):
-            for i in range(one_TLK.shape[2]):
-                expert = one_TLK[t, layer, i]
-                if expert == nobody:
-                    continue
-                of_T[t] += 1
-                for j in range(other_TLK.shape[2]):
-                    if other_TLK[t, layer, j] == expert:
-                        shared_T[t] += 1
-    return shared_T, of_T
 
 
 def _heads(ids_TLK: NDArray[Any]) -> tuple[tuple[bytes, ...], bytes]:

@@ -110,13 +110,17 @@ class Batch:
     def starts_R(self) -> NDArray[np.int64]:
         return self.block.starts_R
 
+    def is_of(self, phase: str) -> NDArray[np.bool_]:
+        """[T] the rows of one phase."""
+        phase_T = self.block.phase_T
+        return np.ones(len(phase_T), bool) if phase == "all" else phase_T == PHASES.index(phase)
+
     def of_phase(self, phase: str) -> Batch:
         """Only the rows of one phase; whoever asks next gets the same."""
         return self if phase == "all" else self._phases[PHASES.index(phase)]
 
     @cached_property
     def _phases(self) -> list[Batch]:
-        is_in = [self.block.phase_T == phase for phase in range(len(PHASES))]
         return [
             Batch(
                 self.block.rows(in_T),
@@ -125,7 +129,7 @@ class Batch:
                 self.is_template_T[in_T],
                 self.is_witness_T[in_T],
             )
-            for in_T in is_in
+            for in_T in map(self.is_of, PHASES)
         ]
 
     @property
@@ -149,6 +153,7 @@ class Accumulator(Protocol):
 
 
 A = TypeVar("A", bound=Accumulator)
+T = TypeVar("T")
 
 
 class ByPhase(Generic[A]):
@@ -178,7 +183,7 @@ def plan_of(
 ) -> Plan:
     survey, card = Survey(), None
     with Progress("surveying", None, "tokens") as progress:
-        for block in blocks_of(trace, max_rows=max_rows):
+        for block in ahead(blocks_of(trace, max_rows=max_rows)):
             survey.add(block)
             card = block.card
             progress.advance(block.n_tokens)
@@ -190,6 +195,10 @@ def plan_of(
 def batches(
     trace: Traceable, plan: Plan, *recorded: str, max_rows: int = BLOCK_ROWS
 ) -> Iterator[Batch]:
+    yield from ahead(_read(trace, plan, *recorded, max_rows=max_rows))
+
+
+def _read(trace: Traceable, plan: Plan, *recorded: str, max_rows: int) -> Iterator[Batch]:
     first = 0
     for block in blocks_of(trace, *recorded, max_rows=max_rows):
         row_T = np.arange(first, first + block.n_tokens)
@@ -204,6 +213,15 @@ def batches(
                 plan.split.is_template(block),
                 np.isin(block.request_T, plan.witnesses),
             )
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, while the next one is already being read."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting = reader.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = reader.submit(next, items, None)
+            yield item
 
 
 def accumulate(

@@ -93,7 +93,7 @@ class _Counted:
     usage: Usage
     next_tokens: NextTokens | None
     transitions: Transitions | None
-    coactivation: ByPhase[coactivation.CoActivation] | None
+    coactivation: coactivation.CoActivation | None
     domains: domains.Domains | None
     reuse: cache.ReuseDistances
     first_uses: cache.FirstUses
@@ -124,7 +124,7 @@ def _count(
     with found.told("next_tokens"):
         parts["next_tokens"] = NextTokens(plan)
     with found.told("coactivation", "coactivation_summary", "expert_clusters"):
-        parts["coactivation"] = ByPhase(plan, lambda: coactivation.CoActivation(plan))
+        parts["coactivation"] = coactivation.CoActivation(plan)
     with found.told(*DOMAIN_TABLES):
         parts["domains"] = domains.Domains(plan)
     counted = _Counted(
@@ -162,9 +162,9 @@ def _tell_counts(found: Findings, counted: _Counted, settings: Settings) -> None
         found.tell("next_tokens", counted.next_tokens.table)
     if counted.coactivation is not None:
         together = counted.coactivation
-        found.tell("coactivation", together.parts["all"].pairs, long=True)
-        found.tell("coactivation_summary", lambda: together.table(lambda part: part.summary()))
-        found.tell("expert_clusters", together.parts["all"].clusters)
+        found.tell("coactivation", together.pairs, long=True)
+        found.tell("coactivation_summary", together.table)
+        found.tell("expert_clusters", together.clusters)
     found.tell("reuse_distances", lambda: cache.reuse_distances(counted.reuse), long=True)
     found.tell("working_sets", lambda: counted.working_sets.table(lambda part: part.table()))
     found.tell("gaps", lambda: counted.gaps.table(lambda part: part.table()))

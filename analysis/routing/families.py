@@ -82,45 +82,50 @@ def _links(
     spread: Spread | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Lifts of all pairs, and for every expert the one of the next layer that it is linked to, or NONE."""
-    of_L = np.maximum(tokens_L, 1)[:, None]
+
+    def link(layer: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        counts = joint_LEE[layer], here_LE[layer], there_LE[layer], int(max(tokens_L[layer], 1))
+        return _link(layer, *counts, min_lift, spread)
+
+    lift_LEE, next_LE = zip(*for_layers(link, len(joint_LEE)), strict=True)
+    return np.stack(lift_LEE), np.stack(next_LE)
+
+
+def _link(
+    layer: int,
+    joint_EE: NDArray[Any],
+    here_E: NDArray[Any],
+    there_E: NDArray[Any],
+    tokens: int,
+    min_lift: float,
+    spread: Spread | None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     # one division: a lift of just `min_lift` must not be rounded below it
-    expected_LEE = here_LE[:, :, None] * there_LE[:, None, :] / of_L[:, :, None]
-    absent = (1 - here_LE / of_L)[:, :, None] * (1 - there_LE / of_L)[:, None, :]
-    effect_LEE, requests_L = np.ones(expected_LEE.shape), np.full(len(joint_LEE), np.inf)
+    expected_EE = here_E[:, None] * there_E[None, :] / tokens
+    absent_EE = (1 - here_E / tokens)[:, None] * (1 - there_E / tokens)[None, :]
+    effect_EE, requests = np.ones(expected_EE.shape), np.inf
     if spread is not None:
-        counts = joint_LEE, here_LE, there_LE, expected_LEE, tokens_L
-        effect_LEE, requests_L = _effects(spread, *counts), spread.requests_L
-    z_LEE = z_values(joint_LEE, expected_LEE, expected_LEE * absent) / np.sqrt(effect_LEE)
-    is_tested = expected_LEE / effect_LEE >= ENOUGH
-    # of meeting more often than by chance
-    p_LEE = np.where(is_tested, tail(z_LEE, requests_L[:, None, None]), np.nan)
-    q_LEE = q_values(p_LEE.reshape(len(p_LEE), -1)).reshape(p_LEE.shape)
-    lift_LEE = ratio(joint_LEE, expected_LEE)
-    return lift_LEE, _best(lift_LEE, q_LEE, is_tested, min_lift)
-
-
-def _effects(spread: Spread, *counts: NDArray[Any]) -> NDArray[np.float64]:
-    """Design effects of every pair, layer by layer; NaN where too few requests tell."""
-    return np.stack(
-        for_layers(
-            lambda layer: spread.effects(layer, *(array[layer] for array in counts)),
-            len(counts[0]),
-        )
-    )
+        counts = joint_EE, here_E, there_E, expected_EE, tokens
+        effect_EE, requests = spread.effects(layer, *counts), spread.requests_L[layer]
+    z_EE = z_values(joint_EE, expected_EE, expected_EE * absent_EE) / np.sqrt(effect_EE)
+    is_tested = expected_EE / effect_EE >= ENOUGH
+    p_EE = np.full(z_EE.shape, np.nan)
+    p_EE[is_tested] = tail(z_EE[is_tested], requests)  # of meeting more often than by chance
+    q_EE = q_values(p_EE.reshape(1, -1)).reshape(p_EE.shape)
+    lift_EE = ratio(joint_EE, expected_EE)
+    return lift_EE, _best(lift_EE, q_EE, is_tested, min_lift)
 
 
 def _best(
-    lift_LEE: NDArray[Any], q_LEE: NDArray[Any], is_tested: NDArray[Any], min_lift: float
+    lift_EE: NDArray[Any], q_EE: NDArray[Any], is_tested: NDArray[Any], min_lift: float
 ) -> NDArray[np.int64]:
     """For every expert the best partner of the next layer, where that is mutual, strong and sure; or NONE."""
-    known_LEE = np.where(is_tested, lift_LEE, -np.inf)
-    next_LE = known_LEE.argmax(axis=2)
-    back_LE = known_LEE.argmax(axis=1)
-    is_mutual = np.take_along_axis(back_LE, next_LE, 1) == np.arange(next_LE.shape[1])
-    best = next_LE[:, :, None]
-    strong_LE = np.take_along_axis(known_LEE, best, 2)[..., 0] >= min_lift
-    sure_LE = np.take_along_axis(q_LEE, best, 2)[..., 0] < SIGNIFICANCE
-    return np.where(is_mutual & strong_LE & sure_LE, next_LE, NONE)
+    known_EE = np.where(is_tested, lift_EE, -np.inf)
+    everyone, next_E = np.arange(len(lift_EE)), known_EE.argmax(axis=1)
+    is_mutual_E = known_EE.argmax(axis=0)[next_E] == everyone
+    is_strong_E = known_EE[everyone, next_E] >= min_lift
+    is_sure_E = q_EE[everyone, next_E] < SIGNIFICANCE
+    return np.where(is_mutual_E & is_strong_E & is_sure_E, next_E, NONE)
 
 
 def _chains(next_LE: NDArray[np.int64]) -> list[list[tuple[int, int]]]:

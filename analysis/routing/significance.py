@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr
 
-from analysis.routing.batch import for_layers
-
 FEWEST_REQUESTS = 10  # fewer do not tell how much requests differ, and nothing is tested
 ENOUGH = 5.0  # independent pairs expected by chance: with fewer the normal law does not hold
 
@@ -84,10 +82,5 @@ def _quotient(above: Any, below: Any) -> NDArray[np.float64]:
 
 def tail(z: NDArray[Any], requests: Any) -> NDArray[np.float64]:
     """Chance of a larger z: Student's law, because the spread itself is estimated from so many requests."""
-    freedom_L1, chance = np.broadcast_to(np.maximum(requests - 1, 1), z.shape), np.empty(z.shape)
-
-    def fill(layer: int) -> None:
-        chance[layer] = stdtr(freedom_L1[layer], -z[layer])
-
-    for_layers(fill, len(z))
+    chance: NDArray[np.float64] = stdtr(np.maximum(requests - 1, 1), -z)
     return chance

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from routing_traces import odd_traces, random_trace
 from scipy import stats
 from sklearn.cluster import AgglomerativeClustering
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from analysis.routing.batch import Plan, accumulate, batches, plan_of
 from analysis.routing.coactivation import (
@@ -24,6 +24,7 @@ from analysis.routing.coactivation import (
     cut,
     expert_clusters,
     factors,
+    silhouette,
 )
 from analysis.routing.significance import q_values
 from prefetch.errors import MissingData
@@ -70,8 +71,8 @@ def test_counts_are_those_taken_by_hand(seed: int, top_k: int) -> None:
                     for b in chosen:
                         slow_CLEE[part, layer, a, b] += 1
     found = counted(trace, plan)
-    np.testing.assert_array_equal(found.pairs_CLEE, slow_CLEE)
-    np.testing.assert_array_equal(found.tokens_CL, slow_CL)
+    np.testing.assert_array_equal(found.pairs_CLEE(), slow_CLEE)
+    np.testing.assert_array_equal(found.tokens_CL(), slow_CL)
 
 
 def test_no_batch_changes_a_number() -> None:
@@ -84,8 +85,8 @@ def test_no_batch_changes_a_number() -> None:
         halves[i >= len(parts) // 3].add(batch)
     halves[0].merge(halves[1])
     for other in (counted(trace, plan, 1), counted(trace, plan, 100), halves[0]):
-        np.testing.assert_array_equal(other.pairs_CLEE, whole.pairs_CLEE)
-        np.testing.assert_array_equal(other.tokens_CL, whole.tokens_CL)
+        np.testing.assert_array_equal(other.pairs_CLEE(), whole.pairs_CLEE())
+        np.testing.assert_array_equal(other.tokens_CL(), whole.tokens_CL())
         for table in ("pairs", "summary", "clusters"):
             pd.testing.assert_frame_equal(getattr(other, table)(), getattr(whole, table)())
 
@@ -117,6 +118,17 @@ def test_chance_leaves_every_expert_its_number_of_partners(tables: list[list[int
 def test_chance_is_what_iterative_scaling_comes_to() -> None:
     partners_E = np.array([900, 700, 400, 300, 0, 200, 100])
     np.testing.assert_allclose(factors(partners_E[None])[0], slow_factors(partners_E), rtol=1e-9)
+
+
+@given(st.integers(0, 99), st.integers(2, 5))
+@settings(max_examples=60, deadline=None)
+def test_the_silhouette_is_that_of_scikit_learn(seed: int, n_clusters: int) -> None:
+    rng = np.random.default_rng(seed)
+    half_UU = np.triu(rng.random((9, 9)), 1)
+    label_U = np.append(np.arange(n_clusters), rng.integers(0, n_clusters, 9 - n_clusters))
+    found = silhouette(half_UU + half_UU.T, label_U)
+    slow = silhouette_score(half_UU + half_UU.T, label_U, metric="precomputed")
+    np.testing.assert_allclose(found, slow, atol=1e-12)
 
 
 def test_an_expert_of_every_token_is_chosen_with_each_as_often_as_that_one_is_used() -> None:
