@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from prefetch.errors import MissingData
-from prefetch.sim.stacks import MOST_EVENTS, NEVER, LruStacks, OptimalStacks, first_uses
+from prefetch.sim.stacks import MOST_EVENTS, NEVER, LruStacks, OptimalStacks, first_uses, fit_eight
 from prefetch.trace.blocks import BLOCK_ROWS, Traceable
 from prefetch.trace.routing import PHASES
 
@@ -97,19 +97,24 @@ class OptimalCurve:
         b, rows = self._batch, batch.block.n_tokens
         if b >= len(self._rows_B) or rows != self._rows_B[b]:
             raise ValueError(f"batch {b} of {rows} rows is not one of those of the first pass")
-        ids_LTK, phase_T = batch.ids_LTK, batch.block.phase_T
+        ids_LTK, phase_T, nobody = batch.ids_LTK, batch.block.phase_T, batch.nobody
+        first, coming_LE, n_layers = self._first_row, self._coming_BLE[b + 1], len(ids_LTK)
 
         def replay(layer: int) -> None:
-            self.stacks.replay(
-                layer,
-                ids_LTK[layer],
-                phase_T,
-                batch.nobody,
-                first_event=self._first_row,
-                coming_E=self._coming_BLE[b + 1, layer],
-            )
+            one = self.stacks.replay
+            one(
+                layer, ids_LTK[layer], phase_T, nobody,
+                first_event=first, coming_E=coming_LE[layer],
+            )  # fmt: skip
 
-        for_layers(replay, len(ids_LTK))
+        def replay_eight(group: int) -> None:
+            at, eight = 8 * group, self.stacks.replay_eight
+            eight(at, ids_LTK[at : at + 8], phase_T, nobody, first_event=first, coming_LE=coming_LE)
+
+        if fit_eight(ids_LTK, nobody):
+            for_layers(replay_eight, -(-n_layers // 8))
+        else:
+            for_layers(replay, n_layers)
         self._batch += 1
         self._first_row += rows
 

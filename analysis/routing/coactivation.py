@@ -34,7 +34,7 @@ HALVINGS = 64  # of the bracket: down to the last bit of a double
 
 
 class CoActivation:
-    """`pairs_CLEE()[c, l, a, b]`: tokens of part c that chose a and b at layer l; on the diagonal, those that chose a."""
+    """`pairs_CLEE()[c, l, a, b]`: tokens of part c that chose a and b at layer l; on the diagonal those with a."""
 
     def __init__(self, plan: Plan) -> None:
         card = plan.card

@@ -16,6 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
+from prefetch.sim import eight
 
 NEVER = np.int32(2**31 - 1)  # the next use of an expert that no later event needs
 MOST_EVENTS = int(NEVER)
@@ -219,15 +220,61 @@ class OptimalStacks:
         coming_E: NDArray[np.int32],
     ) -> None:
         """The next events of a layer, numbered from `first_event`; `coming_E`: who is needed when after them."""
-        before_E, next_TK = coming_E.copy(), np.empty(ids_TK.shape, np.int32)
+        next_TK = np.empty(ids_TK.shape, np.int32)
+        self._look_ahead(layer, ids_TK, nobody, first_event, coming_E, next_TK)
+        stack = _Priority(self.hist_LCD[layer], self._next_LD[layer], self._n_seen_L[layer])
+        _replay_optimal(ids_TK, class_T, nobody, first_event, next_TK, stack)
+
+    def replay_eight(
+        self,
+        first: int,
+        ids_LTK: NDArray[Any],
+        class_T: NDArray[np.uint8],
+        nobody: int,
+        *,
+        first_event: int,
+        coming_LE: NDArray[np.int32],
+    ) -> None:
+        """The same for up to eight layers from `first` on, in less than half the time: see `fit_eight`."""
+        n_layers, n_tokens, top_k = ids_LTK.shape
+        layers, n_experts = np.arange(first, first + n_layers), self._next_LD.shape[1]
+        next_TKW = np.full((n_tokens, top_k, eight.LAYERS), NEVER, np.int32)
+        for w, layer in enumerate(layers):
+            out_TK, coming_E = next_TKW[:, :, w], coming_LE[layer]
+            self._look_ahead(layer, ids_LTK[w], nobody, first_event, coming_E, out_TK)
+        next_TKW[:, :, n_layers:] = next_TKW[:, :, :1]  # a register holds eight
+        of_W = np.append(layers, np.full(eight.LAYERS - n_layers, first))
+        n_places = -(-n_experts // 8) * 8
+        next_DW = np.full((n_places, eight.LAYERS), NEVER, np.int32)
+        next_DW[:n_experts] = self._next_LD[of_W].T
+        hist_CDW = np.zeros((self.hist_LCD.shape[1], n_places + 1, eight.LAYERS), np.int32)
+        eight.replay_eight(next_TKW, class_T, first_event, hist_CDW, next_DW)
+        hits_LCD = hist_CDW[:, [*range(n_experts), n_places], :n_layers].transpose(2, 0, 1)
+        self.hist_LCD[layers] += hits_LCD
+        self._next_LD[layers] = next_DW[:n_experts, :n_layers].T
+        self._n_seen_L[layers, 0] += hits_LCD[..., -1].sum(axis=1)
+
+    def _look_ahead(
+        self,
+        layer: int,
+        ids_TK: NDArray[Any],
+        nobody: int,
+        first_event: int,
+        coming_E: NDArray[np.int32],
+        next_TK: NDArray[np.int32],
+    ) -> None:
+        before_E = coming_E.copy()
         bad = _look_ahead(ids_TK, nobody, first_event, before_E, next_TK)
         if bad >= 0:
             raise _not_distinct(ids_TK[bad])
         if not np.array_equal(before_E, self._coming_LE[layer]):
             raise ValueError("these are not the events that the first pass has seen")
         self._coming_LE[layer] = coming_E
-        stack = _Priority(self.hist_LCD[layer], self._next_LD[layer], self._n_seen_L[layer])
-        _replay_optimal(ids_TK, class_T, nobody, first_event, next_TK, stack)
+
+
+def fit_eight(ids_LTK: NDArray[Any], nobody: int) -> bool:
+    """Can these events be replayed eight layers at a time: few members, and all of them there?"""
+    return ids_LTK.shape[2] <= eight.MOST_MEMBERS and not (ids_LTK == nobody).any()
 
 
 def first_uses(ids_TK: NDArray[Any], n_experts: int, nobody: int) -> NDArray[np.int32]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
-from prefetch.sim.stacks import NEVER, LruStacks, OptimalStacks, first_uses
+from prefetch.sim.stacks import NEVER, LruStacks, OptimalStacks, first_uses, fit_eight
 
 NOBODY = 65535
 Events = NDArray[Any]  # [T, K]
@@ -117,6 +117,47 @@ def optimal(ids_TK: Events, n_experts: int, cuts: Sequence[int] = ()) -> NDArray
         where = {"first_event": part.start, "coming_E": coming[len(parts) - b]}
         stacks.replay(0, ids_TK[part], classes(ids_TK)[part], NOBODY, **where)
     return stacks.hist_LCD[0]
+
+
+def optimal_of_layers(
+    ids_LTK: Events, n_experts: int, cuts: Sequence[int], eights: Sequence[bool]
+) -> NDArray[np.int64]:
+    """Every part either eight layers at a time or one by one, in turn."""
+    parts = cut(ids_LTK[0], cuts)
+    coming = [np.full((len(ids_LTK), n_experts), NEVER, np.int32)]
+    for part in reversed(parts):
+        first_LE = np.stack([first_uses(ids_TK[part], n_experts, NOBODY) for ids_TK in ids_LTK])
+        coming.append(np.where(first_LE == NEVER, coming[-1], first_LE + part.start))
+    stacks = OptimalStacks(coming[-1])
+    for b, part in enumerate(parts):
+        ids, class_T, after_LE = ids_LTK[:, part], classes(ids_LTK[0])[part], coming[-2 - b]
+        told = class_T, NOBODY
+        if eights[b % len(eights)] and fit_eight(ids, NOBODY):
+            stacks.replay_eight(0, ids, *told, first_event=part.start, coming_LE=after_LE)
+            continue
+        for layer in range(len(ids_LTK)):
+            where = {"first_event": part.start, "coming_E": after_LE[layer]}
+            stacks.replay(layer, ids[layer], *told, **where)
+    return stacks.hist_LCD
+
+
+@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 9), st.data())
+@settings(max_examples=60, deadline=None)
+def test_eight_layers_at_a_time_are_as_one_by_one(
+    seed: int, n_layers: int, k: int, data: Any
+) -> None:
+    rng = np.random.default_rng(seed)
+    n_experts, n_events = int(rng.integers(k, 3 * k + 4)), int(rng.integers(0, 60))
+    sets = [rng.permutation(n_experts)[:k] for _ in range(n_layers * n_events)]
+    ids_LTK = np.array(sets, np.uint16).reshape(n_layers, n_events, k)
+    if rng.random() < 0.2:
+        ids_LTK[rng.random(ids_LTK.shape) < 0.1] = NOBODY
+    cuts = data.draw(st.lists(st.integers(0, 60), max_size=3))
+    one_by_one = optimal_of_layers(ids_LTK, n_experts, cuts, [False])
+    for eights in ([True], [True, False], [False, True]):
+        np.testing.assert_array_equal(
+            optimal_of_layers(ids_LTK, n_experts, cuts, eights), one_by_one
+        )
 
 
 def hits_at(hist_CD: NDArray[np.int64], capacity: int) -> list[int]:
