@@ -58,9 +58,9 @@ def guesses_of(
     ids_TLW, scores_TLW, keys_T = _read(reader, card.horizons.index(horizon), width)
     row_of = _rows(keys_T, keys_of(trace.request_T, trace.position_T)[work.rows_R])
     ids_RLW = ids_TLW[row_of].astype(np.int32)
-    ids_RLW[(ids_TLW[row_of] == no_expert(card.n_experts)) | (scores_TLW[row_of] < threshold)] = (
-        EMPTY
-    )
+    ids_RLW[ids_TLW[row_of] == no_expert(card.n_experts)] = EMPTY
+    if threshold > 0:  # scores of many predictors are below 0
+        ids_RLW[scores_TLW[row_of] < threshold] = EMPTY
     scores = np.nan_to_num(scores_TLW[row_of].astype(np.float64), posinf=1e9, neginf=-1e9)
     return _by_event(work, ids_RLW, np.round(scores * MILLION).astype(np.int64), horizon)
 

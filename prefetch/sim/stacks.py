@@ -17,26 +17,10 @@ from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
 from prefetch.sim import eight
+from prefetch.sim.recency import LANES, LINE, UNROLLED, Recency, append, on_lines, replay_lru
 
 NEVER = np.int32(2**31 - 1)  # the next use of an expert that no later event needs
 MOST_EVENTS = int(NEVER)
-LANES = 8  # members moved in one sweep over the ranks: each takes a vector register
-LINE = 64  # bytes; sweeps over whole lines need no remainder
-
-
-class _Recency(NamedTuple):
-    """One layer's stack, as every expert's rank in it: an access is a comparison and an addition over all ranks.
-
-    The experts of rank below `n_seen` have been used. They are also listed in the order of their first use, so that a
-    part of a trace can be put behind what it did not see.
-    """
-
-    hist_CD: NDArray[np.int64]
-    rank_E: NDArray[Any]
-    n_seen: NDArray[np.int64]  # one number, in an array because it changes
-    first_E: NDArray[np.uint16]
-    class_E: NDArray[np.uint8]
-    before_E: NDArray[np.int32]  # how many had been used before that event
 
 
 class LruStacks:
@@ -49,9 +33,9 @@ class LruStacks:
         log = (n_layers, n_experts + top_k)
         self.n_experts = n_experts
         self.hist_LCD = np.zeros((n_layers, n_classes, n_experts + 1), np.int64)
-        self._state = _Recency(
+        self._state = Recency(
             self.hist_LCD,
-            np.tile(ranks, (n_layers, 1)),
+            on_lines(np.tile(ranks, (n_layers, 1))),
             np.zeros((n_layers, 1), np.int64),
             np.zeros(log, np.uint16),
             np.zeros(log, np.uint8),
@@ -62,125 +46,42 @@ class LruStacks:
         self, layer: int, ids_TK: NDArray[Any], class_T: NDArray[np.uint8], nobody: int
     ) -> None:
         """The next events of a layer; ids equal to `nobody` name no expert. Layers share nothing."""
-        bad = _replay_lru(ids_TK, class_T, nobody, self._layer(layer))
+        self._replay(ids_TK[:, None], (layer, layer + 1, layer), class_T, nobody)
+
+    def replay_layers(
+        self, layers: range, ids_TLK: NDArray[Any], class_T: NDArray[np.uint8], nobody: int
+    ) -> None:
+        """The same for some layers, from rows that have all of them: nothing need be put in the order of layers."""
+        self._replay(ids_TLK, (layers.start, layers.stop, 0), class_T, nobody)
+
+    def _replay(
+        self,
+        ids_TLK: NDArray[Any],
+        layers: tuple[int, int, int],
+        class_T: NDArray[np.uint8],
+        nobody: int,
+    ) -> None:
+        """Layers from the first to before the second; that of the first column of ids is the third."""
+        top_k = ids_TLK.shape[2]
+        of_K = (0,) * top_k if top_k in UNROLLED else ()
+        ids_TLK = np.ascontiguousarray(ids_TLK)
+        lane_I = np.zeros(LANES, self._state.rank_E.dtype)
+        bad = replay_lru(ids_TLK, of_K, layers, class_T, nobody, self._state, lane_I)
         if bad >= 0:
-            raise _not_distinct(ids_TK[bad])
+            ids_LK = ids_TLK[bad, layers[0] - layers[2] : layers[1] - layers[2]]
+            raise next(
+                _not_distinct(row_K)
+                for row_K in ids_LK
+                if len(named := row_K[row_K != nobody]) != len(np.unique(named))
+            )
 
     def merge(self, later: LruStacks) -> None:
         """`later` replayed what follows here, beginning with empty stacks: its first uses are looked up in these."""
         for layer in range(len(self.hist_LCD)):
-            _append(self._layer(layer), later._layer(layer), self.n_experts)
+            append(self._layer(layer), later._layer(layer), self.n_experts)
 
-    def _layer(self, layer: int) -> _Recency:
-        return _Recency(*(array[layer] for array in self._state))
-
-
-@njit(cache=True, nogil=True)
-def _replay_lru(ids_TK, class_T, nobody, stack):  # type: ignore[no-untyped-def]
-    """The first event that names an expert twice, or -1."""
-    never_before = stack.hist_CD.shape[1] - 1
-    rank_E = stack.rank_E.copy()  # two threads must not write to one line of memory
-    for t in range(ids_TK.shape[0]):
-        known = stack.n_seen[0]
-        for k in range(ids_TK.shape[1]):
-            expert = ids_TK[t, k]
-            if expert == nobody:
-                continue
-            if rank_E[expert] < known:
-                stack.hist_CD[class_T[t], rank_E[expert]] += 1
-            else:
-                stack.hist_CD[class_T[t], never_before] += 1
-                _log(stack, expert, class_T[t], known)
-        for first in range(0, ids_TK.shape[1], LANES):
-            _move_to_front(rank_E, ids_TK, t, first, nobody)
-        if not _is_in_front(rank_E, ids_TK, t, nobody):
-            return t
-    stack.rank_E[:] = rank_E
-    return -1
-
-
-@njit(cache=True, nogil=True)
-def _log(stack, expert, row_class, before):  # type: ignore[no-untyped-def]
-    at = stack.n_seen[0]
-    stack.first_E[at], stack.class_E[at], stack.before_E[at] = expert, row_class, before
-    stack.n_seen[0] += 1
-
-
-@njit(cache=True, nogil=True)
-def _move_to_front(rank_E, ids_TK, t, first, nobody):  # type: ignore[no-untyped-def]
-    """In one sweep: everyone moves down by the number of members that stood below."""
-    a, b = _rank(rank_E, ids_TK, t, first, nobody), _rank(rank_E, ids_TK, t, first + 1, nobody)
-    c, d = _rank(rank_E, ids_TK, t, first + 2, nobody), _rank(rank_E, ids_TK, t, first + 3, nobody)
-    e, f = _rank(rank_E, ids_TK, t, first + 4, nobody), _rank(rank_E, ids_TK, t, first + 5, nobody)
-    g, h = _rank(rank_E, ids_TK, t, first + 6, nobody), _rank(rank_E, ids_TK, t, first + 7, nobody)
-    for i in range(len(rank_E)):
-        rank = rank_E[i]
-        below = (rank < a) + (rank < b) + (rank < c) + (rank < d)
-        below += (rank < e) + (rank < f) + (rank < g) + (rank < h)
-        rank_E[i] = rank + below
-    front = 0
-    for k in range(min(first + LANES, ids_TK.shape[1]) - 1, first - 1, -1):
-        if ids_TK[t, k] != nobody:
-            rank_E[ids_TK[t, k]] = front
-            front += 1
-
-
-@njit(cache=True, nogil=True)
-def _rank(rank_E, ids_TK, t, k, nobody):  # type: ignore[no-untyped-def]
-    """Where there is no member: 0, which moves nobody."""
-    if k >= ids_TK.shape[1] or ids_TK[t, k] == nobody:
-        return rank_E.dtype.type(0)
-    return rank_E[ids_TK[t, k]]
-
-
-@njit(cache=True, nogil=True)
-def _is_in_front(rank_E, ids_TK, t, nobody):  # type: ignore[no-untyped-def]
-    """Are the members now first, in their order? They are not where one is named twice."""
-    front = 0
-    for k in range(ids_TK.shape[1] - 1, -1, -1):
-        if ids_TK[t, k] != nobody:
-            if rank_E[ids_TK[t, k]] != front:
-                return False
-            front += 1
-    return True
-
-
-@njit(cache=True, nogil=True)
-def _append(stack, later, n_experts):  # type: ignore[no-untyped-def]
-    """The parallel reuse distances of PARDA (Niu et al. 2012), where members of one event do not see each other."""
-    never_before, known = stack.hist_CD.shape[1] - 1, stack.n_seen[0]
-    stack.hist_CD[:] += later.hist_CD
-    new_before = np.zeros(
-        later.n_seen[0] + 1, np.int64
-    )  # of the first i experts of `later`, those new here
-    for i in range(later.n_seen[0]):
-        expert, row_class, before = later.first_E[i], later.class_E[i], later.before_E[i]
-        rank = stack.rank_E[expert]
-        new_before[i + 1] = new_before[i] + (rank >= known)
-        if rank >= known:
-            _log(stack, expert, row_class, known + new_before[before])
-            continue
-        distance = rank + before
-        for j in range(before):
-            distance -= stack.rank_E[later.first_E[j]] < rank
-        stack.hist_CD[row_class, never_before] -= 1
-        stack.hist_CD[row_class, distance] += 1
-    _put_in_front(stack.rank_E, later.rank_E, later.n_seen[0], n_experts)
-
-
-@njit(cache=True, nogil=True)
-def _put_in_front(rank_E, later_E, n_later, n_experts):  # type: ignore[no-untyped-def]
-    """Whoever was used later, in that order, then the others in theirs."""
-    in_order_E = np.empty(n_experts, np.int64)
-    for expert in range(n_experts):
-        in_order_E[rank_E[expert]] = expert
-    place = n_later
-    for expert in in_order_E:
-        if later_E[expert] < n_later:
-            rank_E[expert] = later_E[expert]
-        else:
-            rank_E[expert] = place
-            place += 1
+    def _layer(self, layer: int) -> Recency:
+        return Recency(*(array[layer] for array in self._state))
 
 
 class _Priority(NamedTuple):
