@@ -65,6 +65,9 @@ class SimulatorConfig:
     staging: int = 2  # experts that may be under way beside the cache
     uploads: int = 2  # with misses=both: copies that may wait at once
     is_pinned: bool = True  # the host memory that copies are made from
+    split: Any = "equal"  # of the cache, per layer: equal | fitted | fitted_optimum | experts of each ([8, 12])
+    pinned: int = 0  # experts of each layer, the most used by other requests, that never leave
+    start: str = "cold"  # cold | warm (the most used by other requests are there)
     model_card: str | None = None  # sizes of this model, where the trace does not know its own
 
 
@@ -74,6 +77,9 @@ class EvaluateConfig:
     predictors: list[str] | None = None
     capacities: list[Any] | None = None  # None = simulator.cache
     horizons: list[int] | None = None  # None = simulator.horizon
+    required_recall: bool = True  # how good guesses must be before they pay, on the first requests
+    figures: bool = True
+    workers: int | None = None  # cells that run at once; None = all cores. No number depends on it
 
 
 @dataclass

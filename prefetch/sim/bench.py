@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import threading
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -27,9 +29,13 @@ from prefetch.sim.foresight import guessed_rows, guesses_of, keys_of
 from prefetch.sim.hardware import Hardware
 from prefetch.sim.machine import Guesses
 from prefetch.sim.memory import Budget, budget_of
+from prefetch.sim.names import name_of
+from prefetch.sim.others import most_used
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import ATOMIC, OVERSHOOT
+from prefetch.sim.prior import Prior, check_prior
+from prefetch.sim.sizes import lent_to
 from prefetch.sim.workload import workload_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
@@ -74,6 +80,10 @@ class Bench:
             raise ConfigError("nothing to replay: no executed row of the chosen requests and phase")
         self._full_ns: float | None = None
         self._bounds: dict[Any, float | None] = {}
+        self._one_by_one = threading.Lock()
+        self.machine, self.policy = cache(self._machine), cache(self._policy)  # cells share them
+        self._guesses: dict[tuple[str, int], tuple[Guesses, PredictionsReader]] = {}
+        self.prior = Prior(self.simulator, self.reader, self.trace, self.others, self.work)
 
     def _check(self) -> None:
         told = self.simulator
@@ -83,6 +93,7 @@ class Bench:
             )
         if told.requests not in ("test", "all"):
             raise ConfigError(f"simulator.requests={told.requests}: expected test or all")
+        check_prior(told)
         if told.requests == "all" and any(name != "none" for name in self.predictors):
             raise ConfigError(
                 "simulator.requests=all: predictors are fitted on some of them; pass predictor=none, "
@@ -92,10 +103,10 @@ class Bench:
     @property
     def root(self) -> dict[str, Any]:
         """What the cell chosen at the root is called in a table."""
-        predictor = _name_of(self.cfg, "predictor")
+        predictor = name_of(self.cfg, "predictor")
         capacity = self.cfg.memory if self.cfg.memory is not None else self.simulator.cache
         return {
-            "policy": _name_of(self.cfg, "policy"),
+            "policy": name_of(self.cfg, "policy"),
             "predictor": predictor,
             "capacity": str(capacity),
             "horizon": 0 if predictor == "none" else self.simulator.horizon,
@@ -103,12 +114,12 @@ class Bench:
 
     @property
     def predictors(self) -> list[str]:
-        name = _name_of(self.cfg, "predictor")
+        name = name_of(self.cfg, "predictor")
         return list(self.cfg.evaluate.predictors or [name])
 
     @property
     def policies(self) -> list[str]:
-        return list(self.cfg.evaluate.policies or [_name_of(self.cfg, "policy")])
+        return list(self.cfg.evaluate.policies or [name_of(self.cfg, "policy")])
 
     @property
     def capacities(self) -> list[Any]:
@@ -141,7 +152,7 @@ class Bench:
                 f"simulator.model_card={name} has {lent.n_layers} layers and k = {lent.top_k}, the trace "
                 f"{own.n_layers} and {own.top_k}: the trace's are replayed, with its sizes"
             )
-        return _fitted_to(lent, own), beside_of(architecture)
+        return lent_to(lent, own), beside_of(architecture)
 
     def _parts(self, whole: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
         """What is replayed, and all other rows: those that a static choice may be fitted on."""
@@ -154,7 +165,7 @@ class Bench:
     def _predictions(self, name: str, horizon: int) -> PredictionsReader:
         cfg = (
             self.cfg
-            if name == _name_of(self.cfg, "predictor")
+            if name == name_of(self.cfg, "predictor")
             else config.with_choice(self.cfg, "predictor", name)
         )
         changes: dict[str, Any] = {}
@@ -178,13 +189,16 @@ class Bench:
             batch=told.batch,
             staging=told.staging,
             predictor_bytes=predictor_bytes,
+            split=self.prior.split(),
         )
 
-    def machine(self, misses: str, predictor_us: float = 0.0) -> Any:
+    def _machine(
+        self, misses: str, predictor_us: float = 0.0, hardware: Hardware | None = None
+    ) -> Any:
         told = self.simulator
         return machine_of(
             self.card,
-            self.hardware,
+            hardware or self.hardware,
             self.work,
             beside=self.beside,
             misses=misses,
@@ -195,6 +209,12 @@ class Bench:
         )
 
     def guesses(self, name: str, horizon: int) -> tuple[Guesses, PredictionsReader]:
+        """Read once: the cells of a table share them."""
+        if (name, horizon) not in self._guesses:
+            self._guesses[name, horizon] = self._read_guesses(name, horizon)
+        return self._guesses[name, horizon]
+
+    def _read_guesses(self, name: str, horizon: int) -> tuple[Guesses, PredictionsReader]:
         reader = self._predictions(name, horizon)
         width = self.simulator.width or self.reader.card.top_k
         made = guesses_of(
@@ -225,6 +245,15 @@ class Bench:
             yield from self._today(capacity)
         yield from self._curve()
 
+    def alone(self, policy: str, capacity: str) -> Cell:
+        """The cell of this policy without guesses, at a capacity as a table names it."""
+        named = {str(one if one is not None else self.cfg.memory): one for one in self.capacities}
+        return self._cell("no prefetch", policy, "none", named[capacity], self.horizons[0])
+
+    def sized(self, policy: str, each: int) -> Cell:
+        """The cell of this policy without guesses, with room for so many experts per layer."""
+        return self._cell("curve", policy, "none", each, self.horizons[0], is_curve=True)
+
     def _curve(self) -> Iterator[Cell]:
         """The first policy and predictor at all sizes, each number of experts once."""
         seen = set[tuple[int, ...]]()
@@ -245,33 +274,44 @@ class Bench:
         *,
         is_curve: bool = False,
     ) -> Cell:
-        guesses, event_us, n_bytes, mark = None, 0.0, 0, ""
+        made, guesses, event_us, n_bytes = self.policy(policy), None, 0.0, 0
         if name != "none":
             guesses, reader = self.guesses(name, horizon)
-            said = reader.card
-            event_us, n_bytes = said.event_us or 0.0, said.parameter_bytes
-            mark = "cheats" if said.causality == "cheats" else ""
-        if policy.startswith("belady"):
-            mark = "cheats"
-        budget = self.budget(capacity, n_bytes) if not is_curve else self._share(capacity, n_bytes)
+            event_us = reader.card.event_us or 0.0
+        foretold = self.foretold(made, name, horizon)
+        if foretold is not None:
+            n_bytes = foretold.card.parameter_bytes
+        has_cheated = foretold is not None and foretold.card.causality == "cheats"
+        has_cheated |= policy.startswith("belady") or self.prior.has_seen(made)
+        budget = self.budget(capacity, n_bytes) if not is_curve else self.share(capacity, n_bytes)
         return Cell(
             names={
                 "way": way,
                 "policy": policy,
                 "predictor": name,
-                "mark": mark,
+                "mark": "cheats" if has_cheated else "",
                 "capacity": str(capacity if capacity is not None else self.cfg.memory),
                 "horizon": horizon if guesses is not None else 0,
                 "misses": self.simulator.misses,
             },
-            policy=self.policy(policy),
+            policy=made,
             budget=budget,
             machine=self.machine(self.simulator.misses, event_us),
             guesses=guesses,
             semantics=SEMANTICS[self.simulator.semantics],
+            told=self.prior.told(made, len(budget.room_G), foretold, horizon),
+            warm=self.prior.warm(made),
+            pinned=self.prior.pinned(made, budget if is_curve else None),
         )
 
-    def _share(self, share: float, n_bytes: int) -> Budget:
+    def foretold(self, policy: Policy, name: str, horizon: int) -> PredictionsReader | None:
+        """The guesses of a cell; without copies ahead, those by which its policy evicts: of the first predictor."""
+        if name == "none" and "guesses" in policy.needs:
+            name = next((one for one in self.predictors if one != "none"), name)
+        return None if name == "none" else self.guesses(name, horizon)[1]
+
+    def share(self, share: float, n_bytes: int) -> Budget:
+        """Of a cache of this share of all experts, or of so many per layer, whatever memory was named."""
         return budget_of(
             self.card,
             self.hardware,
@@ -281,10 +321,11 @@ class Bench:
             batch=self.simulator.batch,
             staging=self.simulator.staging,
             predictor_bytes=n_bytes,
+            split=self.prior.split(of_any_size=True),
         )
 
-    def policy(self, name: str) -> Policy:
-        if name == _name_of(self.cfg, "policy"):
+    def _policy(self, name: str) -> Policy:
+        if name == name_of(self.cfg, "policy"):
             return cast(Policy, config.instantiate(self.cfg.policy, "policy"))
         return cast(
             Policy,
@@ -327,14 +368,7 @@ class Bench:
 
     def popular(self) -> NDArray[np.int64]:
         """Entries by their use in the rows that are not replayed, the most used first."""
-        counted = workload_of(self.others, phase="decode") if len(self.others.ids_TLK) else None
-        uses_LE = np.zeros((self.card.n_layers, self.card.n_experts), np.int64)
-        if counted is not None:
-            layer_A = np.repeat(
-                np.arange(len(counted.start_V) - 1) % self.card.n_layers, np.diff(counted.start_V)
-            )
-            np.add.at(uses_LE, (layer_A, counted.ids_A), counted.tokens_A)
-        return np.argsort(-uses_LE.ravel(), kind="stable")
+        return most_used(self.prior.uses_LE)
 
     def row(self, cell: Cell) -> dict[str, Any]:
         timed = cell.run(self.work)
@@ -355,34 +389,11 @@ class Bench:
     def bound(self, cell: Cell) -> float | None:
         if (self.work.prefill_S > 0).any():
             return None  # what a prompt has brought is not the generated tokens' to pay
-        key = (cell.budget.room_G, cell.machine.miss_way)
-        if key not in self._bounds:
-            link = self.hardware.link
-            least = least_ns(self.work, cell.machine, cell.budget, link.latency_ns)
-            self._bounds[key] = None if least is None else least / self.tokens
-        return self._bounds[key]
-
-
-def _name_of(cfg: Config, group: str) -> str:
-    """What was typed after `group=`."""
-    leaf = OmegaConf.to_container(cast(DictConfig, getattr(cfg, group)), resolve=True)
-    target = str(cast(dict[str, Any], leaf)["_target_"])
-    for name in config.choices(group):
-        known = OmegaConf.load(config.CONFIGS / group / f"{name}.yaml")
-        if OmegaConf.select(known, "_target_") == target:
-            return name
-    return target
-
-
-def _fitted_to(lent: ModelCard, own: ModelCard) -> ModelCard:
-    """Sizes of the lent card on the layers of the trace: where those differ in number, of its first layer."""
-    sizes_L = lent.expert_bytes_L or ()
-    if lent.n_layers != own.n_layers:
-        sizes_L = (sizes_L[0],) * own.n_layers
-    return dataclasses.replace(
-        lent,
-        top_k=own.top_k,
-        layer_numbers=own.layer_numbers,
-        layer_stacks=own.layer_stacks,
-        expert_bytes_L=sizes_L,
-    )
+        warm = np.concatenate([cell.pinned, cell.warm])
+        key = (cell.budget.room_G, cell.machine.miss_way, warm.tobytes())
+        with self._one_by_one:  # cells run side by side, and several share a bound
+            if key not in self._bounds:
+                link = self.hardware.link
+                least = least_ns(self.work, cell.machine, cell.budget, link.latency_ns, warm)
+                self._bounds[key] = None if least is None else least / self.tokens
+            return self._bounds[key]

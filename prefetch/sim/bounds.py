@@ -14,6 +14,7 @@ from prefetch.sim.memory import Budget
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.pool import MISS
 from prefetch.sim.run import replay
+from prefetch.sim.start import NOBODY
 from prefetch.sim.workload import Workload
 
 
@@ -39,12 +40,21 @@ def layers_of(work: Workload) -> NDArray[np.int64]:
     return layer_A
 
 
-def least_ns(work: Workload, machine: Machine, budget: Budget, latency_ns: int) -> int | None:
-    """Of the whole run; None where misses are not (only) copied, or experts differ in size."""
+def least_ns(
+    work: Workload,
+    machine: Machine,
+    budget: Budget,
+    latency_ns: int,
+    warm: NDArray[np.int64] = NOBODY,
+) -> int | None:
+    """Of the whole run; None where misses are not (only) copied, or experts differ in size.
+
+    `warm`: entries that are there from the start.
+    """
     if machine.miss_way != WAIT or len(set(machine.bytes_L.tolist())) > 1:
         return None
     staging = machine.staging * budget.size_L[0]
     rooms = [room + staging for room in budget.room_G]
-    loads = int((replay(work, Belady(), rooms, budget.size_L) == MISS).sum())
+    loads = int((replay(work, Belady(), rooms, budget.size_L, warm=warm) == MISS).sum())
     moving = int(machine.chunk_ns_LX[0, : machine.n_chunks_L[0]].sum()) - latency_ns
     return max(int(compute_S(work, machine).sum()), loads * moving)

@@ -15,8 +15,9 @@ from prefetch.scoring import bootstrap
 from prefetch.sim.machine import Guesses, Machine
 from prefetch.sim.memory import Budget
 from prefetch.sim.policy import Policy
-from prefetch.sim.pool import ATOMIC, HIT, LATE
+from prefetch.sim.pool import ATOMIC, HIT, LATE, NOTHING_TOLD, Told
 from prefetch.sim.run import Timed, timed_replay
+from prefetch.sim.start import NOBODY
 from prefetch.sim.workload import Workload
 
 NS_PER_MS = 1e6
@@ -32,9 +33,9 @@ class Cell:
     machine: Machine
     guesses: Guesses | None = None
     semantics: int = ATOMIC
-    warm: NDArray[np.int64] = field(
-        default_factory=lambda: np.empty(0, np.int64)
-    )  # entries at the start
+    told: Told = NOTHING_TOLD  # rows that the policy asks for
+    warm: NDArray[np.int64] = field(default_factory=lambda: NOBODY)  # entries at the start
+    pinned: NDArray[np.int64] = field(default_factory=lambda: NOBODY)  # ... that stay
 
     def run(self, work: Workload) -> Timed:
         return timed_replay(
@@ -45,7 +46,9 @@ class Cell:
             self.machine,
             self.guesses,
             self.semantics,
+            told=self.told,
             warm=self.warm,
+            pinned=self.pinned,
         )
 
 

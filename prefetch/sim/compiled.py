@@ -5,6 +5,7 @@ numba keeps compiled code per file and line; what is compiled from memory is com
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -22,8 +23,19 @@ from prefetch.sim.policy import KeyRules, Rules
 
 HERE = Path(__file__).parent
 ENGINE = "# the engine: from here on\n"
+PARTS = {
+    "replay": ("replay",),
+    "timed": ("link", "timed"),
+}  # files of an engine, each compiled per policy
+INSIDE = (
+    "__future__",
+    "prefetch.sim.keyed",
+    "prefetch.sim.link",
+)  # imports that a whole engine needs not
+SHARED = ("policy.py", "pool.py", "workload.py", "machine.py", "transfers.py")
+TOLD = "from prefetch.sim.pool import FIRST, UNTOLD"
 RULES = "# rules of the policy: from here on\n"
-KEYED_NAMES, STATE_NAMES = ("on_fill", "on_use"), ("filled", "used", "victim")
+KEYED_NAMES, STATE_NAMES = ("on_fill", "on_use"), ("filled", "used", "victim", "told")
 
 
 @cache
@@ -47,15 +59,22 @@ def _is_local(function: Callable[..., int | None]) -> bool:
 
 
 def _text(rules: Rules, name: str, functions: dict[str, Callable[..., int | None]]) -> str:
-    head, body = (HERE / f"{name}.py").read_text().split(ENGINE)
-    imports = [line for line in head.splitlines() if "prefetch.sim.keyed" not in line]
-    at = 1 + max(i for i, line in enumerate(imports) if line.startswith(("import", "from")))
+    parts = [(HERE / f"{part}.py").read_text().split(ENGINE) for part in PARTS[name]]
+    imports = [line for head, _ in parts for line in _imports(head)]
+    body = "\n".join(body for _, body in parts)
     lines = [_import(short, function) for short, function in functions.items()]
     own_name = "{}" if isinstance(rules, KeyRules) else "own_{}"
     lines += [f'{own_name.format(short)} = njit(inline="always")(_{short})' for short in functions]
-    own = "\n".join([*imports[:at], "from prefetch.sim.policy import BLOCK, FEW, STAYS", *lines])
+    own = "\n".join(
+        [*imports, "from prefetch.sim.policy import BLOCK, FEW, STAYS, UNCOUNTED", TOLD, *lines]
+    )
     kind = "keyed" if isinstance(rules, KeyRules) else "stated"
     return f"{own}\n{(HERE / f'{kind}.py').read_text().split(RULES)[1]}\n{body}"
+
+
+def _imports(head: str) -> list[str]:
+    nodes = [node for node in ast.parse(head).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [ast.unparse(node) for node in nodes if getattr(node, "module", "") not in INSIDE]
 
 
 def _import(short: str, function: Callable[..., int | None]) -> str:
@@ -74,7 +93,7 @@ def _in_memory(text: str, name: str, functions: dict[str, Callable[..., int | No
 def _from_file(text: str, name: str, functions: dict[str, Callable[..., int | None]]) -> ModuleType:
     modules = sorted({name for function in functions.values() for name in _modules(function)})
     sources = [inspect.getsource(sys.modules[module]) for module in modules]
-    beside = [(HERE / file).read_text() for file in ("policy.py", "pool.py", "workload.py")]
+    beside = [(HERE / file).read_text() for file in SHARED]
     told = "\0".join([text, *sources, *beside, numba.__version__])
     key = hashlib.sha256(told.encode()).hexdigest()[:16]
     path = _folder() / f"{name}_{key}.py"

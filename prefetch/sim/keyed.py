@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from prefetch.sim.policies import lru as policy
-from prefetch.sim.policy import BLOCK, BUSY, FEW, STAYS
+from prefetch.sim.policy import BLOCK, BUSY, FEW, STAYS, UNCOUNTED
 
 on_fill, on_use = njit(inline="always")(policy.on_fill), njit(inline="always")(policy.on_use)
 # rules of the policy: from here on
@@ -52,6 +52,11 @@ def victim(state_GM, group, n_slots, busy_GN, seen):  # type: ignore[no-untyped-
 
 
 @njit(inline="always")
+def tell(told, state_GM, group_L, n_slots, v, event):  # type: ignore[no-untyped-def]
+    pass  # a key is told of an expert only, when it is used
+
+
+@njit(**UNCOUNTED)
 def _lowest_of_many(state_GM, group, n_slots, busy_GN):  # type: ignore[no-untyped-def]
     n_blocks = (n_slots + BLOCK - 1) // BLOCK
     while True:

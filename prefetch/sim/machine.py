@@ -15,12 +15,18 @@ from prefetch.sim.workload import NEVER
 
 WAIT, ON_HOST, BOTH = 0, 1, 2  # what is done about a miss
 MISSES = ("wait", "host", "both")
+ADMITS = ("at_start", "on_hit")  # when a guess's copy takes a place in the cache
+ORDERS = ("by_layer", "by_score")  # of guesses that wait
 # of a copy that waits, or is under way
-LAYER, EXPERT, TARGET, ISSUED, DONE, SCORE = range(6)
+LAYER, EXPERT, TARGET, ISSUED, DONE, SCORE, RANK = range(7)
+LAST_RANK = -NEVER  # of an upload: behind all guesses
+# of a guess that lies beside the cache; its place there is written in `slot_LE` as BESIDE - place
+ARRIVES = 3
+BESIDE = -2
 # of the link
-FREE_NS, LANDING_NS, LANDING_GROUP, LANDING_SLOT, QUEUED, LAYER_IN_USE, EVENT_IN_USE, HEAD = range(
-    8
-)
+(
+    FREE_NS, LANDING_NS, LANDING_LAYER, LANDING_EXPERT, QUEUED, LAYER_IN_USE, EVENT_IN_USE, HEAD, N_BESIDE, SPENT,
+) = range(10)  # fmt: skip
 # counts
 COUNTS = (
     "now_ns", "compute_ns", "stall_ns", "late_stall_ns", "host_stall_ns", "link_ns", "demand_loads",
@@ -55,6 +61,11 @@ class Machine(NamedTuple):
     shared_per_1000: int  # of the host's memory bandwidth, what is left to it while a copy runs
     cancels: bool  # queued guesses about an event are dropped when its routing is known
     protects: bool  # a guess pushes nobody out who is guessed for the same event
+    landing: int = 0  # places beside the cache for guesses that enter it on a hit; 0: they take theirs at the start
+    budget_bytes: int = int(NEVER)  # that guesses may move in one step
+    by_score: bool = (
+        False  # the best guess that waits goes first, else the one about the nearest layer
+    )
 
 
 class Guesses(NamedTuple):
@@ -69,33 +80,44 @@ class Running(NamedTuple):
     """What a timed run has under way: it goes on from here with the next events."""
 
     link: NDArray[np.int64]
-    queue: NDArray[np.int64]  # [2 Q, 6], first come first, from `HEAD` on
-    queued_LE: NDArray[np.int64]  # 1 where an expert is in it
+    queue: NDArray[np.int64]  # [2 Q, 7], first come first, from `HEAD` on
+    beside: NDArray[np.int64]  # [places, 4], guesses that lie beside the cache
+    queued_LE: NDArray[np.uint8]  # 1 where an expert is in it
     ready_GN: NDArray[np.int64]  # when a slot's copy is complete
     ahead_GN: NDArray[np.int64]  # 1 where an expert was copied ahead and not used since
-    held_GN: NDArray[np.int64]  # 1 while a guess must not push it out
+    held_W: NDArray[np.int64]  # slots that a guess must not push out
     in_use_E: NDArray[np.int64]  # the event that an expert was last in use in
+    brought_E: NDArray[
+        np.int64
+    ]  # the event that an expert last came into the cache for, from beside it
     coming_LE: NDArray[np.int64]  # the access that next needs each, where the future is known
     counts: NDArray[np.int64]
-    scratch_4E: NDArray[np.int64]
+    order_I: NDArray[np.int64]  # of an event's accesses: as they stand; room for hits first
+    scratch_5E: NDArray[np.int64]
 
 
 def no_guesses() -> Guesses:
     return Guesses(np.empty((0, 0), np.int32), np.empty((0, 0), np.int64), 1)
 
 
-def running_of(pool: Pool, first_LE: NDArray[np.int64], *, waiting: int) -> Running:
-    link = np.zeros(8, np.int64)
+def running_of(
+    pool: Pool, first_LE: NDArray[np.int64], machine: Machine, guesses: Guesses
+) -> Running:
+    link, n_experts = np.zeros(SPENT + 1, np.int64), pool.slot_LE.shape[1]
     link[LANDING_NS], link[LAYER_IN_USE] = NEVER, -1
+    waiting = (guesses.ahead + 1) * guesses.ids_VW.shape[1] + machine.uploads
     return Running(
         link=link,
-        queue=np.zeros((2 * waiting, 6), np.int64),
-        queued_LE=np.zeros_like(pool.uses_LE),
+        queue=np.zeros((2 * waiting, RANK + 1), np.int64),
+        beside=np.zeros((max(1, machine.landing), ARRIVES + 1), np.int64),
+        queued_LE=np.zeros(pool.slot_LE.shape, np.uint8),
         ready_GN=np.zeros_like(pool.busy_GN),
         ahead_GN=np.zeros_like(pool.busy_GN),
-        held_GN=np.zeros_like(pool.busy_GN),
-        in_use_E=np.zeros(pool.slot_LE.shape[1], np.int64),
+        held_W=np.zeros(max(1, guesses.ids_VW.shape[1]), np.int64),
+        in_use_E=np.full(n_experts, -1, np.int64),
+        brought_E=np.full(n_experts, -1, np.int64),
         coming_LE=first_LE.copy(),
         counts=np.zeros(len(COUNTS), np.int64),
-        scratch_4E=np.zeros((4, pool.slot_LE.shape[1]), np.int64),
+        order_I=np.arange(2 * n_experts),
+        scratch_5E=np.zeros((5, n_experts), np.int64),
     )

@@ -6,6 +6,7 @@ It simulates nothing. L layers, G caches: one per layer, or one for all.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ from prefetch.sim.sizes import need_sizes, weights_of
 from prefetch.trace.card import ModelCard
 
 SCOPES = ("per_layer", "global")
+Split = Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]  # (rooms, sizes) -> rooms
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 AMOUNT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
@@ -88,11 +90,13 @@ def budget_of(
     staging: int = 2,
     predictor_bytes: int = 0,
     step_tokens: int = 2048,
+    split: Split | None = None,
 ) -> Budget:
     """`memory` is all that may be used of the GPU, and the cache what remains; or `cache` says how large that is.
 
     cache: a fraction of all experts (0.25, rounded down), experts per layer (16), or bytes (500MiB). `context` is the
-    tokens of each of `batch` requests; `step_tokens` those of the largest step, where engines cut prompts.
+    tokens of each of `batch` requests; `step_tokens` those of the largest step, where engines cut prompts. `split`:
+    shares the equal rooms of the layers in another way.
     """
     need_sizes(card)
     _check(scope, memory, cache, context=context, batch=batch, step_tokens=step_tokens)
@@ -112,6 +116,8 @@ def budget_of(
         room_G, size_L = _rooms_of_bytes(card, scope, cache_bytes)
     else:
         room_G, size_L = _rooms(card, scope, cache)
+    if split is not None:
+        room_G = split(room_G, size_L)
     if staging == 0 and min(_slots(room_G, size_L)) == 0:
         raise ConfigError("an expert has no place: no cache of one expert, and staging=0")
     unit = sizes_L[0] if size_L != sizes_L else 1

@@ -16,6 +16,7 @@ from prefetch.sim.memory import SCOPES
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import HIT, SEQUENTIAL
 from prefetch.sim.run import replay
+from prefetch.sim.told import told_of
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import plain_card
 from prefetch.trace.routing import DECODE, trace_of
@@ -76,7 +77,8 @@ def simulate(
         )
     rooms = [slots] * n_layers if scope == "per_layer" else [slots * n_layers]
     chosen = _named(policy) if isinstance(policy, str) else policy
-    outcome_A = replay(work, chosen, rooms, [1] * n_layers, known[semantics])
+    told = told_of(chosen, trace, work, len(rooms))
+    outcome_A = replay(work, chosen, rooms, [1] * n_layers, known[semantics], told=told)
     return Simulated(work, outcome_A == HIT)
 
 

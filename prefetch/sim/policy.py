@@ -17,6 +17,7 @@ State = NDArray[np.int64]
 BUSY = np.int64(2**63 - 1)  # of a slot that nobody may be evicted from: in use, in flight, or empty
 # For compiled functions that allocate nothing: arrays are not counted as used. numba hides this option from its hints.
 UNCOUNTED: dict[str, Any] = {"_nrt": False}
+ROWS = ("scores", "weights", "tokens", "guesses")  # what the rows that a policy is told may hold
 STAYS = -1  # instead of a victim: whoever was loaded is used and not kept
 FEW, BLOCK = (
     128,
@@ -32,7 +33,15 @@ class Seen(NamedTuple):
     entry: int  # which expert of which layer: layer * E + expert
     uses: int  # of this expert so far, evicted in between or not, this one counted
     next_use: int  # the access that needs it next; only where `needs` says "future"
-    score: int  # what the policy's own array says of it, in millionths; only where `needs` says so
+    score: (
+        int  # what the row that the policy is told of says of it; of a copy made ahead, its guess
+    )
+
+
+def ignore(
+    state: State, n_slots: int, step: int, layer: int, row_E: NDArray[np.int32], is_first: bool
+) -> None:
+    """`told` of a policy that is told nothing but uses."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,22 @@ class StateRules:
     filled: Callable[[State, int, int, Seen], None]  # (state, slots, slot, seen)
     used: Callable[[State, int, int, bool, Seen], None]  # ... and whether it was loaded just now
     victim: Callable[[State, int, NDArray[np.int64], Seen], int]  # seen: who comes in
+    # (state, slots, step, layer, row over the layer's experts, whether a new sequence begins), see `told`
+    told: Callable[[State, int, int, int, NDArray[np.int32], bool], None] = ignore
 
 
 Rules = KeyRules | StateRules
 
 
 class Policy(Protocol):
-    """Settings of a policy, and its rules. `needs`: future, scores, ... ; what is missing is an error."""
+    """Settings of a policy, and its rules. What is missing of its needs is an error.
 
-    needs: ClassVar[tuple[str, ...]]
+    needs: "future", the next use of everybody; "counts", uses in other requests; or one of `ROWS` (see `told`).
+    """
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
     after_use: ClassVar[bool]  # decides when all of an event are used: it may keep any of them
     rules: ClassVar[Rules]
 

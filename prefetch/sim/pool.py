@@ -14,6 +14,7 @@ from prefetch.sim.policy import BLOCK, BUSY, KeyRules, Policy, settings_of
 
 MISS, HIT, LATE = 0, 1, 2
 ATOMIC, SEQUENTIAL, OVERSHOOT, AFTER_USE = 0, 1, 2, 3
+UNTOLD, TOLD, FIRST = 0, 1, 2
 EMPTY = -1
 
 
@@ -27,6 +28,7 @@ class Pool(NamedTuple):
     slot_LE: NDArray[np.int32]
     entry_GN: NDArray[np.int64]  # layer * E + expert
     busy_GN: NDArray[np.int64]
+    idle_GN: NDArray[np.int64]  # what a slot's `busy` goes back to: 0, or BUSY of whoever is pinned
     state_GM: NDArray[np.int64]
     free_GN: NDArray[np.int32]  # a stack of free slots, the lowest on top
     n_free_G: NDArray[np.int64]
@@ -34,14 +36,29 @@ class Pool(NamedTuple):
     clock: NDArray[np.int64]  # [now, events so far]
 
 
+class Told(NamedTuple):
+    """What policies are told of events: a row over the experts of the layer, known `ahead` layers before the event.
+
+    The rows of a step's first layers are known with its first one's routing. Without rows both arrays are empty.
+    """
+
+    row_VE: NDArray[np.int32]
+    kind_V: NDArray[np.uint8]  # UNTOLD, TOLD, or FIRST: told, and the first of a sequence
+    ahead: int
+
+
+NOTHING_TOLD = Told(np.empty((0, 0), np.int32), np.empty(0, np.uint8), 0)
+
+
 class Events(NamedTuple):
-    """A run of whole events. `next_A` and `score_A` may be empty, where the policy looks at neither."""
+    """A run of whole events, where there are rows of whole steps; what the policy does not look at may be empty."""
 
     ids_A: NDArray[np.uint16]
     tokens_A: NDArray[np.int32]
     start_V: NDArray[np.int64]
     next_A: NDArray[np.int64]
     score_A: NDArray[np.int64]
+    told: Told = NOTHING_TOLD
 
 
 def pool_of(
@@ -80,6 +97,7 @@ def pool_of(
         slot_LE=np.full((n_layers, n_experts), EMPTY, np.int32),
         entry_GN=np.full((n_groups, n_slots), EMPTY, np.int64),
         busy_GN=np.full((n_groups, n_slots), BUSY, np.int64),
+        idle_GN=np.zeros((n_groups, n_slots), np.int64),
         state_GM=state_GM,
         free_GN=free_GN,
         n_free_G=is_slot_GN.sum(axis=1).astype(np.int64),

@@ -6,12 +6,24 @@ It shares with the engine the rules of policies and nothing else, and takes any 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.sim.policy import BUSY, KeyRules, Policy, Seen, settings_of
-from prefetch.sim.pool import AFTER_USE, ATOMIC, HIT, MISS, OVERSHOOT, SEQUENTIAL
+from prefetch.sim.pool import (
+    AFTER_USE,
+    ATOMIC,
+    FIRST,
+    HIT,
+    MISS,
+    NOTHING_TOLD,
+    OVERSHOOT,
+    SEQUENTIAL,
+    UNTOLD,
+    Told,
+)
 from prefetch.sim.workload import Workload, next_uses
 
 Entry = tuple[int, int]  # layer, expert
@@ -24,13 +36,17 @@ def replay(
     room_G: Sequence[int],
     size_L: Sequence[int],
     semantics: int = ATOMIC,
-    score_A: Sequence[int] = (),
+    **start: Any,
 ) -> list[int]:
-    """HIT or MISS of every access. `size_L` are units per expert, `room_G` units per cache: one, or one per layer."""
-    caches = Caches(work, policy, room_G, size_L, semantics, score_A)
+    """HIT or MISS of every access. `size_L` are units per expert, `room_G` units per cache: one, or one per layer.
+
+    `start`: rows that the policy is told, and who is there from the start, as `Caches` takes them.
+    """
+    caches = Caches(work, policy, room_G, size_L, semantics, **start)
     outcome = [MISS] * work.n_accesses
     for event in range(len(work.start_V) - 1):
         step, layer = divmod(event, work.card.n_layers)
+        caches.tell(event)
         for wave in caches.waves(range(work.start_V[event], work.start_V[event + 1]), layer):
             for a in wave:
                 outcome[a] = HIT if caches.has(caches.entry(a, layer)) else MISS
@@ -46,6 +62,7 @@ class Cache:
     ) -> None:
         self.rules, self.room, self.left, self.n_slots = policy.rules, room, room, n_slots
         self.slot: dict[Entry, int] = {}
+        self.pinned = set[Entry]()
         self.free = list(range(n_slots))[::-1]
         self.size: dict[int, int] = {}
         self.key = [0] * n_slots
@@ -55,7 +72,8 @@ class Cache:
 
     def evict(self, busy: Collection[Entry], seen: Seen) -> Entry | None:
         """Who leaves; None where nobody may."""
-        movable = {slot: entry for entry, slot in self.slot.items() if entry not in busy}
+        stays = {*busy, *self.pinned}
+        movable = {slot: entry for entry, slot in self.slot.items() if entry not in stays}
         if isinstance(self.rules, KeyRules):
             leaver = min(movable, key=lambda slot: (self.key[slot], slot), default=-1)
         else:
@@ -99,9 +117,12 @@ class Caches:
         room_G: Sequence[int],
         size_L: Sequence[int],
         semantics: int = ATOMIC,
-        score_A: Sequence[int] = (),
+        *,
+        told: Told = NOTHING_TOLD,
+        warm: Sequence[int] = (),
+        pinned: Sequence[int] = (),
     ) -> None:
-        card, self.work, self.size_L, self.score_A = work.card, work, size_L, score_A
+        card, self.work, self.size_L, self.told = work.card, work, size_L, told
         self.semantics = AFTER_USE if policy.after_use and semantics == ATOMIC else semantics
         self.next_A: NDArray[np.int64] | None = None
         self.coming: dict[Entry, int] = {}  # the access that next needs an expert
@@ -121,6 +142,35 @@ class Caches:
             most = room // min(size_L[layer] for layer in layers)
             slots, capacity = min(n_entries, most + spare), min(n_entries, most)
             self.caches.append(Cache(policy, room, slots, n_entries, capacity))
+        for cache in self.caches:
+            cache.pinned = {divmod(int(name), card.n_experts) for name in pinned}
+        self.start([divmod(int(name), card.n_experts) for name in (*pinned, *warm)])
+
+    def start(self, wished: Sequence[Entry]) -> None:
+        """As many as there is room for, in their order; whoever stands last is put in first."""
+        left, taken = [cache.room for cache in self.caches], dict[Entry, None]()
+        for entry in wished:
+            group, size = entry[0] if len(self.caches) > 1 else 0, self.size_L[entry[0]]
+            if entry not in taken and size <= left[group]:
+                left[group] -= size
+                taken[entry] = None
+        for entry in reversed(taken):
+            self.of(entry[0]).fill(entry, self.size_L[entry[0]], self.seen(entry, 0))
+
+    def tell(self, event: int) -> None:
+        """Policies that are told rows get those that are known with this event's routing."""
+        if not len(self.told.kind_V):
+            return
+        n_layers, ahead = self.work.card.n_layers, self.told.ahead
+        step, layer = divmod(event, n_layers)
+        for later in [*range(ahead)] * (layer == 0) + [ahead]:
+            if layer + later < n_layers and (kind := self.told.kind_V[event + later]) != UNTOLD:
+                cache, row_E = self.of(layer + later), self.told.row_VE[event + later]
+                if not isinstance(cache.rules, KeyRules):
+                    is_first = bool(kind == FIRST)
+                    cache.rules.told(
+                        cache.state, cache.n_slots, step, layer + later, row_E, is_first
+                    )
 
     def of(self, layer: int) -> Cache:
         return self.caches[layer if len(self.caches) > 1 else 0]
@@ -153,14 +203,18 @@ class Caches:
         *,
         pinned: Collection[Entry] = (),
         loads: bool = True,
+        brought: Collection[Entry] = (),
     ) -> list[Entry]:
-        """The missing take the places of others, all are used; who found a place. `loads`: misses are copied here."""
+        """The missing take the places of others, all are used; who found a place.
+
+        `loads`: misses are copied here; `brought`: who was copied beside the cache.
+        """
         cache, entries = self.of(layer), [self.entry(a, layer) for a in wave]
         busy = {*entries, *pinned}
         missing = [entry not in cache.slot for entry in entries]
         makes_room_first, placed = self.semantics in (ATOMIC, SEQUENTIAL), list[Entry]()
         for a, entry, is_missing in zip(wave, entries, missing, strict=True):
-            if is_missing and loads:
+            if is_missing and (loads or entry in brought):
                 seen = self.seen(entry, step, a)
                 if not makes_room_first or self.make_room(entry, busy, seen):
                     cache.fill(entry, self.size_L[layer], seen)
@@ -192,7 +246,8 @@ class Caches:
         coming = self.coming.get(entry, 0) if a is None else 0
         if a is not None and self.next_A is not None:
             coming = int(self.next_A[a])
-        if a is not None and len(self.score_A):
-            score = int(self.score_A[a])
+        if a is not None and len(self.told.kind_V):
+            event = step * self.work.card.n_layers + entry[0]
+            score = int(self.told.row_VE[event, entry[1]])
         name = entry[0] * self.work.card.n_experts + entry[1]
         return Seen(self.now, step, name, self.uses.get(entry, 0), coming, score)

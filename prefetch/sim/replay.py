@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from prefetch.sim.keyed import filled, released, used, victim
+from prefetch.sim.keyed import filled, released, tell, used, victim
 from prefetch.sim.policy import BUSY, UNCOUNTED, Seen
 from prefetch.sim.pool import ATOMIC, EMPTY, HIT, MISS, OVERSHOOT, SEQUENTIAL, Events, Pool
 
@@ -47,6 +47,7 @@ def one_by_one(events, pool, is_even, outcome_A):  # type: ignore[no-untyped-def
         if layer == n_layers:
             step, layer = step + 1, np.int64(0)
         group, size = np.uint64(group_L[layer]), size_L[layer]
+        tell(events.told, state_GM, group_L, n_slots, v, step * n_layers + layer)
         for access in range(start_V[v], start_V[v + 1]):
             a = np.uint64(access)
             entry = layer * n_experts + ids_A[a]
@@ -92,7 +93,7 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
     ids_A, start_V, next_A, score_A = events.ids_A, events.start_V, events.next_A, events.score_A
     group_L, size_L, room_G, left_G = pool.group_L, pool.size_L, pool.room_G, pool.left_G
     entry_GN, busy_GN, state_GM = pool.entry_GN, pool.busy_GN, pool.state_GM
-    free_GN, n_free_G, clock = pool.free_GN, pool.n_free_G, pool.clock
+    free_GN, n_free_G, clock, idle_GN = pool.free_GN, pool.n_free_G, pool.clock, pool.idle_GN
     slot_of, uses_of = pool.slot_LE.reshape(-1), pool.uses_LE.reshape(-1)
     n_layers, n_experts = pool.slot_LE.shape
     n_slots, wants_future, wants_score = busy_GN.shape[1], len(next_A) > 0, len(score_A) > 0
@@ -105,6 +106,7 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
             step, layer = step + 1, np.int64(0)
         first, n = start_V[v], start_V[v + 1] - start_V[v]
         group, size, base = np.uint64(group_L[layer]), size_L[layer], layer * n_experts
+        tell(events.told, state_GM, group_L, n_slots, v, step * n_layers + layer)
         shift, width = 0, max(1, n)
         if is_before and n * size > room_G[group]:
             _hits_first(ids_A, first, n, slot_of, base, order_I)
@@ -163,7 +165,7 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
                     seen = Seen(now, step, entry, uses_of[e], coming, score)
                     used(state_GM, group, n_slots, slot, outcome_A[a] == MISS, seen)
                     if semantics != OVERSHOOT:
-                        busy_GN[group, np.uint64(slot)] = 0
+                        busy_GN[group, np.uint64(slot)] = idle_GN[group, np.uint64(slot)]
                         released(state_GM, group, n_slots, slot)
             while left_G[group] < 0:
                 slot = np.int64(victim(state_GM, group, n_slots, busy_GN, nobody))
@@ -177,7 +179,7 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
                 for i in range(begin, end):
                     slot = np.int64(slot_of[base + ids_A[first + order_I[shift + i]]])
                     if slot >= 0:
-                        busy_GN[group, np.uint64(slot)] = 0
+                        busy_GN[group, np.uint64(slot)] = idle_GN[group, np.uint64(slot)]
                         released(state_GM, group, n_slots, slot)
     clock[0], clock[1] = now, event + len(start_V) - 1
 

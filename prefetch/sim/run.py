@@ -11,8 +11,19 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError, MissingData
 from prefetch.sim.compiled import engine
 from prefetch.sim.machine import COUNTS, Guesses, Machine, no_guesses, running_of
-from prefetch.sim.policy import Policy
-from prefetch.sim.pool import AFTER_USE, ATOMIC, OVERSHOOT, SEQUENTIAL, Events, Pool, pool_of
+from prefetch.sim.policy import ROWS, Policy
+from prefetch.sim.pool import (
+    AFTER_USE,
+    ATOMIC,
+    NOTHING_TOLD,
+    OVERSHOOT,
+    SEQUENTIAL,
+    Events,
+    Pool,
+    Told,
+    pool_of,
+)
+from prefetch.sim.start import NOBODY, fill
 from prefetch.sim.workload import Workload, next_uses
 
 NONE_A = np.empty(0, np.int64)
@@ -25,12 +36,20 @@ def replay(
     size_L: Sequence[int],
     semantics: int = ATOMIC,
     *,
-    score_A: NDArray[np.int64] = NONE_A,
+    told: Told = NOTHING_TOLD,
+    warm: NDArray[np.int64] = NOBODY,
+    pinned: NDArray[np.int64] = NOBODY,
 ) -> NDArray[np.uint8]:
-    """HIT or MISS of every access: no clock, no guesses. Sizes and rooms (one per layer, or one) are in units."""
+    """HIT or MISS of every access: no clock, no guesses. Sizes and rooms (one per layer, or one) are in units.
+
+    `told`: rows that the policy asks for. `warm`, `pinned`: entries (layer * E + expert) that are there from the
+    start, the most used first; those that are pinned stay.
+    """
     pool, semantics = prepared(work, policy, room_G, size_L, semantics)
+    events, first_LE = events_of(work, policy, told), first_uses_of(work, policy)
+    fill(pool, policy, first_LE, warm=warm, pinned=pinned)
     outcome_A = np.zeros(work.n_accesses, np.uint8)
-    engine(policy.rules).replay(events_of(work, policy, score_A), pool, semantics, outcome_A)
+    engine(policy.rules).replay(events, pool, semantics, outcome_A)
     return outcome_A
 
 
@@ -40,6 +59,10 @@ def prepared(
     """Empty caches, and the semantics that this policy runs under: one that decides after use does so."""
     if policy.after_use and semantics == ATOMIC:
         semantics = AFTER_USE
+    if semantics == OVERSHOOT and "counts" in policy.needs:
+        raise ConfigError(
+            f"{type(policy).__name__} never evicts, and semantics=overshoot makes room by it: use semantics=atomic"
+        )
     overshoots = semantics in (
         AFTER_USE,
         OVERSHOOT,
@@ -49,11 +72,26 @@ def prepared(
     return pool_of(policy, rooms, sizes, work.card.n_experts, spare=spare), semantics
 
 
-def events_of(work: Workload, policy: Policy, score_A: NDArray[np.int64] = NONE_A) -> Events:
-    if "scores" in policy.needs and not len(score_A):
-        raise MissingData(f"{type(policy).__name__} needs scores of the experts that are used")
+def events_of(work: Workload, policy: Policy, told: Told = NOTHING_TOLD) -> Events:
+    rows = [need for need in policy.needs if need in ROWS]
+    if rows and len(told.kind_V) != len(work.start_V) - 1:
+        raise MissingData(
+            f"{type(policy).__name__} needs {rows[0]}: a row for each of {len(work.start_V) - 1} events, "
+            f"found {len(told.kind_V)}; make them with prefetch.sim.told.told_of"
+        )
+    told, score_A = told if rows else NOTHING_TOLD, NONE_A
+    if rows:
+        event_A = np.repeat(np.arange(len(told.kind_V)), np.diff(work.start_V))
+        score_A = told.row_VE[event_A, work.ids_A].astype(np.int64)
     next_A = next_uses(work)[0] if "future" in policy.needs else NONE_A
-    return Events(work.ids_A, work.tokens_A, work.start_V, next_A, score_A)
+    return Events(work.ids_A, work.tokens_A, work.start_V, next_A, score_A, told)
+
+
+def first_uses_of(work: Workload, policy: Policy) -> NDArray[np.int64]:
+    """[L, E] the access that first needs each, for a policy that knows the future; else 0."""
+    if "future" in policy.needs:
+        return next_uses(work)[1]
+    return np.zeros((work.card.n_layers, work.card.n_experts), np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,43 +113,23 @@ def timed_replay(
     guesses: Guesses | None = None,
     semantics: int = ATOMIC,
     *,
-    score_A: NDArray[np.int64] = NONE_A,
-    warm: NDArray[np.int64] = NONE_A,
+    told: Told = NOTHING_TOLD,
+    warm: NDArray[np.int64] = NOBODY,
+    pinned: NDArray[np.int64] = NOBODY,
 ) -> Timed:
-    """The same with a clock, a link and guesses that are copied ahead.
-
-    `warm`: entries (layer * E + expert) that are there from the start, for a cache whose misses the host computes.
-    """
+    """The same with a clock, a link and guesses that are copied ahead."""
     if semantics == SEQUENTIAL:
         raise ConfigError(
             "semantics=sequential has no clock: the experts of an event are needed at once"
         )
     guesses = guesses or no_guesses()
     pool, semantics = prepared(work, policy, room_G, size_L, semantics)
-    _warm(pool, warm)
-    events, first_LE = events_of(work, policy, score_A), np.zeros_like(pool.uses_LE)
-    if "future" in policy.needs:
-        first_LE = next_uses(work)[1]
-    waiting = (guesses.ahead + 1) * guesses.ids_VW.shape[1] + machine.uploads
-    run = running_of(pool, first_LE, waiting=waiting)
+    events, first_LE = events_of(work, policy, told), first_uses_of(work, policy)
+    fill(pool, policy, first_LE, warm=warm, pinned=pinned)
+    run = running_of(pool, first_LE, machine, guesses)
     time_S, outcome_A = np.zeros(work.n_steps, np.int64), np.zeros(work.n_accesses, np.uint8)
     engine(policy.rules, "timed").timed(
         events, pool, semantics, machine, guesses, run, time_S, outcome_A
     )
     counts = dict(zip(COUNTS, run.counts.tolist(), strict=True))
     return Timed(time_S, outcome_A, counts, int((pool.slot_LE >= 0).sum()))
-
-
-def _warm(pool: Pool, entries: NDArray[np.int64]) -> None:
-    """Puts them in, in their order, as far as there is room."""
-    n_experts = pool.slot_LE.shape[1]
-    for entry in entries.tolist():
-        layer, expert = divmod(entry, n_experts)
-        group = int(pool.group_L[layer])
-        if pool.left_G[group] < pool.size_L[layer]:
-            continue
-        pool.n_free_G[group] -= 1
-        slot = int(pool.free_GN[group, pool.n_free_G[group]])
-        pool.slot_LE[layer, expert], pool.entry_GN[group, slot] = slot, entry
-        pool.busy_GN[group, slot] = 0
-        pool.left_G[group] -= pool.size_L[layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from prefetch.errors import ConfigError, MissingData
@@ -17,6 +18,20 @@ def need_sizes(card: ModelCard) -> None:
     """Recorded traces often know no sizes: what is missing is named before anything is counted."""
     if missing := [name for name in SIZES if getattr(card, name) is None]:
         raise MissingData(f"{card.name}: the model card does not say {', '.join(missing)}; {LEND}")
+
+
+def lent_to(lent: ModelCard, own: ModelCard) -> ModelCard:
+    """Sizes of the lent card on the layers of the trace: where those differ in number, of its first layer."""
+    sizes_L = lent.expert_bytes_L or ()
+    if lent.n_layers != own.n_layers:
+        sizes_L = (sizes_L[0],) * own.n_layers
+    return dataclasses.replace(
+        lent,
+        top_k=own.top_k,
+        layer_numbers=own.layer_numbers,
+        layer_stacks=own.layer_stacks,
+        expert_bytes_L=sizes_L,
+    )
 
 
 def weights_of(n_bytes: int, precision: str | None, card: ModelCard) -> int:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prefetch.sim.machine import BOTH, COUNTS, WAIT, Guesses, Machine
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import AFTER_USE, ATOMIC, EMPTY, HIT, LATE, MISS, OVERSHOOT
 from prefetch.sim.reference import Caches, Entry
-from prefetch.sim.workload import Workload
+from prefetch.sim.workload import NEVER, Workload
 
-NEVER_STALE = 10**15  # the event that an upload is meant for
+NEVER_STALE = int(NEVER)  # the event that an upload is meant for
 
 
 @dataclass(eq=False)
@@ -28,6 +29,10 @@ class Copy:
     issued_ns: int
     score: int
     chunks_done: int = 0
+
+    @property
+    def is_guess(self) -> bool:
+        return self.target < NEVER_STALE
 
 
 class TimedReplay:
@@ -42,9 +47,11 @@ class TimedReplay:
         machine: Machine,
         guesses: Guesses,
         semantics: int = ATOMIC,
+        **start: Any,
     ) -> None:
+        """`start`: rows that the policy is told, and who is there from the start, as `Caches` takes them."""
         self.work, self.machine, self.guesses = work, machine, guesses
-        self.caches = Caches(work, policy, room_G, size_L, semantics)
+        self.caches = Caches(work, policy, room_G, size_L, semantics, **start)
         self.caches.on_leave = self._left
         self.outcome, self.time_S = [MISS] * work.n_accesses, [0] * work.n_steps
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
@@ -55,11 +62,16 @@ class TimedReplay:
             Entry, int | None
         ] = {}  # copied ahead, not landed; None: chunks are missing
         self.unused: set[Entry] = set()  # copied ahead and not used since
+        self.beside: dict[
+            Entry, int
+        ] = {}  # copied ahead and not in the cache yet: the event that it is meant for
+        self.spent = 0  # bytes that guesses have moved in this step
 
     def run(self) -> TimedReplay:
         n_layers = self.work.card.n_layers
         for event in range(len(self.work.start_V) - 1):
             (step, layer), began = divmod(event, n_layers), self.now
+            self.spent = 0 if layer == 0 else self.spent
             if layer == 0 and self._guesses():
                 self.host = max(self.host, self.now)
                 for target in range(event, event + min(self.guesses.ahead, n_layers)):
@@ -67,6 +79,8 @@ class TimedReplay:
             accesses = range(self.work.start_V[event], self.work.start_V[event + 1])
             if accesses:
                 self._event(event, step, layer, accesses)
+            else:
+                self.caches.tell(event)
             self.time_S[step] += self.now - began
         self.counts["now_ns"] = self.now
         return self
@@ -87,22 +101,33 @@ class TimedReplay:
         }
         if self.machine.cancels:
             self._drop_stale(event)
+        caches.tell(event)
 
+        brought = {a for a, entry in entries.items() if entry in self.beside}
         order, missing, at_once = list[int](), list[int](), 0
         is_big = caches.is_big(accesses, layer)
         for number, wave in enumerate(caches.waves(accesses, layer)):
             order += wave
             for a in wave:
-                is_there = caches.has(entries[a])
+                is_there = caches.has(entries[a]) or a in brought
                 self.outcome[a] = LATE if a in arrival else HIT if is_there else MISS
                 missing += [] if is_there else [a]
                 if is_there and entries[a] in self.unused:
                     self.unused.discard(entries[a])
                     self.counts["prefetch_used"] += 1
             placed = caches.run(
-                wave, step, layer, pinned=set(self.arrives), loads=self.machine.miss_way == WAIT
+                wave,
+                step,
+                layer,
+                pinned=set(self.arrives),
+                loads=self.machine.miss_way == WAIT,
+                brought={entries[a] for a in brought},
             )
-            at_once += len(placed) if number == 0 else 0
+            if number == 0:
+                at_once = sum(entries[a] in placed for a in missing)
+        for a in brought:
+            del self.beside[entries[a]]
+        self._drop_beside(event, now)
 
         pinned = set(entries.values())
         gpu, done = now, list[int]()
@@ -177,30 +202,65 @@ class TimedReplay:
         self, until: int, step: int, pinned: Sequence[Entry] | set[Entry] | tuple[()]
     ) -> None:
         """Chunks of queued copies, as long as they begin before `until`."""
-        while self.queue:
-            copy = self.queue[0]
+        while copy := self._next():
             begin, layer = max(self.link_free, copy.issued_ns), copy.entry[0]
             if begin >= until:
                 return
             self._land(begin)
             if copy.chunks_done == 0 and not self._start(copy, step, pinned):
                 self.counts["prefetch_dropped"] += 1
-                self.queue.pop(0)
+                self.queue.remove(copy)
                 continue
             self._move(begin, layer, range(copy.chunks_done, copy.chunks_done + 1))
             copy.chunks_done += 1
             if copy.chunks_done == self._n_chunks(layer):
                 self.arrives[copy.entry] = self.link_free
                 self.counts["moved_bytes"] += int(self.machine.bytes_L[layer])
-                self.queue.pop(0)
+                self.queue.remove(copy)
+
+    def _next(self) -> Copy | None:
+        """Who has begun; else of those that may begin first the best, of equals the one that came first."""
+        for copy in self.queue:
+            if copy.chunks_done:
+                return copy
+        is_full = 0 < self.machine.landing == len(self.beside)  # guesses wait for a place
+        waiting = [copy for copy in self.queue if not (copy.is_guess and is_full)]
+        earliest = max(self.link_free, min((copy.issued_ns for copy in waiting), default=0))
+        may = [copy for copy in waiting if copy.issued_ns <= earliest]
+        return max(may, key=self._rank, default=None)
+
+    def _rank(self, copy: Copy) -> int:
+        if not copy.is_guess:
+            return -NEVER_STALE
+        return copy.score if self.machine.by_score else -copy.target
 
     def _start(
         self, copy: Copy, step: int, pinned: Sequence[Entry] | set[Entry] | tuple[()]
     ) -> bool:
-        """It takes its place when its first chunk moves."""
-        caches, layer = self.caches, copy.entry[0]
-        if caches.has(copy.entry):
+        """It takes its place when its first chunk moves: in the cache, or beside it."""
+        size = int(self.machine.bytes_L[copy.entry[0]]) if copy.is_guess else 0
+        if self._is_there(copy.entry):
             return False  # came on demand meanwhile
+        if self.spent + size > self.machine.budget_bytes:
+            return False
+        if copy.is_guess and self.machine.landing:
+            self.beside[copy.entry] = copy.target
+        elif not self._take_place(copy, step, pinned):
+            return False
+        self.spent += size
+        self.arrives[copy.entry] = None
+        self.unused.add(copy.entry)
+        self.counts["prefetch_loads"] += 1
+        return True
+
+    def _is_there(self, entry: Entry) -> bool:
+        return self.caches.has(entry) or entry in self.beside
+
+    def _take_place(
+        self, copy: Copy, step: int, pinned: Sequence[Entry] | set[Entry] | tuple[()]
+    ) -> bool:
+        """In the cache, in the place of others, where anybody may leave for it."""
+        caches, layer = self.caches, copy.entry[0]
         meant_for = min(step + 1, copy.target // self.work.card.n_layers)
         seen = caches.seen(copy.entry, meant_for, score=copy.score)
         held = set[Entry]()
@@ -209,9 +269,6 @@ class TimedReplay:
         if not caches.make_room(copy.entry, {*pinned, *self.arrives, *held}, seen):
             return False
         caches.of(layer).fill(copy.entry, caches.size_L[layer], seen)
-        self.arrives[copy.entry] = None
-        self.unused.add(copy.entry)
-        self.counts["prefetch_loads"] += 1
         return True
 
     def _promote(self, entry: Entry, now: int) -> int:
@@ -237,8 +294,18 @@ class TimedReplay:
             moved = min(whole, copy.chunks_done * self.machine.chunk_bytes)
             self.counts["moved_bytes"] += moved
             self.counts["wasted_bytes"] += moved - whole  # `_left` counts all of it
-            self.caches.of(copy.entry[0]).remove(copy.entry)
+            if self.beside.pop(copy.entry, None) is None:
+                self.caches.of(copy.entry[0]).remove(copy.entry)
             self._left(copy.entry)
+
+    def _drop_beside(self, event: int, now: int) -> None:
+        """What lies beside the cache and was meant for an event that did not ask for it; unless it is still copied."""
+        for entry, target in [*self.beside.items()]:
+            if target <= event and self.arrives.get(entry, 0) is not None:
+                del self.beside[entry]
+                self._left(entry)
+        if self.machine.landing:  # no guess that waited for a place begins before
+            self.link_free = max(self.link_free, now)
 
     def _enqueue(self, target: int) -> None:
         """Guesses about an event join the queue, where they are neither there nor queued."""
@@ -251,7 +318,7 @@ class TimedReplay:
             if expert == EMPTY or len(self.queue) == self.most_waiting:
                 return
             entry = (layer, expert)
-            if not self.caches.has(entry) and all(copy.entry != entry for copy in self.queue):
+            if not self._is_there(entry) and all(copy.entry != entry for copy in self.queue):
                 self.host += self.machine.issue_ns
                 self.queue.append(Copy(entry, target, self.host, score))
 

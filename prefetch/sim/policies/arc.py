@@ -14,14 +14,23 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from prefetch.sim.policies.rings import NEWER, OLDER, put, take
+from prefetch.sim.policies.rings import (
+    LENGTH,
+    NEWER,
+    NOWHERE,
+    QUEUE,
+    SLOT,
+    drop,
+    empty,
+    join,
+    node_of,
+    settle,
+)
 from prefetch.sim.policy import STAYS, Rules, Seen, State, StateRules
 
-# Lists, each a ring followed by its length; then two numbers; then a node per expert; then the node in every slot.
-T1, T2, B1, B2, LENGTH = 0, 3, 6, 9, 2
-ROOM, TARGET, NODES = 12, 13, 14
-LIST, SLOT, WIDE = 2, 3, 4  # of a node, behind its neighbours
-NOWHERE, FROM_B1, FROM_B2 = -1, -2, -3  # instead of a list; from: came back just now
+T1, T2, B1, B2 = 0, 3, 6, 9  # queues, see `rings`
+ROOM, TARGET, NODES, WIDE = 12, 13, 14, 4
+FROM_B1, FROM_B2 = -2, -3  # instead of a queue: came back just now
 UNIT = 2_329_089_562_800  # of the target, per slot: divided by anything up to 30 it is whole
 
 
@@ -30,37 +39,30 @@ def state_size(n_slots: int, n_entries: int) -> int:
 
 
 def start(state: State, capacity: int) -> None:
-    for ring in (T1, T2, B1, B2):
-        state[ring + OLDER], state[ring + NEWER] = ring, ring
+    empty(state, 4, NODES, WIDE)
     state[ROOM] = capacity
-    state[NODES + LIST :: WIDE] = NOWHERE  # also of slots: below any node
 
 
 def filled(state: State, n_slots: int, slot: int, seen: Seen) -> None:
-    node = _node(state, n_slots, seen)
-    before = state[len(state) - n_slots + slot]
-    if before >= NODES and state[before + SLOT] == slot and _is_here(state, before):
-        _drop(state, before)  # emptied by somebody else
-    if _is_here(state, node):
-        _drop(state, node)
+    node = node_of(state, n_slots, seen.entry, NODES, WIDE)
+    settle(state, n_slots, slot, node, NODES)
     _adapt(state, node)
-    _join(state, T1 if state[node + LIST] == NOWHERE else T2, node)
-    state[node + SLOT], state[len(state) - n_slots + slot] = slot, node
+    join(state, T1 if state[node + QUEUE] == NOWHERE else T2, node)
 
 
 def used(state: State, n_slots: int, slot: int, is_new: bool, seen: Seen) -> None:
     if not is_new:
-        node = _node(state, n_slots, seen)
-        _drop(state, node)
-        _join(state, T2, node)
+        node = node_of(state, n_slots, seen.entry, NODES, WIDE)
+        drop(state, node)
+        join(state, T2, node)
 
 
 def victim(state: State, n_slots: int, busy_N: NDArray[np.int64], seen: Seen) -> int:
     came_from = np.int64(NOWHERE)
     if seen.now > 0:
-        node = _node(state, n_slots, seen)
+        node = node_of(state, n_slots, seen.entry, NODES, WIDE)
         _adapt(state, node)
-        came_from = state[node + LIST]
+        came_from = state[node + QUEUE]
     is_remembered = True
     if came_from == NOWHERE:
         is_remembered = _forget_one(state)
@@ -71,42 +73,17 @@ def victim(state: State, n_slots: int, busy_N: NDArray[np.int64], seen: Seen) ->
 
 
 @njit(cache=True)
-def _node(state, n_slots, seen):  # type: ignore[no-untyped-def]
-    n_entries = (len(state) - n_slots - NODES) // WIDE
-    return NODES + WIDE * (seen.entry % n_entries)
-
-
-@njit(cache=True)
-def _is_here(state, node):  # type: ignore[no-untyped-def]
-    return state[node + LIST] == T1 or state[node + LIST] == T2
-
-
-@njit(cache=True)
-def _join(state, ring, node):  # type: ignore[no-untyped-def]
-    put(state, ring, node)
-    state[node + LIST] = ring
-    state[ring + LENGTH] += 1
-
-
-@njit(cache=True)
-def _drop(state, node):  # type: ignore[no-untyped-def]
-    take(state, node)
-    state[state[node + LIST] + LENGTH] -= 1
-    state[node + LIST] = NOWHERE
-
-
-@njit(cache=True)
 def _adapt(state, node):  # type: ignore[no-untyped-def]
     """Who comes back moves the target towards the list that should have kept it, once."""
     n_once, n_often = state[B1 + LENGTH], state[B2 + LENGTH]
-    if state[node + LIST] == B1:
+    if state[node + QUEUE] == B1:
         state[TARGET] = min(UNIT * state[ROOM], state[TARGET] + max(UNIT, _ratio(n_often, n_once)))
-        _drop(state, node)
-        state[node + LIST] = FROM_B1
-    elif state[node + LIST] == B2:
+        drop(state, node)
+        state[node + QUEUE] = FROM_B1
+    elif state[node + QUEUE] == B2:
         state[TARGET] = max(0, state[TARGET] - max(UNIT, _ratio(n_once, n_often)))
-        _drop(state, node)
-        state[node + LIST] = FROM_B2
+        drop(state, node)
+        state[node + QUEUE] = FROM_B2
 
 
 @njit(cache=True)
@@ -121,9 +98,9 @@ def _forget_one(state):  # type: ignore[no-untyped-def]
     if n_once >= state[ROOM]:
         if state[B1 + LENGTH] == 0:
             return False
-        _drop(state, state[B1 + NEWER])
+        drop(state, state[B1 + NEWER])
     elif n_once + state[T2 + LENGTH] + state[B2 + LENGTH] >= 2 * state[ROOM] and state[B2 + LENGTH]:
-        _drop(state, state[B2 + NEWER])
+        drop(state, state[B2 + NEWER])
     return True
 
 
@@ -133,9 +110,9 @@ def _evict(state, ring, other, busy_N, is_remembered):  # type: ignore[no-untype
         node = state[ring + NEWER]
         while node != ring:
             if busy_N[state[node + SLOT]] == 0:
-                _drop(state, node)
+                drop(state, node)
                 if is_remembered:
-                    _join(state, B1 if ring == T1 else B2, node)
+                    join(state, B1 if ring == T1 else B2, node)
                 return state[node + SLOT]
             node = state[node + NEWER]
         ring, other = other, ring

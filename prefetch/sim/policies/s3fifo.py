@@ -14,14 +14,25 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from prefetch.sim.policies.rings import NEWER, OLDER, put, take
+from prefetch.sim.policies.rings import (
+    LENGTH,
+    NEWER,
+    QUEUE,
+    SLOT,
+    drop,
+    empty,
+    join,
+    node_of,
+    put,
+    settle,
+    take,
+)
 from prefetch.sim.policy import STAYS, Rules, Seen, State, StateRules
 
-# Queues, each a ring followed by its length; then sizes; then a node per expert; then the node in every slot.
-SMALL, MAIN, GHOST, LENGTH = 0, 3, 6, 2
+SMALL, MAIN, GHOST = 0, 3, 6  # queues, see `rings`
 SMALL_ROOM, MAIN_ROOM, GHOST_ROOM, HAS_EVICTED, NODES = 9, 10, 11, 12, 13
-QUEUE, USES, SLOT, WIDE = 2, 3, 4, 5  # of a node, behind its neighbours
-NOWHERE, IN_SMALL, IN_MAIN, IN_GHOST, REMEMBERED = range(5)  # remembered: came back just now
+USES, WIDE = 4, 5  # of a node
+REMEMBERED = -2  # instead of a queue: came back just now
 TO_GO_ON, MOST_USES = 2, 3
 
 
@@ -30,38 +41,32 @@ def state_size(n_slots: int, n_entries: int) -> int:
 
 
 def start(state: State, capacity: int) -> None:
-    for queue in (SMALL, MAIN, GHOST):
-        state[queue + OLDER], state[queue + NEWER] = queue, queue
+    empty(state, 3, NODES, WIDE)
     state[SMALL_ROOM] = max(1, capacity // 10)
     state[MAIN_ROOM] = capacity - state[SMALL_ROOM]
     state[GHOST_ROOM] = capacity * 9 // 10
 
 
 def filled(state: State, n_slots: int, slot: int, seen: Seen) -> None:
-    node = _node(state, n_slots, seen)
-    before = state[len(state) - n_slots + slot]
-    if before and _is_here(state, before) and state[before + SLOT] == slot:
-        _drop(state, before)  # emptied by somebody else
-    if _is_here(state, node):
-        _drop(state, node)
+    node = node_of(state, n_slots, seen.entry, NODES, WIDE)
+    settle(state, n_slots, slot, node, NODES)
     _recall(state, node)
     is_full = state[SMALL + LENGTH] >= state[SMALL_ROOM]
     if state[node + QUEUE] == REMEMBERED or (is_full and state[HAS_EVICTED] == 0):
-        _join(state, MAIN, IN_MAIN, node)
+        join(state, MAIN, node)
     else:
-        _join(state, SMALL, IN_SMALL, node)
-    state[node + USES], state[node + SLOT] = 0, slot
-    state[len(state) - n_slots + slot] = node
+        join(state, SMALL, node)
+    state[node + USES] = 0
 
 
 def used(state: State, n_slots: int, slot: int, is_new: bool, seen: Seen) -> None:
     if not is_new:
-        state[_node(state, n_slots, seen) + USES] += 1
+        state[node_of(state, n_slots, seen.entry, NODES, WIDE) + USES] += 1
 
 
 def victim(state: State, n_slots: int, busy_N: NDArray[np.int64], seen: Seen) -> int:
     if seen.now > 0:
-        _recall(state, _node(state, n_slots, seen))
+        _recall(state, node_of(state, n_slots, seen.entry, NODES, WIDE))
     state[HAS_EVICTED] = 1
     if state[MAIN + LENGTH] > state[MAIN_ROOM] or state[SMALL + LENGTH] == 0:
         slot = _from_main(state, busy_N)
@@ -74,35 +79,10 @@ def victim(state: State, n_slots: int, busy_N: NDArray[np.int64], seen: Seen) ->
 
 
 @njit(cache=True)
-def _node(state, n_slots, seen):  # type: ignore[no-untyped-def]
-    n_entries = (len(state) - n_slots - NODES) // WIDE
-    return NODES + WIDE * (seen.entry % n_entries)
-
-
-@njit(cache=True)
-def _is_here(state, node):  # type: ignore[no-untyped-def]
-    return state[node + QUEUE] == IN_SMALL or state[node + QUEUE] == IN_MAIN
-
-
-@njit(cache=True)
-def _join(state, queue, name, node):  # type: ignore[no-untyped-def]
-    put(state, queue, node)
-    state[node + QUEUE] = name
-    state[queue + LENGTH] += 1
-
-
-@njit(cache=True)
-def _drop(state, node):  # type: ignore[no-untyped-def]
-    take(state, node)
-    state[SMALL + LENGTH + (state[node + QUEUE] - IN_SMALL) * (MAIN - SMALL)] -= 1
-    state[node + QUEUE] = NOWHERE
-
-
-@njit(cache=True)
 def _recall(state, node):  # type: ignore[no-untyped-def]
     """Who is remembered leaves the memory before anybody else joins it."""
-    if state[node + QUEUE] == IN_GHOST:
-        _drop(state, node)
+    if state[node + QUEUE] == GHOST:
+        drop(state, node)
         state[node + QUEUE] = REMEMBERED
 
 
@@ -112,11 +92,11 @@ def _from_small(state, busy_N):  # type: ignore[no-untyped-def]
     while node != SMALL:
         newer = state[node + NEWER]
         if busy_N[state[node + SLOT]] == 0:
-            _drop(state, node)
+            drop(state, node)
             if state[node + USES] < TO_GO_ON:
                 _remember(state, node)
                 return state[node + SLOT]
-            _join(state, MAIN, IN_MAIN, node)
+            join(state, MAIN, node)
             state[node + USES] = 0
         node = newer
     return STAYS
@@ -129,7 +109,7 @@ def _from_main(state, busy_N):  # type: ignore[no-untyped-def]
         newer = state[node + NEWER]
         if busy_N[state[node + SLOT]] == 0:
             if state[node + USES] == 0:
-                _drop(state, node)
+                drop(state, node)
                 return state[node + SLOT]
             state[node + USES] = min(state[node + USES], MOST_USES) - 1
             take(state, node)
@@ -145,8 +125,8 @@ def _remember(state, node):  # type: ignore[no-untyped-def]
     if state[GHOST_ROOM] == 0:
         return
     while state[GHOST + LENGTH] >= state[GHOST_ROOM]:
-        _drop(state, state[GHOST + NEWER])
-    _join(state, GHOST, IN_GHOST, node)
+        drop(state, state[GHOST + NEWER])
+    join(state, GHOST, node)
 
 
 @dataclass(frozen=True)

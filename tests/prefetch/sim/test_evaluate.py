@@ -19,12 +19,12 @@ from prefetch.tracking import NoTracker, Outputs
 PROMISED = {
     "hit_rate", "late_hit_rate", "stall_fraction", "tpot_ms", "speedup_over_static_split", "memory_savings",
     "memory_savings_at_5pct", "memory_savings_at_25pct", "bytes_per_token", "wasted_prefetch_bytes_per_token",
-    "link_utilisation", "gap_closed", "capacity_token_cycles",
+    "link_utilisation", "gap_closed", "capacity_token_cycles", "break_even_recall",
 }  # fmt: skip
 SMALL = (
     "source=synthetic", "source.n_requests=12", "source.prompt_tokens=6", "source.new_tokens=20", "source.n_layers=4",
     "source.n_experts=8", "source.top_k=2", "simulator.model_card=mixtral_8x7b", "train.horizons=[1,2]",
-    "simulator.horizon=2", "simulator.cache=0.5",
+    "simulator.horizon=2", "simulator.cache=0.5", "evaluate.figures=false", "evaluate.required_recall=false",
 )  # fmt: skip
 
 
@@ -39,7 +39,8 @@ def evaluated(tmp_path: Path, *words: str) -> tuple[dict[str, float], pd.DataFra
 
 
 def test_every_number_that_is_promised_and_the_rows_beside(tmp_path):
-    metrics, table, summary = evaluated(tmp_path, "predictor=markov")
+    words = ("predictor=markov", "evaluate.required_recall=true")
+    metrics, table, summary = evaluated(tmp_path, *words)
     assert set(metrics) >= PROMISED
     ways = set(table.way)
     assert ways >= {
@@ -53,6 +54,19 @@ def test_every_number_that_is_promised_and_the_rows_beside(tmp_path):
     assert (table[table.way == "curve"].memory_savings.diff().dropna() < 0).all()
     assert (table.hit_rate_low.dropna() <= table.hit_rate[table.hit_rate_low.notna()]).all()
     assert "no bound" in summary and "the routing is synthetic" in summary
+    needed = pd.read_parquet(tmp_path / "run0" / "required_recall.parquet")
+    assert len(needed) == 3 * 11 and (tmp_path / "run0" / "required_recall.csv").exists()
+    assert set(needed) >= {
+        "bandwidth_factor", "recall", "tpot_ms", "no_prefetch_tpot_ms", "break_even_recall", "steps", "of_steps",
+    }  # fmt: skip
+    this = needed[needed.bandwidth_factor == 1]
+    assert metrics["break_even_recall"] == this.break_even_recall.iloc[0]
+    assert f"from a recall of {metrics['break_even_recall']:.2f} on" in summary
+    assert this.no_prefetch_tpot_ms.iloc[0] == one.tpot_ms["no prefetch"]
+    assert this[this.recall == 1].tpot_ms.item() <= this.no_prefetch_tpot_ms.iloc[0]
+    assert (
+        needed.groupby("bandwidth_factor").no_prefetch_tpot_ms.first().diff().dropna() < 0
+    ).all()
 
 
 def test_a_grid_has_a_row_per_cell_and_the_same_numbers_twice(tmp_path):
@@ -110,9 +124,23 @@ def test_guesses_that_are_true_leave_fewer_misses_than_none(tmp_path):
         (("memory=3GiB",), "dense"),
         (("predictor=markov", "simulator.width=9"), "width"),
         (("simulator.width=0",), "simulator.width=0: must be at least 1"),
+        (("evaluate.policies=[]",), r"evaluate.policies=\[\]: names nothing to evaluate"),
+        (("evaluate.predictors=[]",), r"evaluate.predictors=\[\]: names nothing"),
+        (("evaluate.capacities=[]",), r"evaluate.capacities=\[\]: names nothing"),
+        (("evaluate.horizons=[]",), r"evaluate.horizons=\[\]: names nothing"),
+        (("evaluate.horizons=[0]",), r"evaluate.horizons=\[0\]: each must be at least 1"),
+        (("evaluate.workers=0",), "evaluate.workers=0: must be at least 1"),
+        (("memory=20GiB", "evaluate.capacities=[0.5]"), "the memory leaves one capacity"),
         (("predictor=markov", "simulator.threshold=0.5"), "no probabilities"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path, words, said):
     with pytest.raises(ConfigError, match=said):
         evaluated(tmp_path, "predictor=popularity", *words)
+
+
+def test_guesses_with_negative_scores_are_copied(tmp_path):
+    """`markov2` scores in logits, all below 0: every one of its guesses was dropped at threshold 0."""
+    _, table, _ = evaluated(tmp_path, "predictor=markov2")
+    copied = table.set_index("way").prefetch_loads
+    assert copied["chosen"] > 0 and copied["no prefetch"] == 0

@@ -1,0 +1,177 @@
+"""What a table of cells says in numbers and words: the headline, the warnings, the summary that a person reads.
+
+It runs nothing: every number is in the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from prefetch.sim.bench import Bench
+
+CHOSEN, ALONE, OPTIMUM, CURVE = "chosen", "no prefetch", "optimum", "curve"
+SLOWDOWNS = (0.05, 0.25, 0.5, 1.0)
+HEADLINE = (
+    "hit_rate", "late_hit_rate", "stall_fraction", "tpot_ms", "tpot_bound_ms", "memory_savings", "bytes_per_token",
+    "wasted_prefetch_bytes_per_token", "link_utilisation", "gap_closed", "capacity_token_cycles", "slowdown",
+    "ttft_ms", "tokens_per_s",
+)  # fmt: skip
+SHOWN = (
+    "hit_rate", "late_hit_rate", "tpot_ms", "slowdown", "memory_savings", "link_utilisation", "stall_fraction",
+)  # fmt: skip
+SATURATED = 0.9  # of the time that the link is busy
+
+
+def gap_closed(table: pd.DataFrame) -> pd.Series:
+    """Of the gap in hit rate between LRU and the optimum at the same capacity."""
+    by = table.drop_duplicates(["capacity", "way"]).set_index(["capacity", "way"]).hit_rate
+    closed = []
+    for row in table.to_dict("records"):
+        low, high = (by.get((row["capacity"], way), np.nan) for way in ("lru", OPTIMUM))
+        closed.append((row["hit_rate"] - low) / (high - low) if high > low else np.nan)
+    return pd.Series(closed, table.index)
+
+
+def chosen_row(bench: Bench, table: pd.DataFrame) -> pd.Series:
+    """The cell that the root names; of a grid that does not hold it, the first."""
+    cells = table[table.way == CHOSEN]
+    for name, value in bench.root.items():
+        cells = cells[cells[name] == value] if (cells[name] == value).any() else cells
+    return cells.iloc[0]
+
+
+def headline(table: pd.DataFrame, chosen: pd.Series, needed: pd.DataFrame) -> dict[str, float]:
+    metrics = {name: float(chosen[name]) for name in HEADLINE}
+    static_ms = _beside(table, chosen)["static split by layer"]
+    metrics["speedup_over_static_split"] = static_ms / metrics["tpot_ms"]
+    metrics["break_even_recall"] = break_even_of(needed)
+    curve = table[table.way == CURVE]
+    for most in SLOWDOWNS:
+        fitting = curve[curve.slowdown <= 1 + most].memory_savings
+        metrics[f"memory_savings_at_{most:.0%}".replace("%", "pct")] = (
+            float(fitting.max()) if len(fitting) else 0.0
+        )
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def break_even_of(needed: pd.DataFrame) -> float:
+    """On the link as it is; NaN where no recall suffices, or nobody asked."""
+    if needed.empty:
+        return math.nan
+    return float(needed[needed.bandwidth_factor == 1].break_even_recall.iloc[0])
+
+
+def _beside(table: pd.DataFrame, chosen: pd.Series) -> dict[str, float]:
+    """Milliseconds per token of the ways beside a cell: at its capacity, without guesses also with its policy."""
+    same = table[table.capacity == chosen["capacity"]]
+    alone = same[(same.predictor == "none") & (same.policy == chosen["policy"])]
+    alone = alone[alone.way.isin([CHOSEN, ALONE])]
+    ways = {str(row.way): float(row.tpot_ms) for row in same[same.way != CHOSEN].itertuples()}
+    return ways | {ALONE: float(alone.tpot_ms.iloc[0])}
+
+
+def warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[str]:
+    """Where a result would mislead."""
+    same, tpot_ms = _beside(table, chosen), float(chosen["tpot_ms"])
+    if chosen["capacity_token_cycles"] < 1:
+        so = (
+            "a global LRU never hits there"
+            if bench.simulator.scope == "global"
+            else "in some layers what a token needs goes through it in parts"
+        )
+        yield f"the cache holds {chosen['capacity_token_cycles']:.2f} of what one token touches: {so}"
+    if chosen["link_utilisation"] > SATURATED:
+        delay = "would delay" if chosen["predictor"] == "none" else "delay"
+        yield (
+            f"the link is busy {chosen['link_utilisation']:.0%} of the time: copies made ahead {delay} what is needed"
+        )
+    if same[ALONE] < tpot_ms:
+        yield f"prefetch is slower than none: {tpot_ms:.2f} ms against {same[ALONE]:.2f} ms per token"
+    if same["host compute"] < tpot_ms:
+        yield (
+            f"computing misses on the host is faster: {same['host compute']:.2f} ms against {tpot_ms:.2f} ms"
+        )
+    if bench.work.is_teacher_forced:
+        yield "prompts are replayed token by token, as if they had been generated (teacher-forced)"
+    if bench.reader.provenance.kind == "synthetic":
+        yield "the routing is synthetic: no number here is about a model"
+
+
+def summary(bench: Bench, table: pd.DataFrame, needed: pd.DataFrame, told: list[str]) -> str:
+    lines = [
+        f"# {bench.reader.card.name} on {bench.hardware.name} (simulated, {bench.hardware.kind})",
+        "",
+        said(bench),
+        "",
+        "| way | policy | predictor | capacity | hits | late | ms per token | bound |",
+        "|" + "---|" * 8,
+    ]
+    for row in table[table.way != CURVE].to_dict("records"):
+        bound = "no bound" if math.isnan(row["tpot_bound_ms"]) else f"{row['tpot_bound_ms']:.2f}"
+        lines.append(
+            f"| {row['way']} | {row['policy']} | {_marked(row)} | {row['capacity']} | {row['hit_rate']:.3f} | "
+            f"{row['late_hit_rate']:.3f} | {row['tpot_ms']:.2f} | {bound} |"
+        )
+    lines += ["", *_recall_words(needed)]
+    return "\n".join([*lines, *(f"* {text}" for text in told), ""])
+
+
+def _recall_words(needed: pd.DataFrame) -> list[str]:
+    """How good guesses must be, at every bandwidth that was tried."""
+    if needed.empty:
+        return []
+    one, words = needed.iloc[0], list[str]()
+    for factor, rows in needed.groupby("bandwidth_factor"):
+        least, ms = rows.break_even_recall.iloc[0], rows.sort_values("recall").tpot_ms.iloc[-1]
+        link = "this link" if factor == 1 else f"{factor:g} times its bandwidth"
+        pays = f"from a recall of {least:.2f} on" if np.isfinite(least) else "at no recall"
+        words.append(
+            f"{link}: {pays} ({rows.no_prefetch_tpot_ms.iloc[0]:.2f} ms without, {ms:.2f} ms with true ones)"
+        )
+    steps = "" if one.steps == one.of_steps else f", the first {one.steps} of {one.of_steps} steps"
+    return [
+        f"**Break-even recall** (guesses {one.horizon} layers ahead, policy {one.policy}, cache {one.capacity}"
+        f"{steps}): copying ahead pays with {'; '.join(words)}.",
+        "",
+    ]
+
+
+def source(bench: Bench) -> str:
+    """What a figure says of where it comes from."""
+    return (
+        f"{bench.reader.card.name} ({bench.reader.provenance.kind} routing), sizes of {bench.card.name}, on "
+        f"{bench.hardware.name}: simulated ({bench.hardware.kind})"
+    )
+
+
+def said(bench: Bench) -> str:
+    work = bench.work
+    return (
+        f"{work.n_steps} steps, {int(work.decode_S.sum())} generated tokens, semantics {bench.simulator.semantics}, "
+        f"batch {bench.simulator.batch}; sizes of {bench.card.name} ({bench.card.expert_precision}); "
+        f"all resident {bench.full_ns / 1e6:.2f} ms per token"
+    )
+
+
+def show(bench: Bench, table: pd.DataFrame) -> None:
+    title = f"{bench.reader.card.name} on {bench.hardware.name}, simulated ({bench.hardware.kind}); {said(bench)}"
+    shown = Table(title=Text(title), title_justify="left")
+    for name in ("way", "policy", "predictor", "capacity", *SHOWN):
+        shown.add_column(name)
+    for row in table[table.way != CURVE].to_dict("records"):
+        cells = [str(row["way"]), str(row["policy"]), _marked(row), str(row["capacity"])]
+        shown.add_row(*map(Text, cells), *(f"{row[name]:.3f}" for name in SHOWN))
+    Console(width=max(160, Console().width)).print(shown)
+
+
+def _marked(row: Any) -> str:
+    return f"{row['predictor']} ({row['mark']})" if row["mark"] else str(row["predictor"])

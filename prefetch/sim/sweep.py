@@ -1,0 +1,180 @@
+"""Runs the cells of a table, several at a time, and keeps every row at once: an interrupted run goes on where it was.
+
+It knows no stage and no policy. A row is kept under a digest of everything that it depends on, array by array, in a
+folder of this version of the simulator's code; whatever else is found there is made anew. Compiled engines let go of
+the interpreter while they run, so that threads are enough.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefetch.artifacts import UNFINISHED, library_version, sha256_of
+from prefetch.progress import Progress
+
+log = logging.getLogger(__name__)
+VERSION = 1  # raise it when rows mean something else and no file says so
+HERE = Path(__file__).parent
+# of this folder, what shows rows and makes none; a file that is not named here is taken to make them
+SHOWING = ("evaluate", "gallery", "notebook", "panels", "pictures", "summary", "sweep", "timeline")
+BESIDE = ("scoring.py", "agreement.py")  # intervals
+LIBRARIES = ("numpy", "numba", "python")
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One row: how it is made, and everything that it depends on."""
+
+    run: Callable[[], Mapping[str, Any]]
+    depends: Any
+
+
+class Kept:
+    """Finished rows in a store, a file each. What is damaged or another's is told and made anew."""
+
+    def __init__(self, root: Path) -> None:
+        # the name of what an interrupted build leaves: `artifacts.remove=unused` clears it away
+        self.folder = root / "cells" / f".{code_key()}{UNFINISHED}"
+        self._digests: dict[int, tuple[weakref.ref[Any], bytes]] = {}
+        self._is_writable = True
+
+    def key(self, job: Job) -> str:
+        digest = hashlib.sha256()
+        self._feed(digest, job.depends)
+        return digest.hexdigest()[:24]
+
+    def find(self, key: str) -> Row | None:
+        path = self.folder / f"{key}.json"
+        try:
+            told = json.loads(path.read_text())
+            row: Row = told["row"]
+            if told["key"] != key or told["sum"] != _sum(row):
+                raise ValueError("it is of another cell, or was changed")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("%s: cannot be used (%s); the cell is run again", path, error)
+            return None
+        return row
+
+    def keep(self, key: str, row: Row) -> None:
+        if not self._is_writable:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = {"key": key, "sum": _sum(row), "row": row}
+            temporary = self.folder / f"{key}.{os.getpid()}.{threading.get_ident()}.part"
+            temporary.write_text(json.dumps(text) + "\n")
+            temporary.replace(self.folder / f"{key}.json")
+        except OSError as error:
+            self._is_writable = False
+            log.warning("%s: rows cannot be kept (%s); the run goes on", self.folder, error)
+
+    def _feed(self, digest: Any, value: Any) -> None:
+        """Everything that tells two values apart, and nothing that differs from run to run."""
+        if isinstance(value, np.ndarray):
+            digest.update(self._of_array(value))
+        elif value is None or isinstance(value, (bool, int, float, str, np.generic)):
+            digest.update(f"{type(value).__name__}:{value!r};".encode())
+        elif isinstance(value, Mapping):
+            self._feed(digest, [(str(name), value[name]) for name in value])
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{type(value).__name__}[{len(value)}".encode())
+            for part in value:
+                self._feed(digest, part)
+        else:
+            kind = type(value)
+            digest.update(f"{kind.__module__}.{kind.__qualname__}{_own_source(kind)}".encode())
+            self._feed(digest, _parts(value))
+
+    def _of_array(self, array: np.ndarray[Any, Any]) -> bytes:
+        """Cells share their largest arrays: those are read once."""
+        known = self._digests.get(id(array))
+        if known is None or known[0]() is not array:
+            content = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+            content.update(np.ascontiguousarray(array).data)
+            known = self._digests[id(array)] = (weakref.ref(array), content.digest())
+        return known[1]
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value):
+        return {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+    if not hasattr(value, "__dict__"):
+        raise TypeError(f"{type(value).__name__}: cannot be told from another of its kind")
+    return vars(value)
+
+
+def _own_source(kind: type[Any]) -> str:
+    """Of a class of one's own, its file: whoever changes it gets new rows."""
+    if kind.__module__.startswith("prefetch."):
+        return ""
+    try:
+        return sha256_of(Path(inspect.getfile(kind)))
+    except (TypeError, OSError):
+        return ""  # built into Python, or typed into a notebook
+
+
+@cache
+def code_key() -> str:
+    """Of the simulator's code, and of the libraries that can change what it counts."""
+    paths = [path for path in sorted(HERE.rglob("*.py")) if path.stem not in SHOWING]
+    paths += [HERE.parent / name for name in BESIDE if (HERE.parent / name).is_file()]
+    told = {str(path.relative_to(HERE.parent)): sha256_of(path) for path in paths}
+    told |= {name: library_version(name) for name in LIBRARIES}
+    return hashlib.sha256(json.dumps([VERSION, told]).encode()).hexdigest()[:16]
+
+
+def _sum(row: Row) -> str:
+    return hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_all(
+    jobs: Sequence[Job], kept: Kept, *, workers: int | None = None, title: str = "evaluating"
+) -> list[Row]:
+    """The rows in the order of their jobs, whoever was finished first."""
+    keys = [kept.key(job) for job in jobs]
+    rows = [kept.find(key) for key in keys]
+    todo = [i for i, row in enumerate(rows) if row is None]
+    if len(todo) < len(jobs):
+        log.info("%s: %d of %d cells were run before", title, len(jobs) - len(todo), len(jobs))
+
+    def made(i: int) -> Row:
+        row = {name: _plain(value) for name, value in jobs[i].run().items()}
+        kept.keep(keys[i], row)
+        return row
+
+    pool = ThreadPoolExecutor(workers or cores(), thread_name_prefix="cell")
+    try:
+        with Progress(title, len(todo), "cells") as progress:
+            place: dict[Future[Row], int] = {pool.submit(made, i): i for i in todo}
+            for done in as_completed(place):
+                rows[place[done]] = done.result()
+                progress.advance(1)
+    finally:  # interrupted: cells that have begun are finished and kept, no other begins
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [row for row in rows if row is not None]
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a file, so that a row that is found equals one that is made."""
+    return value.item() if isinstance(value, np.generic) else value

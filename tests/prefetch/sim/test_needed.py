@@ -1,0 +1,98 @@
+"""Guesses of a set recall, and the recall from which on they pay."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefetch.sim.excerpt import first_requests, work_of
+from prefetch.sim.needed import Noise, break_even, with_link
+from prefetch.sim.policies.lru import Lru
+from prefetch.sim.run import timed_replay
+from tests.prefetch.sim.test_costs import machine as hardware
+from tests.prefetch.sim.test_replay import drawn
+from tests.prefetch.sim.test_timed import machine_of, true_ids
+
+HARDWARE = hardware()
+
+
+def sets(ids_VW):
+    return [{e for e in row if e >= 0} for row in ids_VW.tolist()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 3]), st.sampled_from(["auto", "decode"]))
+def test_guesses_of_a_recall(seed, batch, phase):
+    work = drawn(seed, n_tokens=40, batch=batch, phase=phase)
+    noise, true = Noise(work, seed), sets(true_ids(work, work.card.n_experts))
+    is_guessed = np.repeat(work.prefill_S == 0, work.card.n_layers)
+    before = [set()] * len(true)
+    for recall in (0.0, 0.3, 0.7, 1.0):
+        guesses = noise.guesses(recall, 2)
+        told = sets(guesses.ids_VW)
+        for v, (own, needed) in enumerate(zip(told, true, strict=True)):
+            row = guesses.ids_VW[v]
+            assert (np.diff((row < 0).astype(int)) >= 0).all()  # nobody stands last
+            if not is_guessed[v]:
+                assert not own
+                continue
+            assert len(own) == (row >= 0).sum()  # nobody twice
+            assert before[v] <= own & needed  # a higher recall only adds true ones
+            wrong = work.card.n_experts - len(needed)
+            assert len(own) >= min(len(needed), wrong) or recall > 0
+            if recall in (0.0, 1.0):
+                assert own & needed == (needed if recall else set())
+        before = [own & needed for own, needed in zip(told, true, strict=True)]
+        assert (guesses.score_VW == guesses.score_VW.flat[0]).all()
+
+
+def test_the_share_that_is_true_is_the_recall():
+    work = drawn(3, n_tokens=400, phase="decode")
+    true = sets(true_ids(work, work.card.n_experts))
+    for recall in (0.2, 0.5, 0.9):
+        told = sets(Noise(work, 1).guesses(recall, 1).ids_VW)
+        hit = sum(len(a & b) for a, b in zip(told, true, strict=True))
+        assert hit / sum(map(len, true)) == pytest.approx(recall, abs=0.05)  # some 2,000 draws
+    one, again, other = (Noise(work, seed).guesses(0.5, 1).ids_VW for seed in (1, 1, 2))
+    assert (one == again).all() and (one != other).any()
+
+
+def test_break_even_in_closed_form():
+    recalls = [0.0, 0.5, 1.0]
+    assert break_even(recalls, [14, 10, 6], 9) == pytest.approx(0.5 + 0.5 * 1 / 4)
+    assert break_even(recalls, [14, 10, 6], 6) == 1.0
+    assert break_even(recalls, [8, 7, 6], 9) == 0.0
+    assert math.isnan(break_even(recalls, [14, 12, 11], 9))
+    assert break_even(recalls, [8, 10, 6], 9) == pytest.approx(0.5 + 0.5 * 1 / 4)  # from then on
+    assert break_even(recalls, [9, 9, 9], 9) == 0.0
+
+
+def test_a_faster_link_only_moves_faster():
+    twice = with_link(HARDWARE, 2.0)
+    size = 10_000_000
+    moving, faster = (one.link.pinned.moving_ns(size) for one in (HARDWARE, twice))
+    assert abs(faster - moving / 2) <= 1 and twice.link.latency_ns == HARDWARE.link.latency_ns
+    assert twice.device == HARDWARE.device and twice.host == HARDWARE.host
+    assert with_link(HARDWARE, 1.0) == HARDWARE
+    assert dataclasses.replace(twice, link=HARDWARE.link) == HARDWARE
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 30))
+def test_first_steps_run_as_they_do_in_the_whole(seed, steps):
+    """Without a view of the future a beginning is a beginning."""
+    work = drawn(seed, n_tokens=40)
+    steps = min(steps, work.n_steps)
+    part, machine = work_of(work, 0, steps), machine_of(work, seed)
+    cut = machine._replace(before_S=machine.before_S[:steps])
+    whole = timed_replay(work, Lru(), [4] * 3, [1] * 3, machine)
+    begun = timed_replay(part, Lru(), [4] * 3, [1] * 3, cut)
+    assert begun.time_S.tolist() == whole.time_S[:steps].tolist()
+    assert (begun.outcome_A == whole.outcome_A[: part.n_accesses]).all()
+    most = first_requests(work, steps)
+    assert 0 < most <= steps
