@@ -59,6 +59,10 @@ class SimulatorConfig:
     horizon: int = 4  # layers ahead that a guess is made
     width: int | None = None  # guesses copied per layer; None = k
     threshold: float = 0.0  # scores below it are not copied
+    admit: str = "at_start"  # at_start | on_hit: when a guess's copy takes a place in the cache
+    landing: int | None = None  # with admit=on_hit: places beside the cache for guesses; None = k
+    budget: str | None = None  # bytes that guesses may move per step (200MiB); None = no limit
+    queue: str = "by_layer"  # by_layer (the nearest first) | by_score: whose copy of those guessed
     requests: str = "test"  # test | all: what is replayed
     semantics: str = "atomic"  # atomic | overshoot (evicts after the batch)
     misses: str = "wait"  # wait | host | both: what is done about an expert that is not there
@@ -181,7 +185,7 @@ def check_values(cfg: Config) -> None:
             )
             is None
             or getattr(cfg.simulator, name) >= 1
-            for name in ("batch", "chunk", "context", "horizon", "width")
+            for name in ("batch", "chunk", "context", "horizon", "width", "landing")
         },
         f"seed={cfg.seed}: must not be negative": cfg.seed >= 0,
         f"collect.max_dropped={cfg.collect.max_dropped}: must be a share from 0 to 1": 0

@@ -27,7 +27,7 @@ from prefetch.sim.cell import Cell, row_of
 from prefetch.sim.costs import UNKNOWN, Beside, beside_of, machine_of
 from prefetch.sim.foresight import guessed_rows, guesses_of, keys_of
 from prefetch.sim.hardware import Hardware
-from prefetch.sim.machine import Guesses
+from prefetch.sim.machine import ADMITS, Guesses
 from prefetch.sim.memory import Budget, budget_of
 from prefetch.sim.names import name_of
 from prefetch.sim.others import most_used
@@ -206,7 +206,19 @@ class Bench:
             is_pinned=told.is_pinned,
             predictor_us=predictor_us,
             uploads=told.uploads,
+            landing=self.landing,
+            budget=told.budget,
+            queue=told.queue,
         )
+
+    @property
+    def landing(self) -> int:
+        """Places beside the cache for guesses."""
+        if self.simulator.admit not in ADMITS:
+            raise ConfigError(
+                f"simulator.admit={self.simulator.admit}: expected one of {', '.join(ADMITS)}"
+            )
+        return (self.simulator.landing or self.card.top_k) * (self.simulator.admit == ADMITS[1])
 
     def guesses(self, name: str, horizon: int) -> tuple[Guesses, PredictionsReader]:
         """Read once: the cells of a table share them."""

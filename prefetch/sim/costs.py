@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError
 from prefetch.models.cards import Architecture, LatentAttention, stored_bytes
 from prefetch.sim.hardware import NS_PER_S, Hardware, Link
-from prefetch.sim.machine import MISSES, Machine
+from prefetch.sim.machine import MISSES, ORDERS, Machine
+from prefetch.sim.memory import bytes_of, spoken
 from prefetch.sim.sizes import need_sizes, operations_per_s, weights_of
-from prefetch.sim.workload import Workload
+from prefetch.sim.workload import NEVER, Workload
 from prefetch.trace.card import ModelCard
 
 UNQUANTISED = ("fp32", "bf16", "fp16")
@@ -68,10 +69,19 @@ def machine_of(
     uploads: int = 2,
     cancels: bool = True,
     protects: bool = True,
+    landing: int = 0,
+    budget: int | str | None = None,
+    queue: str = "by_layer",
 ) -> Machine:
-    """Costs of this workload with the sizes of `card`. `predictor_us` is the host's time per event that is guessed."""
+    """Costs of this workload with the sizes of `card`. `predictor_us` is the host's time per event that is guessed.
+
+    landing: places beside the cache for guesses, which then enter it on a hit only. budget: bytes that guesses may
+    move per step.
+    """
     need_sizes(card)
     _check(card, work, misses, staging, predictor_us, uploads)
+    if queue not in ORDERS:
+        raise ConfigError(f"simulator.queue={queue!r}: must be one of {', '.join(ORDERS)}")
     link, device, host = hardware.link, hardware.device, hardware.host
     lane = link.pinned if is_pinned else link.pageable
     crossings = CROSSINGS_PINNED if is_pinned else CROSSINGS_PAGEABLE
@@ -101,7 +111,23 @@ def machine_of(
         shared_per_1000=1000 * left // host.bytes_per_s,
         cancels=cancels,
         protects=protects,
+        landing=landing,
+        budget_bytes=_budget(budget, bytes_L),
+        by_score=queue == "by_score",
     )
+
+
+def _budget(budget: int | str | None, bytes_L: Sequence[int]) -> int:
+    """Only whole copies are made: less than one expert would be none."""
+    if budget is None:
+        return int(NEVER)
+    most = bytes_of(budget, "simulator.budget")
+    if most < min(bytes_L):
+        raise ConfigError(
+            f"simulator.budget={budget}: an expert is {spoken(min(bytes_L))}, no guess would be copied; give more, "
+            "or predictor=none"
+        )
+    return most
 
 
 def before_S(

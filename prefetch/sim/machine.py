@@ -84,7 +84,7 @@ class Running(NamedTuple):
     beside: NDArray[np.int64]  # [places, 4], guesses that lie beside the cache
     queued_LE: NDArray[np.uint8]  # 1 where an expert is in it
     ready_GN: NDArray[np.int64]  # when a slot's copy is complete
-    ahead_GN: NDArray[np.int64]  # 1 where an expert was copied ahead and not used since
+    ahead_GN: NDArray[np.uint8]  # 1 where an expert was copied ahead and not used since
     held_W: NDArray[np.int64]  # slots that a guess must not push out
     in_use_E: NDArray[np.int64]  # the event that an expert was last in use in
     brought_E: NDArray[
@@ -112,7 +112,7 @@ def running_of(
         beside=np.zeros((max(1, machine.landing), ARRIVES + 1), np.int64),
         queued_LE=np.zeros(pool.slot_LE.shape, np.uint8),
         ready_GN=np.zeros_like(pool.busy_GN),
-        ahead_GN=np.zeros_like(pool.busy_GN),
+        ahead_GN=np.zeros(pool.busy_GN.shape, np.uint8),
         held_W=np.zeros(max(1, guesses.ids_VW.shape[1]), np.int64),
         in_use_E=np.full(n_experts, -1, np.int64),
         brought_E=np.full(n_experts, -1, np.int64),
