@@ -8,8 +8,9 @@ L layers, E experts, K choices, C parts (train, test), N pairs a < b.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,10 @@ class CoActivation:
         """The summaries of the phases, one below the other."""
         frames = [self.summary(phase).assign(phase=phase) for phase in self.plan.phases]
         return leading(pd.concat(frames, ignore_index=True), "phase")
+
+    def pieces(self) -> list[Callable[[], Any]]:
+        """What the tables are made of, to be made in any order."""
+        return [partial(self._compare, phase) for phase in self.plan.phases]
 
     def summary(self, phase: str = "all") -> pd.DataFrame:
         """One row per layer; the strongest lift is that of a pair frequent enough to be tested.

@@ -73,20 +73,6 @@ class Findings:
                 raise MissingData("nothing of the kind occurs in this trace")
             (self.data if long else self.tables)[name] = frame
 
-    def tell_together(self, *parts: Callable[[Findings], None]) -> None:
-        """What none of the others needs, on all cores."""
-
-        def told(i: int) -> Findings:
-            found = Findings()
-            parts[i](found)
-            return found
-
-        for found in for_layers(told, len(parts)):
-            self.tables |= found.tables
-            self.data |= found.data
-            self.missing |= found.missing
-            self.joint_LEE = self.joint_LEE if found.joint_LEE is None else found.joint_LEE
-
 
 def analyze_trace(trace: Traceable, settings: Settings, max_rows: int = BLOCK_ROWS) -> Findings:
     """All that the routing of a trace tells."""
@@ -170,11 +156,17 @@ def _tell_counts(found: Findings, counted: _Counted, settings: Settings) -> None
     usage, card, phases = counted.usage, counted.usage.plan.card, counted.usage.plan.phases
     found.usage, found.paths = usage, counted.paths
     found.tell("statistics", usage.table)
-    found.tell_together(
-        lambda part: _tell_coactivation(part, counted.coactivation),
-        lambda part: _tell_transitions(part, counted.transitions),
-        lambda part: _tell_next_tokens(part, counted.next_tokens),
-    )
+    together = counted.coactivation, counted.transitions, counted.next_tokens
+    pieces = [piece for part in together if part is not None for piece in part.pieces()]
+    for_layers(lambda i: pieces[i](), len(pieces))
+    if counted.transitions is not None:
+        _tell_transitions(found, counted.transitions)
+    if counted.next_tokens is not None:
+        found.tell("next_tokens", counted.next_tokens.table)
+    if counted.coactivation is not None:
+        found.tell("coactivation", counted.coactivation.pairs, long=True)
+        found.tell("coactivation_summary", counted.coactivation.table)
+        found.tell("expert_clusters", counted.coactivation.clusters)
     found.tell("reuse_distances", lambda: cache.reuse_distances(counted.reuse), long=True)
     found.tell("working_sets", lambda: counted.working_sets.table(lambda part: part.table()))
     found.tell("gaps", lambda: counted.gaps.table(lambda part: part.table()))
@@ -187,21 +179,7 @@ def _tell_counts(found: Findings, counted: _Counted, settings: Settings) -> None
     found.tell("paths", counted.paths.table, long=True)
 
 
-def _tell_coactivation(found: Findings, counted: coactivation.CoActivation | None) -> None:
-    if counted is not None:
-        found.tell("coactivation", counted.pairs, long=True)
-        found.tell("coactivation_summary", counted.table)
-        found.tell("expert_clusters", counted.clusters)
-
-
-def _tell_next_tokens(found: Findings, counted: NextTokens | None) -> None:
-    if counted is not None:
-        found.tell("next_tokens", counted.table)
-
-
-def _tell_transitions(found: Findings, counted: Transitions | None) -> None:
-    if counted is None:
-        return
+def _tell_transitions(found: Findings, counted: Transitions) -> None:
     card = counted.plan.card
     found.tell("transitions", counted.table)
     found.tell("expert_transitions", counted.sparse, long=True)

@@ -60,6 +60,9 @@ class _Rows:
         return cls(class_T.astype(np.uint8), follows_T, number_T, is_test_R)
 
 
+_Known = tuple[NDArray[np.int64], NDArray[np.int64]]  # [2, C, E] ranks, [P, R] hits of requests
+
+
 class Recall:
     """`..._CLE[c, l, r]`: choices of test rows of class c that a predictor ranked r-th, per layer (pair)."""
 
@@ -87,12 +90,34 @@ class Recall:
         rows = _Rows.of(batch)
         if (rows.class_T == SKIP).all():
             return
-        scored_HPR = np.stack([self._rank(batch, rows, h) for h in range(len(self.horizons))])
+        known = self._rank_known(batch, rows)
+        scored_HPR = np.stack(
+            [self._rank(batch, rows, h, known) for h in range(len(self.horizons))]
+        )
         self.request_HPR = np.concatenate(
             [self.request_HPR, scored_HPR[:, :, rows.is_test_R]], axis=2
         )
 
-    def _rank(self, batch: Batch, rows: _Rows, h: int) -> NDArray[np.int64]:
+    def _rank_known(self, batch: Batch, rows: _Rows) -> list[_Known] | None:
+        """What popularity and the previous token score at every layer: the same from wherever it is guessed, where
+        every row has experts at all of them. Else None: each pair of layers has its own rows.
+        """
+        if len(self.horizons) == 1 or (batch.ids_LTK == batch.nobody).any():
+            return None
+        return for_layers(
+            lambda layer: self._known(batch, rows, layer, rows.class_T), self.plan.card.n_layers
+        )
+
+    def _known(self, batch: Batch, rows: _Rows, layer: int, class_T: NDArray[np.uint8]) -> _Known:
+        ranks_PCE = np.zeros((2, CLASSES, self.plan.card.n_experts), np.int64)
+        request_PR = np.zeros((len(INTERVALS) + 1, rows.n_requests), np.int64)
+        given = rows.follows_T, self.rank_LE[layer], class_T, rows.number_T, batch.nobody
+        _rank_known(batch.ids_LTK[layer], *given, ranks_PCE, request_PR)
+        return ranks_PCE, request_PR
+
+    def _rank(
+        self, batch: Batch, rows: _Rows, h: int, known: list[_Known] | None
+    ) -> NDArray[np.int64]:
         """Every layer pair of one horizon, all predictors on the same rows: those with an expert at both layers.
 
         Returns what each request scored by predictor, then its choices.
@@ -102,34 +127,21 @@ class Recall:
 
         def score(layer: int) -> NDArray[np.int64]:
             here, there = batch.ids_LTK[layer], batch.ids_LTK[layer + horizon]
-            request_PR = np.zeros((len(INTERVALS) + 1, rows.n_requests), np.int64)
-            ranks_PCE = self.ranks_HPCLE[h, :, :, layer]
-            class_T = np.where((here != nobody).any(axis=1), rows.class_T, SKIP).astype(np.uint8)
-            _rank_known(
-                there,
-                rows.follows_T,
-                self.rank_LE[layer + horizon],
-                class_T,
-                rows.number_T,
-                nobody,
-                ranks_PCE,
-                request_PR,
-            )
+            ranks_PCE, class_T = self.ranks_HPCLE[h, :, :, layer], rows.class_T
+            if known is None:
+                class_T = np.where((here != nobody).any(axis=1), class_T, SKIP).astype(np.uint8)
+                known_PCE, request_PR = self._known(batch, rows, layer + horizon, class_T)
+            else:
+                known_PCE, request_PR = known[layer + horizon][0], known[layer + horizon][1].copy()
+            ranks_PCE[:2] += known_PCE
             chance_EE = self.chance[horizon][layer]
-            _rank_markov(
-                here, there, chance_EE, class_T, rows.number_T, nobody, ranks_PCE[2], request_PR[2]
-            )
+            given = class_T, rows.number_T, nobody
+            _rank_markov(here, there, chance_EE, *given, ranks_PCE[2], request_PR[2])
             seed = np.uint64(hash_of(self.plan.seed, horizon, layer))
             guide = np.searchsorted(rest_LE[layer], np.arange(GUIDE) / GUIDE, side="right")
-            control = (
-                control_LEE[layer],
-                rest_LE[layer],
-                guide,
-                batch.row_T,
-                seed,
-                self.control_share,
-            )
-            _rank_drawn(here, there, *control, class_T, nobody, ranks_PCE[3])
+            drawn = batch.row_T, seed, self.control_share, class_T, nobody
+            control = control_LEE[layer], rest_LE[layer], guide
+            _rank_drawn(here, there, *control, *drawn, ranks_PCE[3])
             return request_PR
 
         per_layer = for_layers(score, self.plan.card.n_layers - horizon)
@@ -367,6 +379,8 @@ def _unit(bits):  # type: ignore[no-untyped-def]
 def _add_up(score_E, chance_EE, here_K, nobody):  # type: ignore[no-untyped-def]
     """Is there an expert to go by?"""
     is_known = False
+    if here_K.shape[0] == 8 and (here_K != nobody).all():
+        return _add_eight(score_E, chance_EE, here_K)
     for e in range(score_E.shape[0]):
         score_E[e] = 0
     for i in range(here_K.shape[0]):
@@ -376,6 +390,26 @@ def _add_up(score_E, chance_EE, here_K, nobody):  # type: ignore[no-untyped-def]
             for e in range(score_E.shape[0]):  # spelt out: so it compiles to vector instructions
                 score_E[e] += chance_E[e]
     return is_known
+
+
+@njit(cache=True, nogil=True)
+def _add_eight(score_E, chance_EE, here_K):  # type: ignore[no-untyped-def]
+    """The usual number in one sweep, in the same order: two thirds of the time."""
+    a_E, b_E, c_E, d_E = (
+        chance_EE[here_K[0]],
+        chance_EE[here_K[1]],
+        chance_EE[here_K[2]],
+        chance_EE[here_K[3]],
+    )
+    e_E, f_E, g_E, h_E = (
+        chance_EE[here_K[4]],
+        chance_EE[here_K[5]],
+        chance_EE[here_K[6]],
+        chance_EE[here_K[7]],
+    )
+    for e in range(score_E.shape[0]):
+        score_E[e] = a_E[e] + b_E[e] + c_E[e] + d_E[e] + e_E[e] + f_E[e] + g_E[e] + h_E[e]
+    return True
 
 
 @njit(cache=True, nogil=True)

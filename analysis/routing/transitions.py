@@ -7,6 +7,8 @@ T tokens, L layers, K choices, E experts, H horizons, C row classes, P phases.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,8 +61,10 @@ class Transitions:
         self.here_HCLE = [np.zeros(shape[:3], np.int64) for shape in shapes]
         self.there_HCLE = [np.zeros(shape[:3], np.int64) for shape in shapes]
         self.tokens_HCL = [np.zeros(shape[:2], np.int64) for shape in shapes]
+        self._told: dict[tuple[str, int], pd.DataFrame] = {}
 
     def add(self, batch: Batch) -> None:
+        self._told = {}
         class_T = _classes(batch)
         witness_T = np.where(batch.is_witness_T, class_T, SKIP).astype(np.uint8)
         ids_LTK = batch.ids_LTK
@@ -87,6 +91,7 @@ class Transitions:
         self.shifted.add(batch, class_T)
 
     def merge(self, later: Transitions) -> None:
+        self._told = {}
         for name in ("joint_HCLEE", "here_HCLE", "there_HCLE", "tokens_HCL"):
             for mine, other in zip(getattr(self, name), getattr(later, name), strict=True):
                 mine += other
@@ -113,10 +118,19 @@ class Transitions:
 
     def table(self) -> pd.DataFrame:
         """One row per phase, horizon and layer pair that any token went through."""
-        cells = [(phase, horizon) for phase in self.plan.phases for horizon in self.horizons]
-        return pd.concat(
-            [self._rows(phase, horizon) for phase, horizon in cells], ignore_index=True
-        )
+        return pd.concat([self._cell(*cell) for cell in self._cells()], ignore_index=True)
+
+    def _cells(self) -> list[tuple[str, int]]:
+        return [(phase, horizon) for phase in self.plan.phases for horizon in self.horizons]
+
+    def pieces(self) -> list[Callable[[], Any]]:
+        """What the table is made of, to be made in any order; kept until more is counted."""
+        return [partial(self._cell, *cell) for cell in self._cells()]
+
+    def _cell(self, phase: str, horizon: int) -> pd.DataFrame:
+        if (phase, horizon) not in self._told:
+            self._told[phase, horizon] = self._rows(phase, horizon)
+        return self._told[phase, horizon]
 
     def _rows(self, phase: str, horizon: int) -> pd.DataFrame:
         joint_LEE = self.joint(horizon, phase)
@@ -275,8 +289,10 @@ class NextTokens:
         self.shared_CLK = np.zeros(
             (4, card.n_layers, card.top_k + 1), np.int64
         )  # tokens by overlap
+        self._told: dict[str, pd.DataFrame] = {}
 
     def add(self, batch: Batch) -> None:
+        self._told = {}
         class_T = _classes(batch)[1:]  # of the later token
         block = batch.block
         follows_T = (np.diff(block.request_T) == 0) & (np.diff(block.position_T) == 1)
@@ -296,6 +312,7 @@ class NextTokens:
         for_layers(count, len(batch.ids_LTK))
 
     def merge(self, later: NextTokens) -> None:
+        self._told = {}
         for name in (
             "joint_CLEE",
             "here_CLE",
@@ -312,7 +329,15 @@ class NextTokens:
         repeat_rate: share of a token's choices that the token before made too. transition_rate: share of the S - 1
         steps of a request at which the first choice changes; persistence is the rest.
         """
-        return pd.concat([self._rows(phase) for phase in self.plan.phases], ignore_index=True)
+        return pd.concat([self._part(phase) for phase in self.plan.phases], ignore_index=True)
+
+    def pieces(self) -> list[Callable[[], Any]]:
+        return [partial(self._part, phase) for phase in self.plan.phases]
+
+    def _part(self, phase: str) -> pd.DataFrame:
+        if phase not in self._told:
+            self._told[phase] = self._rows(phase)
+        return self._told[phase]
 
     def _rows(self, phase: str) -> pd.DataFrame:
         chosen = _chosen(phase, None)
