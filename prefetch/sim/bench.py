@@ -177,7 +177,7 @@ class Bench:
         recipe = config.locate(self.cfg.makers["predictions"])(asked, 0)
         return PredictionsReader(self.store.make(recipe).folder)
 
-    def budget(self, capacity: Any, predictor_bytes: int) -> Budget:
+    def budget(self, capacity: Any, predictor_bytes: int, landing: int = 0) -> Budget:
         told = self.simulator
         return budget_of(
             self.card,
@@ -187,7 +187,7 @@ class Bench:
             scope=told.scope,
             context=told.context,
             batch=told.batch,
-            staging=told.staging,
+            staging=told.staging + landing,
             predictor_bytes=predictor_bytes,
             split=self.prior.split(),
         )
@@ -206,7 +206,6 @@ class Bench:
             is_pinned=told.is_pinned,
             predictor_us=predictor_us,
             uploads=told.uploads,
-            landing=self.landing,
             budget=told.budget,
             queue=told.queue,
         )
@@ -295,7 +294,9 @@ class Bench:
             n_bytes = foretold.card.parameter_bytes
         has_cheated = foretold is not None and foretold.card.causality == "cheats"
         has_cheated |= policy.startswith("belady") or self.prior.has_seen(made)
-        budget = self.budget(capacity, n_bytes) if not is_curve else self.share(capacity, n_bytes)
+        landing = self.landing if guesses is not None else 0
+        sized = self.share if is_curve else self.budget
+        budget = sized(capacity, n_bytes, landing)
         return Cell(
             names={
                 "way": way,
@@ -308,7 +309,7 @@ class Bench:
             },
             policy=made,
             budget=budget,
-            machine=self.machine(self.simulator.misses, event_us),
+            machine=self.machine(self.simulator.misses, event_us)._replace(landing=landing),
             guesses=guesses,
             semantics=SEMANTICS[self.simulator.semantics],
             told=self.prior.told(made, len(budget.room_G), foretold, horizon),
@@ -322,7 +323,7 @@ class Bench:
             name = next((one for one in self.predictors if one != "none"), name)
         return None if name == "none" else self.guesses(name, horizon)[1]
 
-    def share(self, share: float, n_bytes: int) -> Budget:
+    def share(self, share: float, n_bytes: int, landing: int = 0) -> Budget:
         """Of a cache of this share of all experts, or of so many per layer, whatever memory was named."""
         return budget_of(
             self.card,
@@ -331,7 +332,7 @@ class Bench:
             scope=self.simulator.scope,
             context=self.simulator.context,
             batch=self.simulator.batch,
-            staging=self.simulator.staging,
+            staging=self.simulator.staging + landing,
             predictor_bytes=n_bytes,
             split=self.prior.split(of_any_size=True),
         )
@@ -402,7 +403,8 @@ class Bench:
         if (self.work.prefill_S > 0).any():
             return None  # what a prompt has brought is not the generated tokens' to pay
         warm = np.concatenate([cell.pinned, cell.warm])
-        key = (cell.budget.room_G, cell.machine.miss_way, warm.tobytes())
+        machine = cell.machine
+        key = (cell.budget.room_G, machine.miss_way, machine.landing, warm.tobytes())
         with self._one_by_one:  # cells run side by side, and several share a bound
             if key not in self._bounds:
                 link = self.hardware.link

@@ -53,7 +53,7 @@ def least_ns(
     """
     if machine.miss_way != WAIT or len(set(machine.bytes_L.tolist())) > 1:
         return None
-    staging = machine.staging * budget.size_L[0]
+    staging = (machine.staging + machine.landing) * budget.size_L[0]
     rooms = [room + staging for room in budget.room_G]
     loads = int((replay(work, Belady(), rooms, budget.size_L, warm=warm) == MISS).sum())
     moving = int(machine.chunk_ns_LX[0, : machine.n_chunks_L[0]].sum()) - latency_ns

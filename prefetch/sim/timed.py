@@ -37,9 +37,10 @@ from prefetch.sim.machine import (
     WAIT,
     WASTED,
 )
-from prefetch.sim.policy import BUSY, UNCOUNTED, Seen
+from prefetch.sim.policy import BUSY, Seen
 from prefetch.sim.pool import AFTER_USE, ATOMIC, EMPTY, HIT, LATE, MISS, OVERSHOOT
 from prefetch.sim.transfers import (
+    ENTERED,
     drop_beside,
     drop_stale,
     enqueue,
@@ -60,7 +61,7 @@ from prefetch.sim.transfers import (
 # the engine: from here on
 
 
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True, error_model="numpy", **UNCOUNTED)
+@njit(cache=True, nogil=True, **ENTERED)
 def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  # type: ignore[no-untyped-def]
     """Runs the next events; `time_S` gets the nanoseconds of every step, `outcome_A` HIT, LATE or MISS of every access.
 

@@ -1,7 +1,7 @@
 """What waits for the link, what is on it, and what lies beside the cache: the compiled timed engine's queue of copies.
 
 It knows no policy: who leaves a cache is decided in `timed`. Small functions are put into their callers by LLVM
-(`INLINED`; numba hides this option from its hints): tuples of arrays cost more to hand over than most of them do.
+(`INLINED`): tuples of arrays cost more to hand over than most of them do.
 """
 
 from __future__ import annotations
@@ -41,13 +41,9 @@ from prefetch.sim.policy import BUSY, UNCOUNTED
 from prefetch.sim.pool import EMPTY
 from prefetch.sim.workload import NEVER
 
-# What is divided by is never 0: no check. Nobody calls these from Python: no wrappers, which take long to compile.
-CALLED: dict[str, Any] = {
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-    **UNCOUNTED,
-}
+# What is divided by is never 0: no check. Wrappers that nobody calls take long to compile. numba hides these options.
+ENTERED: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, **UNCOUNTED}
+CALLED: dict[str, Any] = {"no_cpython_wrapper": True, **ENTERED}
 INLINED: dict[str, Any] = {"forceinline": True, **CALLED}
 
 

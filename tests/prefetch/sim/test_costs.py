@@ -252,3 +252,16 @@ def test_what_does_not_fit():
     ):
         with pytest.raises(ConfigError, match=message):
             machine_of(QWEN, machine(), work, **asked)
+
+
+def test_options_of_guesses_by_hand():
+    """An expert of QWEN is 9 MiB: 20 MiB are two copies."""
+    work = steps(QWEN)
+    given = machine_of(QWEN, machine(), work, landing=3, budget="20MiB", queue="by_score")
+    assert (given.landing, given.budget_bytes, given.by_score) == (3, 20 * 2**20, True)
+    plain = machine_of(QWEN, machine(), work)
+    assert (plain.landing, plain.by_score) == (0, False) and plain.budget_bytes > 2**60
+    with pytest.raises(ConfigError, match=r"simulator.budget=1MiB: an expert is 9.00 MiB"):
+        machine_of(QWEN, machine(), work, budget="1MiB")
+    with pytest.raises(ConfigError, match=r"simulator.queue='fifo': must be one of by_layer, by_s"):
+        machine_of(QWEN, machine(), work, queue="fifo")

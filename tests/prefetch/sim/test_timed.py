@@ -83,16 +83,20 @@ def guesses_of(work: Workload, seed: int, ahead: int, width: int, recall: float)
     width=st.integers(0, 4),
     recall=st.sampled_from([0.0, 0.5, 1.0]),
     cancels=st.booleans(),
+    size_L=st.sampled_from([[1, 1, 1], [1, 1, 1], [2, 1, 3]]),
+    landing=st.sampled_from([0, 0, 1, 3]),
+    budget_bytes=st.sampled_from([10**12, 10**12, 3000, 6000]),
+    by_score=st.booleans(),
 )
 def test_compiled_equals_plain(
-    seed, policy, room, batch, semantics, is_global, way, ahead, width, recall, cancels
+    seed, policy, room, batch, semantics, is_global, way, ahead, width, recall, size_L, **options
 ):
     work = drawn(seed, n_tokens=40, batch=batch)
     rooms = [3 * room] if is_global else [room] * 3
-    machine = machine_of(work, seed, miss_way=way, cancels=cancels, staging=1 + seed % 3)
+    machine = machine_of(work, seed, miss_way=way, staging=1 + seed % 3, **options)
     guesses = guesses_of(work, seed, ahead, width, recall)
-    plain = TimedReplay(work, policy, rooms, [1, 1, 1], machine, guesses, semantics).run()
-    fast = timed_replay(work, policy, rooms, [1, 1, 1], machine, guesses, semantics)
+    plain = TimedReplay(work, policy, rooms, size_L, machine, guesses, semantics).run()
+    fast = timed_replay(work, policy, rooms, size_L, machine, guesses, semantics)
     assert fast.outcome_A.tolist() == plain.outcome
     assert fast.counts == dict(plain.counts)
     assert fast.time_S.tolist() == plain.time_S
@@ -190,6 +194,61 @@ def true_ids(work: Workload, width: int) -> Any:
         true = work.ids_A[work.start_V[v] : work.start_V[v + 1]][:width]
         ids_VW[v, : len(true)] = true
     return ids_VW
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(POLICIES), st.integers(1, 9), st.integers(1, 4))
+def test_guesses_beside_the_cache_evict_nobody(seed, policy, room, ahead):
+    """Wrong guesses change no hit; right ones only make hits of misses, and leave the cache as it would be."""
+    work, rooms = drawn(seed, n_tokens=40), [room] * 3
+    machine = machine_of(work, seed, landing=2, protects=False)
+    alone = timed_replay(work, policy, rooms, [1] * 3, machine)
+    for recall in (0.0, 1.0):
+        guesses = guesses_of(work, seed, ahead, 3, recall)
+        timed = timed_replay(work, policy, rooms, [1] * 3, machine, guesses)
+        counts, brought = timed.counts, (timed.outcome_A != MISS) & (alone.outcome_A == MISS)
+        assert (timed.outcome_A[~brought] != MISS).sum() == (alone.outcome_A[~brought] == HIT).sum()
+        assert brought.sum() == counts["prefetch_used"]
+        unused = counts["prefetch_loads"] - counts["prefetch_used"]
+        assert 0 <= unused - counts["prefetch_unused"] <= machine.landing  # of the last step's
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(0, 9000), st.booleans(), st.booleans())
+def test_a_step_moves_no_more_guesses_than_its_budget(seed, room, most, is_beside, by_score):
+    work = drawn(seed, n_tokens=40, phase="decode")
+    n_bytes = np.full(3, 1700)
+    machine = machine_of(
+        work,
+        seed,
+        bytes_L=n_bytes,
+        n_chunks_L=np.full(3, 2),
+        budget_bytes=most,
+        landing=2 * is_beside,
+        by_score=by_score,
+    )
+    guesses = guesses_of(work, seed, 2, 3, 0.5)
+    counts = timed_replay(work, Lru(), [room] * 3, [1] * 3, machine, guesses).counts
+    assert counts["prefetch_loads"] <= work.n_steps * (most // 1700)
+    if most < 1700:
+        plain = timed_replay(work, Lru(), [room] * 3, [1] * 3, machine).outcome_A
+        guessed = timed_replay(work, Lru(), [room] * 3, [1] * 3, machine, guesses).outcome_A
+        assert (plain == guessed).all()
+
+
+def test_of_two_guesses_that_wait_the_link_takes_the_better():
+    """4 is about the nearer layer, 5 has the higher score: the second is still under way when it is needed."""
+    card = plain_card("two", n_experts=6, top_k=1, layer_numbers=(0, 1, 2))
+    work = workload_of(trace_of(card, np.array([[[0], [4], [5]]])))
+    settings = {"chunk_ns_LX": np.full((3, 1), 1000), "n_chunks_L": np.ones(3, np.int64)}
+    settings |= {"bytes_L": np.full(3, 900), "before_S": np.array([100]), "issue_ns": 0}
+    guesses = Guesses(
+        np.array([[-1], [4], [5]], np.int32), np.array([[0], [10], [20]], np.int64), 3
+    )
+    for by_score, outcome in ((False, [MISS, HIT, LATE]), (True, [MISS, LATE, HIT])):
+        machine = machine_of(work, predict_ns=0, by_score=by_score, **settings)
+        found = timed_replay(work, Lru(), [2] * 3, [1] * 3, machine, guesses).outcome_A.tolist()
+        assert found == outcome
 
 
 def test_a_link_that_costs_nothing_stalls_nobody():
