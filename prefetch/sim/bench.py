@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -66,7 +66,7 @@ class Bench:
         self.hardware: Hardware = config.instantiate(cfg.hardware, "hardware")
         self._check()
         made = store.make(config.locate(cfg.makers["trace"])(cfg))
-        self.reader = TraceReader(made.folder)
+        self.reader, self._key = TraceReader(made.folder), made.key
         self.card, self.beside = self._card()
         whole = self.reader.load()
         self.trace, self.others = self._parts(whole)
@@ -93,6 +93,11 @@ class Bench:
             )
         if told.requests not in ("test", "all"):
             raise ConfigError(f"simulator.requests={told.requests}: expected test or all")
+        if self.cfg.train.test_trace is not None:
+            raise ConfigError(
+                f"train.test_trace={self.cfg.train.test_trace}: guesses would be about that trace, and this one is "
+                "replayed; leave it out, or replay that trace with trace=FOLDER"
+            )
         check_prior(told)
         if told.requests == "all" and any(name != "none" for name in self.predictors):
             raise ConfigError(
@@ -158,9 +163,17 @@ class Bench:
         """What is replayed, and all other rows: those that a static choice may be fitted on."""
         if self.simulator.requests == "all":
             return whole, whole
+        reader = self._predictions("none", self.horizons[0])
         keys_T = keys_of(whole.request_T, whole.position_T)
-        asked = np.isin(keys_T, guessed_rows(self._predictions("none", self.horizons[0])))
-        return whole.rows(asked), whole.rows(~asked)
+        asked = np.isin(keys_T, guessed_rows(reader))
+        is_other = ~asked
+        if not {*reader.card.requests} & {
+            *reader.card.fitted_here
+        }:  # else a request is split in time
+            is_other &= np.isin(
+                whole.request_T, reader.card.fitted_here
+            )  # no copies of what is asked
+        return whole.rows(asked), whole.rows(is_other)
 
     def _predictions(self, name: str, horizon: int) -> PredictionsReader:
         cfg = (
@@ -175,7 +188,9 @@ class Bench:
             changes["width"] = self.simulator.width
         asked = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), {"train": changes}))
         recipe = config.locate(self.cfg.makers["predictions"])(asked, 0)
-        return PredictionsReader(self.store.make(recipe).folder)
+        reader, card = PredictionsReader(self.store.make(recipe).folder), self.reader.card
+        reader.check_fits(trace=self._key, n_experts=card.n_experts, n_layers=card.n_layers)
+        return reader
 
     def budget(self, capacity: Any, predictor_bytes: int, landing: int = 0) -> Budget:
         told = self.simulator
@@ -266,11 +281,18 @@ class Bench:
         return self._cell("curve", policy, "none", each, self.horizons[0], is_curve=True)
 
     def _curve(self) -> Iterator[Cell]:
-        """The first policy and predictor at all sizes, each number of experts once."""
-        seen = set[tuple[int, ...]]()
+        """The cell chosen at the root, or the grid's first, at all sizes that it can have, each size once."""
+        seen, root = set[tuple[int, ...]](), self.root
+        policy = root["policy"] if root["policy"] in self.policies else self.policies[0]
+        name = root["predictor"] if root["predictor"] in self.predictors else self.predictors[0]
+        ahead = self.simulator.horizon
+        horizon = ahead if ahead in self.horizons else self.horizons[0]
         for share in CURVE:
-            one = self.policies[0], self.predictors[0], share, self.horizons[0]
-            cell = self._cell("curve", *one, is_curve=True)
+            try:
+                cell = self._cell("curve", policy, name, share, horizon, is_curve=True)
+            except ConfigError as reason:
+                log.info("no cell of %s of all experts: %s", share, reason)
+                continue
             if cell.budget.slots_G not in seen:
                 seen.add(cell.budget.slots_G)
                 yield cell
@@ -293,7 +315,7 @@ class Bench:
         if foretold is not None:
             n_bytes = foretold.card.parameter_bytes
         has_cheated = foretold is not None and foretold.card.causality == "cheats"
-        has_cheated |= policy.startswith("belady") or self.prior.has_seen(made)
+        has_cheated |= "future" in made.needs or self.prior.has_seen(made)
         landing = self.landing if guesses is not None else 0
         sized = self.share if is_curve else self.budget
         budget = sized(capacity, n_bytes, landing)
@@ -351,7 +373,7 @@ class Bench:
         names = {
             "predictor": "none",
             "horizon": 0,
-            "capacity": str(capacity or self.cfg.memory),
+            "capacity": str(capacity if capacity is not None else self.cfg.memory),
         }
         hottest = self.popular()  # with requests=all counted on what is replayed, and marked
         by_layer = np.arange(self.card.n_layers * self.card.n_experts)
@@ -391,6 +413,11 @@ class Bench:
     def tokens(self) -> int:
         return max(1, int(self.work.decode_S.sum()))
 
+    @cached_property
+    def _largest(self) -> int:
+        """Experts that one event needs, at most."""
+        return int(np.diff(self.work.start_V).max(initial=0))
+
     @property
     def full_ns(self) -> float:
         """Per generated token, with every expert resident."""
@@ -402,6 +429,8 @@ class Bench:
     def bound(self, cell: Cell) -> float | None:
         if (self.work.prefill_S > 0).any():
             return None  # what a prompt has brought is not the generated tokens' to pay
+        if self.simulator.semantics == "overshoot" and self._largest > min(cell.budget.slots_G):
+            return None  # an event larger than its cache stays whole until the next
         warm = np.concatenate([cell.pinned, cell.warm])
         machine = cell.machine
         key = (cell.budget.room_G, machine.miss_way, machine.landing, warm.tobytes())

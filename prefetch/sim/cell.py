@@ -18,7 +18,7 @@ from prefetch.sim.policy import Policy
 from prefetch.sim.pool import ATOMIC, HIT, LATE, NOTHING_TOLD, Told
 from prefetch.sim.run import Timed, timed_replay
 from prefetch.sim.start import NOBODY
-from prefetch.sim.workload import Workload
+from prefetch.sim.workload import MIXED, Workload
 
 NS_PER_MS = 1e6
 
@@ -95,13 +95,21 @@ def row_of(
         "bytes_per_token": counts["moved_bytes"] / per_token,
         "wasted_prefetch_bytes_per_token": counts["wasted_bytes"] / per_token,
     }
+    tokens_of = tokens_S[is_decode_S]
+    token_ns = np.repeat(
+        time_ns / np.maximum(tokens_of, 1), tokens_of
+    )  # so that its mean is tpot_ms
     for name, share in (("p50", 50), ("p95", 95), ("p99", 99)):
         row[f"tpot_ms_{name}"] = (
-            float(np.percentile(time_ns, share)) / NS_PER_MS if tokens else np.nan
+            float(np.percentile(token_ns, share)) / NS_PER_MS if tokens else np.nan
         )
     prompts_S = work.prefill_S > 0
     n_prompts = len(np.unique(work.request_S[prompts_S]))
-    row["ttft_ms"] = timed.time_S[prompts_S].sum() / n_prompts / NS_PER_MS if n_prompts else np.nan
+    is_shared = bool(
+        (work.request_S[prompts_S] == MIXED).any()
+    )  # whose prompt a step was, is not known
+    whole_ms = timed.time_S[prompts_S].sum() / NS_PER_MS
+    row["ttft_ms"] = whole_ms / n_prompts if n_prompts and not is_shared else np.nan
     row.update(
         {
             name: counts[name]

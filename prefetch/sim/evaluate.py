@@ -19,7 +19,7 @@ from prefetch.sim.bench import Bench
 from prefetch.sim.cell import Cell
 from prefetch.sim.compiled import engine
 from prefetch.sim.curves import hit_rate_curves
-from prefetch.sim.needed import required_recall
+from prefetch.sim.needed import MOST_STEPS, required_recall
 from prefetch.sim.sweep import Job, Kept, run_all
 from prefetch.sim.timeline import timeline_of, write_chrome_trace
 
@@ -93,7 +93,13 @@ def _table(bench: Bench, cells: Sequence[Cell], kept: Kept) -> pd.DataFrame:
 def _needed(bench: Bench, chosen: pd.Series, kept: Kept) -> pd.DataFrame:
     if not bench.cfg.evaluate.required_recall:
         return pd.DataFrame()
-    if not (bench.work.prefill_S == 0).any():
+    if bench.simulator.misses != "wait":
+        log.info(
+            "no required recall: with simulator.misses=%s a cache fills by guesses alone, or by uploads",
+            bench.simulator.misses,
+        )
+        return pd.DataFrame()
+    if not (bench.work.prefill_S[:MOST_STEPS] == 0).any():
         log.info("no required recall: steps with prompts are not guessed, and there are no others")
         return pd.DataFrame()
     names = {name: chosen[name] for name in ("policy", "capacity", "horizon")}

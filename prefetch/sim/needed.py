@@ -46,7 +46,9 @@ def required_recall(bench: Bench, chosen: dict[str, Any], kept: Kept) -> pd.Data
         cell = _cell(bench, chosen, factor, steps)
         for recall in (None, *RECALLS):
             guesses = None if recall is None else noise.guesses(recall, horizon)
-            one = dataclasses.replace(cell, guesses=guesses)
+            landing = 0 if guesses is None else bench.landing
+            machine = cell.machine._replace(landing=landing)
+            one = dataclasses.replace(cell, guesses=guesses, machine=machine)
             jobs.append(Job(_timed(one, work), ("required recall", one, work)))
             names.append({"bandwidth_factor": factor, "recall": recall})
     rows = run_all(jobs, kept, workers=bench.cfg.evaluate.workers, title="required recall")
@@ -94,12 +96,12 @@ def _table(rows: list[dict[str, Any]], told: dict[str, Any]) -> pd.DataFrame:
 
 
 def break_even(recalls: Sequence[float], tpot_ms: Sequence[float], without_ms: float) -> float:
-    """The recall from which on guesses are not slower than none; NaN where even true ones are.
+    """The recall from which on guesses are not slower than none; NaN where true ones are not faster.
 
     Between two recalls the times lie on a straight line.
     """
     lost = [ms - without_ms for ms in tpot_ms]
-    if lost[-1] > 0:
+    if lost[-1] >= 0:
         return float("nan")
     losing = [i for i, ms in enumerate(lost) if ms > 0]
     if not losing:

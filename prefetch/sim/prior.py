@@ -85,7 +85,10 @@ class Prior:
         return lambda rooms, sizes: splits.fitted(self._misses[by], rooms, sizes)
 
     def warm(self, policy: Policy) -> NDArray[np.int64]:
+        """The optimum begins with those that are pinned for the others, and may let them go."""
         is_warm = self.simulator.start == "warm" or "counts" in policy.needs
+        if not is_warm and self.simulator.pinned and "future" in policy.needs:
+            return most_used_of_each(self.uses_LE, self.simulator.pinned)
         return most_used(self.uses_LE) if is_warm else NOBODY
 
     def pinned(self, policy: Policy, within: Budget | None = None) -> NDArray[np.int64]:

@@ -57,8 +57,9 @@ def headline(table: pd.DataFrame, chosen: pd.Series, needed: pd.DataFrame) -> di
     curve = table[table.way == CURVE]
     for most in SLOWDOWNS:
         fitting = curve[curve.slowdown <= 1 + most].memory_savings
+        least = 0.0 if curve.slowdown.notna().any() else math.nan
         metrics[f"memory_savings_at_{most:.0%}".replace("%", "pct")] = (
-            float(fitting.max()) if len(fitting) else 0.0
+            float(fitting.max()) if len(fitting) else least
         )
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
@@ -133,7 +134,7 @@ def _recall_words(needed: pd.DataFrame) -> list[str]:
     for factor, rows in needed.groupby("bandwidth_factor"):
         least, ms = rows.break_even_recall.iloc[0], rows.sort_values("recall").tpot_ms.iloc[-1]
         link = "this link" if factor == 1 else f"{factor:g} times its bandwidth"
-        pays = f"from a recall of {least:.2f} on" if np.isfinite(least) else "at no recall"
+        pays = f"from a recall of {least:.2f} on" if np.isfinite(least) else _best_words(rows)
         words.append(
             f"{link}: {pays} ({rows.no_prefetch_tpot_ms.iloc[0]:.2f} ms without, {ms:.2f} ms with true ones)"
         )
@@ -143,6 +144,14 @@ def _recall_words(needed: pd.DataFrame) -> list[str]:
         f"{steps}): copying ahead pays with {'; '.join(words)}.",
         "",
     ]
+
+
+def _best_words(rows: pd.DataFrame) -> str:
+    """Where true guesses do not pay: more guesses can be worse than fewer."""
+    best = rows.sort_values("tpot_ms").iloc[0]
+    if best.tpot_ms < best.no_prefetch_tpot_ms:
+        return f"not from any recall on, though at {best.recall:.1f} ({best.tpot_ms:.2f} ms)"
+    return "at no recall"
 
 
 def source(bench: Bench) -> str:

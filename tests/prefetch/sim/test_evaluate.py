@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,7 +14,12 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
+from prefetch.sim.bench import Bench
 from prefetch.sim.evaluate import run
+from prefetch.trace.card import plain_card
+from prefetch.trace.provenance import Provenance
+from prefetch.trace.routing import trace_of
+from prefetch.trace.writer import TraceWriter
 from prefetch.tracking import NoTracker, Outputs
 
 PROMISED = {
@@ -28,11 +34,21 @@ SMALL = (
 )  # fmt: skip
 
 
-def evaluated(tmp_path: Path, *words: str) -> tuple[dict[str, float], pd.DataFrame, str]:
+def configured(tmp_path: Path, *words: str) -> Config:
     with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
         overrides = ["stage=evaluate", f"store={tmp_path / 'store'}", *SMALL, *words]
         cfg = cast(Config, compose("config", overrides=overrides))
     config.check_values(cfg)
+    return cfg
+
+
+def bench_of(tmp_path: Path, *words: str) -> Bench:
+    cfg = configured(tmp_path, *words)
+    return Bench(cfg, Store(cfg.store, makers=cfg.makers))
+
+
+def evaluated(tmp_path: Path, *words: str) -> tuple[dict[str, float], pd.DataFrame, str]:
+    cfg = configured(tmp_path, *words)
     folder = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
     metrics = run(cfg, Store(cfg.store, makers=cfg.makers), Outputs(folder, NoTracker()))
     return metrics, pd.read_parquet(folder / "results.parquet"), (folder / "summary.md").read_text()
@@ -132,6 +148,7 @@ def test_guesses_that_are_true_leave_fewer_misses_than_none(tmp_path):
         (("evaluate.workers=0",), "evaluate.workers=0: must be at least 1"),
         (("memory=20GiB", "evaluate.capacities=[0.5]"), "the memory leaves one capacity"),
         (("predictor=markov", "simulator.threshold=0.5"), "no probabilities"),
+        (("train.test_trace=elsewhere",), "guesses would be about that trace"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path, words, said):
@@ -144,3 +161,45 @@ def test_guesses_with_negative_scores_are_copied(tmp_path):
     _, table, _ = evaluated(tmp_path, "predictor=markov2")
     copied = table.set_index("way").prefetch_loads
     assert copied["chosen"] > 0 and copied["no prefetch"] == 0
+
+
+def test_copies_of_what_is_replayed_are_no_other_requests(tmp_path):
+    """What is fitted on "other" requests must not have seen a test request's twin."""
+    card = plain_card("twice", n_experts=8, top_k=2, layer_numbers=(0, 1, 2, 3))
+    rng = np.random.default_rng(0)
+    ids = np.array([rng.permutation(8)[:2] for _ in range(10 * 12 * 4)]).reshape(-1, 4, 2)
+    folder = tmp_path / "twins"
+    folder.mkdir()
+    writer = TraceWriter(folder, Provenance("real", "test"))
+    writer.begin(card)
+    request_T, position_T = np.repeat(np.arange(20), 12), np.tile(np.arange(12), 20)
+    twins = trace_of(card, np.concatenate([ids, ids]), request_T=request_T, position_T=position_T)
+    writer.append(twins)
+    writer.close()
+    bench = bench_of(tmp_path, f"trace={folder}")
+    asked = {int(request) % 10 for request in bench.trace.request_T}
+    others = {int(request) % 10 for request in bench.others.request_T}
+    assert asked and others and not asked & others
+
+
+def test_steps_of_several_prompts_tell_no_time_to_the_first_token(tmp_path):
+    """Whose prompt a shared step was is not known; percentiles and the mean are of the same thing."""
+    metrics, table, _ = evaluated(tmp_path, "simulator.batch=3", "simulator.chunk=3")
+    assert "ttft_ms" not in metrics and table.ttft_ms.isna().all()
+    row = table[table.way == "chosen"].iloc[0]
+    assert row.tpot_ms_p50 <= row.tpot_ms_p95 <= row.tpot_ms_p99
+    assert row.tpot_ms_p50 < 2 * row.tpot_ms
+
+
+def test_overshoot_by_events_larger_than_the_cache_has_no_bound(tmp_path):
+    words = (
+        "source.top_k=4",
+        "simulator.cache=1",
+        "simulator.semantics=overshoot",
+        "simulator.phase=decode",
+    )
+    _, table, _ = evaluated(tmp_path, *words)
+    assert table[(table.way == "chosen")].tpot_bound_ms.isna().all()
+    _, table, _ = evaluated(tmp_path, *words[:2], "simulator.phase=decode")
+    bounded = table[table.tpot_bound_ms.notna()]
+    assert len(bounded) and (bounded.tpot_ms >= bounded.tpot_bound_ms - 1e-9).all()

@@ -65,11 +65,12 @@ def test_the_share_that_is_true_is_the_recall():
 def test_break_even_in_closed_form():
     recalls = [0.0, 0.5, 1.0]
     assert break_even(recalls, [14, 10, 6], 9) == pytest.approx(0.5 + 0.5 * 1 / 4)
-    assert break_even(recalls, [14, 10, 6], 6) == 1.0
+    assert math.isnan(break_even(recalls, [14, 10, 6], 6))  # true ones are not faster
+    assert math.isnan(break_even(recalls, [5, 7, 10], 6))  # few pay, all do not
     assert break_even(recalls, [8, 7, 6], 9) == 0.0
     assert math.isnan(break_even(recalls, [14, 12, 11], 9))
     assert break_even(recalls, [8, 10, 6], 9) == pytest.approx(0.5 + 0.5 * 1 / 4)  # from then on
-    assert break_even(recalls, [9, 9, 9], 9) == 0.0
+    assert math.isnan(break_even(recalls, [9, 9, 9], 9))  # nothing is gained
 
 
 def test_a_faster_link_only_moves_faster():
