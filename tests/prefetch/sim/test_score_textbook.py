@@ -173,11 +173,14 @@ def test_hobbit(seed, room, weights):
         by_weight = sorted(
             zip(-trace.weights_TLK[row, layer], trace.ids_TLK[row, layer], strict=True)
         )
+        whole = float(
+            trace.weights_TLK[row, layer].sum(dtype=np.float64)
+        )  # rounded to half precision
         before = 0.0
         for weight, e in by_weight:
             last[layer, e], uses[layer, e] = step - began + 1, uses.get((layer, e), 0) + 1
             high[layer, e] = high.get((layer, e), 0) + (before <= 0.6)
-            before -= float(weight)
+            before -= float(weight) / whole
 
     def worth(entry: Entry) -> Fraction:
         steps, n = book.step - began + 1, 1 if len(room) > 1 else L
