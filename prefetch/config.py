@@ -69,6 +69,7 @@ class SimulatorConfig:
     staging: int = 2  # experts that may be under way beside the cache
     uploads: int = 2  # with misses=both: copies that may wait at once
     is_pinned: bool = True  # the host memory that copies are made from
+    host_cache: Any = None  # what host memory holds of the experts, written like cache; None = all
     split: Any = "equal"  # of the cache, per layer: equal | fitted | fitted_optimum | experts of each ([8, 12])
     pinned: int = 0  # experts of each layer, the most used by other requests, that never leave
     start: str = "cold"  # cold | warm (the most used by other requests are there)

@@ -24,7 +24,7 @@ from prefetch.errors import ConfigError
 from prefetch.models.cards import card_names, load_architecture
 from prefetch.sim.bounds import compute_S, least_ns
 from prefetch.sim.cell import Cell, row_of
-from prefetch.sim.costs import UNKNOWN, Beside, beside_of, machine_of
+from prefetch.sim.costs import UNKNOWN, Beside, beside_of, machine_of, need_host_memory
 from prefetch.sim.foresight import guessed_rows, guesses_of, keys_of
 from prefetch.sim.hardware import Hardware
 from prefetch.sim.machine import ADMITS, Guesses
@@ -36,6 +36,7 @@ from prefetch.sim.policy import Policy
 from prefetch.sim.pool import ATOMIC, OVERSHOOT
 from prefetch.sim.prior import Prior, check_prior
 from prefetch.sim.sizes import lent_to
+from prefetch.sim.streaming import BUFFERS
 from prefetch.sim.workload import workload_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
@@ -68,6 +69,8 @@ class Bench:
         made = store.make(config.locate(cfg.makers["trace"])(cfg))
         self.reader, self._key = TraceReader(made.folder), made.key
         self.card, self.beside = self._card()
+        if self.simulator.host_cache is None:
+            need_host_memory(self.card, self.hardware)
         whole = self.reader.load()
         self.trace, self.others = self._parts(whole)
         self.work = workload_of(
@@ -223,6 +226,7 @@ class Bench:
             uploads=told.uploads,
             budget=told.budget,
             queue=told.queue,
+            host_cache=told.host_cache,
         )
 
     @property
@@ -269,6 +273,7 @@ class Bench:
             if self.simulator.requests == "test":  # guesses, even true ones, are about these
                 yield self._cell(ORACLE, self.policies[0], "oracle", capacity, self.horizons[0])
             yield from self._today(capacity)
+            yield from self._streaming(capacity)
         yield from self._curve()
 
     def alone(self, policy: str, capacity: str) -> Cell:
@@ -400,6 +405,32 @@ class Bench:
                 machine=self.machine(misses),
                 warm=warm,
             )
+
+    def _streaming(self, capacity: Any) -> Iterator[Cell]:
+        """Prompts by whole layers through two buffers beside an LRU cache, the other steps without guesses."""
+        if not (self.work.prefill_S > 0).any() or self.simulator.host_cache is not None:
+            return
+        try:
+            budget = self.budget(capacity, 0, BUFFERS * self.card.n_experts)
+        except ConfigError as error:
+            log.warning(f"layer streaming is left out: {error}")
+            return
+        yield Cell(
+            names={
+                "way": "layer streaming",
+                "policy": "lru",
+                "predictor": "none",
+                "mark": "",
+                "capacity": str(capacity if capacity is not None else self.cfg.memory),
+                "horizon": 0,
+                "misses": "wait",
+            },
+            policy=Lru(),
+            budget=budget,
+            machine=self.machine("wait"),
+            semantics=SEMANTICS[self.simulator.semantics],
+            streams=True,
+        )
 
     def popular(self) -> NDArray[np.int64]:
         """Entries by their use in the rows that are not replayed, the most used first."""

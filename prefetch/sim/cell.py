@@ -18,6 +18,7 @@ from prefetch.sim.policy import Policy
 from prefetch.sim.pool import ATOMIC, HIT, LATE, NOTHING_TOLD, Told
 from prefetch.sim.run import Timed, timed_replay
 from prefetch.sim.start import NOBODY
+from prefetch.sim.streaming import streamed_replay
 from prefetch.sim.workload import MIXED, Workload
 
 NS_PER_MS = 1e6
@@ -36,8 +37,20 @@ class Cell:
     told: Told = NOTHING_TOLD  # rows that the policy asks for
     warm: NDArray[np.int64] = field(default_factory=lambda: NOBODY)  # entries at the start
     pinned: NDArray[np.int64] = field(default_factory=lambda: NOBODY)  # ... that stay
+    streams: bool = False  # prompts run by whole layers
 
     def run(self, work: Workload) -> Timed:
+        if self.streams:
+            return streamed_replay(
+                work,
+                self.policy,
+                self.budget.room_G,
+                self.budget.size_L,
+                self.machine,
+                self.semantics,
+                warm=self.warm,
+                pinned=self.pinned,
+            )
         return timed_replay(
             work,
             self.policy,
@@ -68,7 +81,7 @@ def row_of(
     per_token = tokens or np.nan  # of prompts alone nothing is told per generated token
     time_ns = timed.time_S[is_decode_S]
     per_token_ns = float(time_ns.sum() / per_token)
-    waited = counts["stall_ns"] + counts["late_stall_ns"] + counts["host_stall_ns"]
+    waited = sum(counts[name] for name in counts if name.endswith("stall_ns"))
     hit_low, hit_high = interval(work, hits_S * counted_S, accesses_S * counted_S, seed)
     time_low, time_high = interval(work, timed.time_S * is_decode_S, tokens_S, seed)
     row: dict[str, Any] = {
@@ -92,7 +105,9 @@ def row_of(
         "capacity_token_cycles": budget.token_cycles,
         "stall_fraction": waited / max(1, counts["now_ns"]),
         "link_utilisation": counts["link_ns"] / max(1, counts["now_ns"]),
+        "disk_utilisation": counts["disk_ns"] / max(1, counts["now_ns"]),
         "bytes_per_token": counts["moved_bytes"] / per_token,
+        "disk_bytes_per_token": counts["disk_bytes"] / per_token,
         "wasted_prefetch_bytes_per_token": counts["wasted_bytes"] / per_token,
     }
     tokens_of = tokens_S[is_decode_S]
@@ -117,7 +132,7 @@ def row_of(
             if name.endswith(("loads", "used", "unused", "dropped"))
         }
     )
-    for name in ("stall_ns", "late_stall_ns", "host_stall_ns", "compute_ns"):
+    for name in ("stall_ns", "late_stall_ns", "host_stall_ns", "disk_stall_ns", "compute_ns"):
         row[name.replace("_ns", "_ms_per_token")] = counts[name] / per_token / NS_PER_MS
     return row
 

@@ -32,7 +32,7 @@ INSIDE = (
     "prefetch.sim.keyed",
     "prefetch.sim.link",
 )  # imports that a whole engine needs not
-SHARED = ("policy.py", "pool.py", "workload.py", "machine.py", "transfers.py")
+SHARED = ("policy.py", "pool.py", "workload.py", "machine.py", "transfers.py", "storage.py")
 TOLD = "from prefetch.sim.pool import FIRST, UNTOLD"
 RULES = "# rules of the policy: from here on\n"
 KEYED_NAMES, STATE_NAMES = ("on_fill", "on_use"), ("filled", "used", "victim", "told")

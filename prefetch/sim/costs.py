@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from prefetch.errors import ConfigError
 from prefetch.models.cards import Architecture, LatentAttention, stored_bytes
 from prefetch.sim.hardware import NS_PER_S, Hardware, Link
-from prefetch.sim.machine import MISSES, ORDERS, Machine
-from prefetch.sim.memory import bytes_of, spoken
+from prefetch.sim.machine import MISSES, NO_DISK, ORDERS, Disk, Machine
+from prefetch.sim.memory import budget_of, bytes_of, spoken
 from prefetch.sim.sizes import need_sizes, operations_per_s, weights_of
 from prefetch.sim.workload import NEVER, Workload
 from prefetch.trace.card import ModelCard
@@ -72,11 +72,12 @@ def machine_of(
     landing: int = 0,
     budget: int | str | None = None,
     queue: str = "by_layer",
+    host_cache: float | str | None = None,
 ) -> Machine:
     """Costs of this workload with the sizes of `card`. `predictor_us` is the host's time per event that is guessed.
 
     landing: places beside the cache for guesses, which then enter it on a hit only. budget: bytes that guesses may
-    move per step.
+    move per step. host_cache: what the host's memory holds of the experts, written like a cache; None: all of them.
     """
     need_sizes(card)
     _check(card, work, misses, staging, predictor_us, uploads)
@@ -114,7 +115,41 @@ def machine_of(
         landing=landing,
         budget_bytes=_budget(budget, bytes_L),
         by_score=queue == "by_score",
+        disk=NO_DISK if host_cache is None else disk_of(card, hardware, host_cache),
     )
+
+
+def disk_of(card: ModelCard, hardware: Hardware, host_cache: float | str) -> Disk:
+    """The disk behind a host memory of this size, chunk by chunk; together exactly `storage.read_ns`."""
+    try:
+        room = budget_of(card, hardware, cache=host_cache, scope="global").cache_bytes
+        asked = bytes_of(str(host_cache)) if str(host_cache)[-1:].lower() == "b" else room
+    except ConfigError as error:
+        raise ConfigError(f"simulator.host_cache: {error}") from None
+    if asked > hardware.host.memory_bytes:
+        raise ConfigError(
+            f"simulator.host_cache={host_cache} is {spoken(asked)}: {hardware.name} has "
+            f"{spoken(hardware.host.memory_bytes)} of host memory"
+        )
+    storage, bytes_L = hardware.storage, card.expert_bytes_L or ()
+    n_chunks_L = np.array([-(-size // storage.chunk_bytes) for size in bytes_L], np.int64)
+    chunk_ns_LX = np.zeros((len(bytes_L), int(n_chunks_L.max())), np.int64)
+    for layer, size in enumerate(bytes_L):
+        ends = [*range(storage.chunk_bytes, size, storage.chunk_bytes), size]
+        done = [storage.read_ns(end) for end in ends]
+        chunk_ns_LX[layer, : len(ends)] = np.diff(done, prepend=0)
+    return Disk(chunk_ns_LX, n_chunks_L, chunk_ns_LX.sum(axis=1), storage.chunk_bytes, room)
+
+
+def need_host_memory(card: ModelCard, hardware: Hardware) -> None:
+    """Without a disk behind it the host's memory holds all experts."""
+    all_bytes, has = card.n_experts * sum(card.expert_bytes_L or ()), hardware.host.memory_bytes
+    if all_bytes > has:
+        raise ConfigError(
+            f"the experts of {card.name} are {spoken(all_bytes)}, {hardware.name} has {spoken(has)} of host memory, "
+            f"shortfall {spoken(all_bytes - has)}. Pass simulator.host_cache=0.5 or =48GiB: the others are read from "
+            "the disk"
+        )
 
 
 def _budget(budget: int | str | None, bytes_L: Sequence[int]) -> int:

@@ -1,22 +1,27 @@
 """What a machine can do: its link, GPU, host and disk, with a source for every number.
 
-It simulates nothing. A file is `datasheet` until an engine has measured how far simulated times are
-from real ones on that machine; from then on it is `calibrated` and carries that error.
+It simulates nothing. A file is `datasheet` or, where its numbers were measured on the machine itself, `measured`, until
+an engine has found how far simulated times are from real ones there; from then on it is `calibrated` and carries that
+error.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import yaml
+
 from prefetch.errors import ConfigError
 
-NS_PER_S = 1_000_000_000
+NS_PER_S, MEASURED = 1_000_000_000, "measured"
 Part = TypeVar("Part")
 
 
@@ -101,6 +106,11 @@ class Storage:
 
     latency_ns: int
     bytes_per_s: int
+    chunk_bytes: int  # a demand read waits for at most one chunk of a guess
+
+    def read_ns(self, n_bytes: int) -> int:
+        """One read on an idle disk, rounded up once."""
+        return self.latency_ns - (-n_bytes * NS_PER_S // self.bytes_per_s)
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ class Hardware:
     reserve_bytes: int  # device memory that is never ours: context, allocator, display
     sources: dict[str, str] = field(hash=False)
     measured_error: float | None = None  # median |simulated / measured - 1| of a step; None = never
+    is_measured: bool = False  # its numbers are this machine's own, not a datasheet's
 
     def __post_init__(self) -> None:
         numbers = dict(numeric_fields(self))
@@ -130,7 +141,9 @@ class Hardware:
 
     @property
     def kind(self) -> str:
-        return "datasheet" if self.measured_error is None else "calibrated"
+        if self.measured_error is not None:
+            return "calibrated"
+        return "measured" if self.is_measured else "datasheet"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what `hardware` takes back, and what a calibrated YAML holds."""
@@ -153,6 +166,30 @@ def hardware(**fields: Any) -> Hardware:
     return build(Hardware, fields, "hardware")
 
 
+def measured(path: str | None = None) -> Hardware:
+    """What `hardware=measured` names: a file that says of itself that it was measured."""
+    if path is None:
+        raise ConfigError("path is missing: pass hardware.path=FILE, the JSON or YAML of a machine")
+    file = Path(path)
+    try:
+        text = file.read_text()
+        fields = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as JSON or YAML ({told})") from error
+    if not isinstance(fields, Mapping) or fields.get("kind") != MEASURED:
+        found = fields.get("kind") if isinstance(fields, Mapping) else fields
+        raise ConfigError(
+            f"{path}: expected `kind: {MEASURED}` beside the keys of a hardware file, found {found!r}; a datasheet's "
+            "numbers are a file of their own in configs/hardware"
+        )
+    given = {name: value for name, value in fields.items() if name not in ("kind", "_target_")}
+    try:
+        return hardware(**{**given, "is_measured": True})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def numeric_fields(part: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
     """(dotted name, number) of each number; a curve over sizes is one number, its best rate."""
     for entry in dataclasses.fields(part):
@@ -161,7 +198,7 @@ def numeric_fields(part: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from numeric_fields(value, f"{path}.")
         elif isinstance(value, tuple):
             yield path, value[-1][1]
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             yield path, value
 
 
@@ -197,7 +234,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return {str(k): text if isinstance(text, str) else "" for k, text in value.items()}
     if (value is None and NoneType in get_args(hint)) or (kinds == [float] and is_count(value)):
         return value
-    if get_origin(hint) is dict or isinstance(value, bool) or type(value) not in kinds:
+    if get_origin(hint) is dict or type(value) not in kinds:
         expected = "a mapping" if get_origin(hint) is dict else kinds[0].__name__
         raise ConfigError(f"{where} must be {expected}; found {value!r}")
     return value

@@ -31,9 +31,11 @@ from prefetch.sim.machine import (
     SCORE,
     SPENT,
     TARGET,
+    THERE_NS,
 )
 from prefetch.sim.policy import Seen
 from prefetch.sim.pool import EMPTY
+from prefetch.sim.storage import read_ahead, remember
 from prefetch.sim.transfers import CALLED, INLINED, choose, enter, hold, leave, move, pop
 from prefetch.sim.workload import NEVER
 
@@ -95,6 +97,9 @@ def start(pool, run, machine, guesses, first_event, step):  # type: ignore[no-un
         return False
     if is_guess and link[SPENT] + size > machine.budget_bytes:
         return False
+    entry, is_limited = layer * pool.slot_LE.shape[1] + expert, machine.disk.room_bytes < NEVER
+    if is_limited and run.memory[THERE_NS, entry] == NEVER:  # the host has forgotten it
+        return False
     if is_guess and machine.landing > 0:
         place = link[N_BESIDE]
         run.beside[place, LAYER], run.beside[place, EXPERT] = layer, expert
@@ -105,7 +110,6 @@ def start(pool, run, machine, guesses, first_event, step):  # type: ignore[no-un
         group = pool.group_L[x]
         pool.clock[0] += 1
         meant_for = min(step + 1, target // n_layers)
-        entry = layer * pool.slot_LE.shape[1] + expert
         uses, coming = pool.uses_LE[layer, expert], run.coming_LE[layer, expert]
         seen = Seen(pool.clock[0], meant_for, entry, uses, coming, queue[head, SCORE])
         row, n_held = target - first_event, 0
@@ -118,6 +122,8 @@ def start(pool, run, machine, guesses, first_event, step):  # type: ignore[no-un
         if slot < 0:
             return False
         run.ready_GN[group, slot], run.ahead_GN[group, slot] = NEVER, 1
+    if is_limited:
+        remember(entry, np.int64(0), run, machine)
     link[SPENT] += size if is_guess else 0
     run.counts[PREFETCHED] += 1
     return True
@@ -126,14 +132,15 @@ def start(pool, run, machine, guesses, first_event, step):  # type: ignore[no-un
 def _run_link(until, pool, run, machine, guesses, first_event, step, is_sorted):  # type: ignore[no-untyped-def]
     """Moves chunks of queued copies, as long as they begin before `until`. `is_sorted`: the head is always next."""
     link, queue, n_places = run.link, run.queue, machine.landing
-    while link[QUEUED]:
-        is_full = n_places > 0 and link[N_BESIDE] == n_places
-        if (not is_sorted or is_full) and not choose(link, queue, is_full):
-            break
-        head = np.uint64(link[HEAD])
-        begin = max(link[FREE_NS], queue[head, ISSUED])
+    while True:
+        begin, is_full = NEVER, n_places > 0 and link[N_BESIDE] == n_places
+        if link[QUEUED] and ((is_sorted and not is_full) or choose(link, queue, is_full)):
+            begin = max(link[FREE_NS], queue[np.uint64(link[HEAD]), ISSUED])
+        if run.disk[QUEUED] and read_ahead(min(begin, until), run, machine):
+            continue
         if begin >= until:
             break
+        head = np.uint64(link[HEAD])
         layer, expert = queue[head, LAYER], queue[head, EXPERT]
         if queue[head, DONE] == 0:
             land(pool, run, begin)

@@ -27,15 +27,35 @@ BESIDE = -2
 (
     FREE_NS, LANDING_NS, LANDING_LAYER, LANDING_EXPERT, QUEUED, LAYER_IN_USE, EVENT_IN_USE, HEAD, N_BESIDE, SPENT,
 ) = range(10)  # fmt: skip
+# of the disk, beside what it shares with the link: the read that a demand takes over; memory that is left
+RESUMED, RESUMED_DONE, LEFT = 10, 11, 12
+# of the host's memory, a ring of entries: used before and after it; from when on it is there
+OLDER, NEWER, THERE_NS = range(3)
 # counts
 COUNTS = (
     "now_ns", "compute_ns", "stall_ns", "late_stall_ns", "host_stall_ns", "link_ns", "demand_loads",
     "prefetch_loads", "prefetch_used", "prefetch_unused", "prefetch_dropped", "moved_bytes", "wasted_bytes", "on_host",
+    "disk_stall_ns", "disk_ns", "disk_loads", "disk_bytes",
 )  # fmt: skip
 (
     NOW, COMPUTE, STALL, LATE_STALL, HOST_STALL, LINK, DEMAND, PREFETCHED, USED, UNUSED, DROPPED, MOVED, WASTED,
-    BY_HOST,
+    BY_HOST, DISK_STALL, DISK, DISK_LOADS, DISK_BYTES,
 ) = range(len(COUNTS))  # fmt: skip
+
+
+class Disk(NamedTuple):
+    """What lies behind a host memory that cannot hold all experts."""
+
+    chunk_ns_LX: NDArray[np.int64]  # of every chunk of a read; the latency is in the first
+    n_chunks_L: NDArray[np.int64]
+    whole_ns_L: NDArray[np.int64]
+    chunk_bytes: int
+    room_bytes: int  # of the host's memory, for experts; NEVER: all are there
+
+
+NO_DISK = Disk(
+    np.zeros((0, 0), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), 1, int(NEVER)
+)
 
 
 class Machine(NamedTuple):
@@ -64,8 +84,9 @@ class Machine(NamedTuple):
     landing: int = 0  # places beside the cache for guesses that enter it on a hit; 0: they take theirs at the start
     budget_bytes: int = int(NEVER)  # that guesses may move in one step
     by_score: bool = (
-        False  # the best guess that waits goes first, else the one about the nearest layer
+        False  # of guesses that wait the best goes first, else the one about the nearest layer
     )
+    disk: Disk = NO_DISK
 
 
 class Guesses(NamedTuple):
@@ -87,13 +108,16 @@ class Running(NamedTuple):
     ahead_GN: NDArray[np.uint8]  # 1 where an expert was copied ahead and not used since
     held_W: NDArray[np.int64]  # slots that a guess must not push out
     in_use_E: NDArray[np.int64]  # the event that an expert was last in use in
-    brought_E: NDArray[
-        np.int64
-    ]  # the event that an expert last came into the cache for, from beside it
+    brought_E: NDArray[np.int64]  # the event that an expert last came from beside the cache for
     coming_LE: NDArray[np.int64]  # the access that next needs each, where the future is known
     counts: NDArray[np.int64]
     order_I: NDArray[np.int64]  # of an event's accesses: as they stand; room for hits first
-    scratch_5E: NDArray[np.int64]
+    scratch_6E: NDArray[np.int64]
+    disk: NDArray[np.int64]  # as `link`
+    reads: NDArray[np.int64]  # as `queue`: guesses that the host's memory does not hold
+    memory: NDArray[
+        np.int64
+    ]  # [3, L E + 1] of the host: a ring, and from when on an expert is there
 
 
 def no_guesses() -> Guesses:
@@ -106,6 +130,9 @@ def running_of(
     link, n_experts = np.zeros(SPENT + 1, np.int64), pool.slot_LE.shape[1]
     link[LANDING_NS], link[LAYER_IN_USE] = NEVER, -1
     waiting = (guesses.ahead + 1) * guesses.ids_VW.shape[1] + machine.uploads
+    n_kept = pool.slot_LE.size if machine.disk.room_bytes < NEVER else 0
+    disk, memory = np.zeros(LEFT + 1, np.int64), np.full((3, n_kept + 1), n_kept, np.int64)
+    disk[LEFT], disk[RESUMED], memory[THERE_NS] = machine.disk.room_bytes, -1, NEVER
     return Running(
         link=link,
         queue=np.zeros((2 * waiting, RANK + 1), np.int64),
@@ -119,5 +146,8 @@ def running_of(
         coming_LE=first_LE.copy(),
         counts=np.zeros(len(COUNTS), np.int64),
         order_I=np.arange(2 * n_experts),
-        scratch_5E=np.zeros((5, n_experts), np.int64),
+        scratch_6E=np.zeros((6, n_experts), np.int64),
+        disk=disk,
+        reads=np.zeros((2 * waiting if n_kept else 0, RANK + 1), np.int64),
+        memory=memory,
     )

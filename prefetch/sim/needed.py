@@ -61,6 +61,7 @@ def _cell(bench: Bench, chosen: dict[str, Any], factor: float, steps: int) -> Ce
     """The chosen cell without guesses, on a link of another speed."""
     cell = bench.alone(str(chosen["policy"]), str(chosen["capacity"]))
     machine = bench.machine(bench.simulator.misses, hardware=with_link(bench.hardware, factor))
+    machine = machine._replace(landing=bench.landing)
     return cell_of(dataclasses.replace(cell, machine=machine), 0, steps)
 
 

@@ -46,6 +46,7 @@ WAYS: dict[str, Look] = {
     "static split by layer": (ORANGE, "-"),
     "host compute": (PURPLE, "-"),
     "host compute and uploads": (SKY, "-"),
+    "layer streaming": (ORANGE, "--"),
 }
 WITHOUT: Look = (BLUE, "-")
 GUESSING = (VERMILLION, GREEN, YELLOW)  # predictors; the ways have the other colours
@@ -54,6 +55,7 @@ PARTS = {
     "stall_ms_per_token": Key("waits for copies on demand", VERMILLION, shape="bar"),
     "late_stall_ms_per_token": Key("waits for guesses under way", ORANGE, shape="bar"),
     "host_stall_ms_per_token": Key("waits for the host", PURPLE, shape="bar"),
+    "disk_stall_ms_per_token": Key("waits for the disk", SKY, shape="bar"),
 }
 MOST_BARS = 48  # of a capacity
 NEAR, FEW = 1.5, 3  # times the time with all resident: so many cells have a panel of their own
@@ -61,6 +63,7 @@ DOES = {
     recorder.BEFORE: GREY,
     recorder.EXPERT: BLUE,
     **dict.fromkeys((recorder.STALLS["stall_ns"], recorder.STALLS["host_stall_ns"]), NO_DATA),
+    recorder.STALLS["disk_stall_ns"]: GREY,
     recorder.STALLS["late_stall_ns"]: YELLOW,
     recorder.DEMAND: VERMILLION,
     recorder.AHEAD: GREEN,

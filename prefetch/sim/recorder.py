@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from prefetch.sim.machine import WAIT
-from prefetch.sim.pool import HIT, LATE, MISS
+from prefetch.sim.pool import HIT, LATE
 from prefetch.sim.reference import Entry
 from prefetch.sim.timed_reference import Copy, TimedReplay
 
@@ -26,6 +26,7 @@ STALLS = {
     "stall_ns": "waits for a copy",
     "late_stall_ns": "waits for a guess under way",
     "host_stall_ns": "waits for the host",
+    "disk_stall_ns": "waits for the disk",
 }
 DEMAND, AHEAD, LATE_COPY, UPLOAD = (
     "copy on demand", "copy of a guess", "rest of a needed guess", "upload",
@@ -107,7 +108,7 @@ class Recorder(TimedReplay):
         self._computed, self._demanded, self._late = [], [], {}
         asked = max(self.host, self.now + int(self.machine.before_S[step]))
         super()._event(event, step, layer, accesses)
-        missing = [self._expert(a) for a in self._order if self.outcome[a] == MISS]
+        missing = [self._expert(a) for a in self.missing]
         computed = [self._expert(a) for a in self._order if self.outcome[a] == HIT]
         late = [a for a in accesses if self.outcome[a] == LATE]
         late.sort(key=lambda a: (self._late[self._expert(a)], a))
@@ -162,9 +163,9 @@ class Recorder(TimedReplay):
         layer = target % self.work.card.n_layers
         self._keep(HOST, ASKS_AHEAD, begin, self.host - begin, layer)
 
-    def _upload(self, entry: Entry) -> None:
+    def _upload(self, entry: Entry, in_memory: int) -> None:
         begin = self.host
-        super()._upload(entry)
+        super()._upload(entry, in_memory)
         self._keep(HOST, ASKS, begin, self.host - begin, entry[0], entry[1])
 
     def _on_host(self, begin: int, layer: int, missing: list[int]) -> int:

@@ -19,6 +19,7 @@ from prefetch.sim.machine import (
     BY_HOST,
     COMPUTE,
     DEMAND,
+    DISK_STALL,
     DONE,
     DROPPED,
     FREE_NS,
@@ -39,6 +40,7 @@ from prefetch.sim.machine import (
 )
 from prefetch.sim.policy import BUSY, Seen
 from prefetch.sim.pool import AFTER_USE, ATOMIC, EMPTY, HIT, LATE, MISS, OVERSHOOT
+from prefetch.sim.storage import drop_reads, fetch, read_by, take_over
 from prefetch.sim.transfers import (
     ENTERED,
     drop_beside,
@@ -57,6 +59,7 @@ from prefetch.sim.transfers import (
     take_aside,
     upload,
 )
+from prefetch.sim.workload import NEVER
 
 # the engine: from here on
 
@@ -73,12 +76,13 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
     slot_of, uses_of = pool.slot_LE.reshape(-1), pool.uses_LE.reshape(-1)
     link, counts, ready_GN, ahead_GN = run.link, run.counts, run.ready_GN, run.ahead_GN
     order, brought_E = run.order_I, run.brought_E
-    done_at, missing, placing = run.scratch_5E[0], run.scratch_5E[1], run.scratch_5E[2]
-    late, arrival = run.scratch_5E[3], run.scratch_5E[4]
+    done_at, missing, placing = run.scratch_6E[0], run.scratch_6E[1], run.scratch_6E[2]
+    late, arrival, there = run.scratch_6E[3], run.scratch_6E[4], run.scratch_6E[5]
+    disk, is_limited = run.disk, machine.disk.room_bytes < NEVER
     n_layers, n_experts = pool.slot_LE.shape
     n_slots, is_guessing = busy_GN.shape[1], guesses.ids_VW.shape[1] > 0
     is_active = is_guessing or machine.miss_way == BOTH
-    is_sorted = not machine.by_score and machine.miss_way != BOTH
+    is_sorted = not machine.by_score and machine.miss_way != BOTH and not is_limited
     has_aside = is_guessing and machine.landing > 0
     wants_future, wants_score = len(next_A) > 0, len(score_A) > 0
     is_before, is_even = semantics == ATOMIC, True
@@ -103,7 +107,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
         if is_active:
             for turn in range(1 + (n > 0)):  # the event before is over; this one's attention
                 now += before_ns if turn else 0
-                if link[QUEUED] and link[FREE_NS] < now:
+                if (link[QUEUED] and link[FREE_NS] < now) or disk[QUEUED]:
                     if turn == 0 and not is_marked:
                         mark(last_event, last_layer, last_first, last_stop, ids_A, pool, run)
                         is_marked = True
@@ -141,6 +145,10 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                 if n_late == 2 and arrival[0] > arrival[1]:
                     late[0], late[1] = late[1], late[0]
                     arrival[0], arrival[1] = arrival[1], arrival[0]
+            if disk[QUEUED]:
+                take_over(layer, first, stop, ids_A, pool, run)
+                if machine.cancels:
+                    drop_reads(event, run, machine)
             if machine.cancels:
                 while (
                     link[QUEUED] and is_sorted and run.queue[np.uint64(link[HEAD]), TARGET] <= event
@@ -166,7 +174,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                         at += 1
             shift, width = n_experts, max(1, room_G[g] // size)
         weight_ns, token_ns = machine.weight_ns_L[x], machine.token_ns_L[x]
-        n_missing, n_at_once, n_done, gpu = 0, 0, 0, now
+        n_missing, n_at_once, n_done, gpu = np.int64(0), 0, 0, now
         for begin in range(0, n, width):
             end, n_placing = min(begin + width, n), 0
             for i in range(begin, end):
@@ -273,6 +281,8 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
             done_at[n_done] = gpu
             n_done += 1
         asked, work_ns = host, np.int64(0)  # when the host begins to ask for copies
+        if is_limited and n_missing:
+            fetch(now, asked, layer, ids_A, missing, n_missing, there, run, machine)
         if machine.miss_way == WAIT:
             host += n_missing * machine.issue_ns
         else:
@@ -281,7 +291,8 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                 work_ns += max(machine.host_weight_ns_L[x], tokens_ns)
         if machine.miss_way == BOTH:
             for m in range(n_missing):
-                host = upload(layer, np.int64(ids_A[missing[m]]), host, run, machine)
+                there_ns = there[m] if is_limited else asked
+                host = upload(layer, np.int64(ids_A[missing[m]]), host, there_ns, run, machine)
         if is_guessing and layer + guesses.ahead < n_layers:
             host = enqueue(event + guesses.ahead, host, first_event, guesses, pool, run, machine)
         if machine.miss_way == WAIT and n_missing:
@@ -294,7 +305,9 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                 may = asked + (m + 1) * machine.issue_ns
                 if m >= n_at_once and semantics != OVERSHOOT:
                     may = max(may, done_at[np.uint64(m - n_at_once)])
-                if is_active and link[QUEUED] and free_ns < may:
+                there_ns = there[m] if is_limited else np.int64(0)
+                may = max(may, there_ns)
+                if is_active and ((link[QUEUED] and free_ns < may) or disk[QUEUED]):
                     link[FREE_NS] = free_ns
                     if not is_marked:
                         mark_seldom(event, layer, first, stop, ids_A, pool, run)
@@ -302,6 +315,9 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                     run_link_seldom(may, pool, run, machine, guesses, first_event, step, is_sorted)
                     free_ns = link[FREE_NS]
                 free_ns = max(may, free_ns) + whole_ns
+                if there_ns > gpu:
+                    counts[DISK_STALL] += there_ns - gpu
+                    gpu = there_ns
                 stall_ns += max(np.int64(0), free_ns - gpu)
                 gpu = max(gpu, free_ns)
                 took = max(weight_ns, token_ns * np.int64(events.tokens_A[a]))
@@ -318,6 +334,12 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
             counts[BY_HOST] += n_missing
             counts[HOST_STALL] += max(np.int64(0), finished - gpu)
             gpu = max(gpu, finished)
+            if is_limited:
+                finished = read_by(
+                    finished, layer, events.tokens_A, missing, n_missing, there, machine
+                )
+                counts[DISK_STALL] += max(np.int64(0), finished - gpu)
+                gpu = max(gpu, finished)
             host = max(host, finished)
         now = gpu
         time_S[np.uint64(step - first_step)] += now - began

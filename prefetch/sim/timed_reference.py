@@ -8,31 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from prefetch.sim.machine import BOTH, COUNTS, WAIT, Guesses, Machine
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import AFTER_USE, ATOMIC, EMPTY, HIT, LATE, MISS, OVERSHOOT
 from prefetch.sim.reference import Caches, Entry
-from prefetch.sim.workload import NEVER, Workload
-
-NEVER_STALE = int(NEVER)  # the event that an upload is meant for
-
-
-@dataclass(eq=False)
-class Copy:
-    """A guess in the queue, or on its way."""
-
-    entry: Entry
-    target: int  # the event that it is meant for
-    issued_ns: int
-    score: int
-    chunks_done: int = 0
-
-    @property
-    def is_guess(self) -> bool:
-        return self.target < NEVER_STALE
+from prefetch.sim.storage_reference import NEVER_STALE, Copy, Storage, next_of
+from prefetch.sim.workload import Workload
 
 
 class TimedReplay:
@@ -65,6 +48,8 @@ class TimedReplay:
         self.beside: dict[
             Entry, int
         ] = {}  # copied ahead and not in the cache yet: the event that it is meant for
+        self.storage = Storage(machine, self.counts, self._rank)
+        self.missing = list[int]()  # of the event, as they are loaded or computed
         self.spent = 0  # bytes that guesses have moved in this step
 
     def run(self) -> TimedReplay:
@@ -99,6 +84,7 @@ class TimedReplay:
         arrival = {
             a: self._promote(entry, now) for a, entry in entries.items() if entry in self.arrives
         }
+        self.storage.take_over({e for e in entries.values() if not self._is_there(e)})
         if self.machine.cancels:
             self._drop_stale(event)
         caches.tell(event)
@@ -132,10 +118,13 @@ class TimedReplay:
         pinned = set(entries.values())
         gpu, done = now, list[int]()
 
-        def compute(a: int, ready: int, stall: str) -> None:
+        def compute(a: int, ready: int, stall: str, in_memory: int = 0) -> None:
+            """`in_memory`: since when the host has it; until then it is the disk that is waited for."""
             nonlocal gpu
             weight, token = self.machine.weight_ns_L[layer], self.machine.token_ns_L[layer]
             took = max(int(weight), int(token) * int(self.work.tokens_A[a]))
+            self.counts["disk_stall_ns"] += max(0, in_memory - gpu)
+            gpu = max(gpu, in_memory)
             self.counts[stall] += max(0, ready - gpu)
             self.counts["compute_ns"] += took
             gpu = max(gpu, ready) + took
@@ -146,12 +135,17 @@ class TimedReplay:
                 compute(a, now, "stall_ns")
         for a in sorted(arrival, key=lambda a: (arrival[a], a)):
             compute(a, arrival[a], "late_stall_ns")
-        asked = self.host
+        asked, in_memory = self.host, dict.fromkeys(missing, 0)
+        if self.storage.is_limited and missing:
+            self.queue += self.storage.read_ahead(asked)
+            in_memory = self.storage.fetch(now, asked, {a: entries[a] for a in missing})
+            missing = list(in_memory)
+        self.missing = missing
         if self.machine.miss_way == WAIT:
             self.host += len(missing) * self.machine.issue_ns
         elif self.machine.miss_way == BOTH:
             for a in missing:
-                self._upload(entries[a])
+                self._upload(entries[a], in_memory[a])
         if self._guesses() and layer + self.guesses.ahead < self.work.card.n_layers:
             self._enqueue(event + self.guesses.ahead)
         if self.machine.miss_way == WAIT:
@@ -163,15 +157,21 @@ class TimedReplay:
                 may = asked + (m + 1) * self.machine.issue_ns
                 if m >= at_once and caches.semantics != OVERSHOOT:
                     may = max(may, done[m - at_once])  # the place of one that is done
+                may = max(may, in_memory[a])
                 self._run_link(may, step, pinned)
                 ready = self._move(max(may, self.link_free), layer, range(self._n_chunks(layer)))
                 self.counts["demand_loads"] += 1
                 self.counts["moved_bytes"] += int(self.machine.bytes_L[layer])
-                compute(a, ready, "stall_ns")
+                compute(a, ready, "stall_ns", in_memory[a])
         elif missing:
             finished = self._on_host(asked, layer, missing)
             self.counts["on_host"] += len(missing)
             self.counts["host_stall_ns"] += max(0, finished - gpu)
+            gpu = max(gpu, finished)
+            for m, a in enumerate(missing):
+                left = sum(self._host_ns(layer, later) for later in missing[m:])
+                finished = max(finished, in_memory[a] + left)
+            self.counts["disk_stall_ns"] += max(0, finished - gpu)
             gpu, self.host = max(gpu, finished), max(self.host, finished)
         self._run_link(gpu, step, pinned)
         self.now = gpu
@@ -202,10 +202,15 @@ class TimedReplay:
         self, until: int, step: int, pinned: Sequence[Entry] | set[Entry] | tuple[()]
     ) -> None:
         """Chunks of queued copies, as long as they begin before `until`."""
-        while copy := self._next():
-            begin, layer = max(self.link_free, copy.issued_ns), copy.entry[0]
-            if begin >= until:
+        while True:
+            copy = self._next()
+            begin = max(self.link_free, copy.issued_ns) if copy else NEVER_STALE
+            if read := self.storage.read_ahead(min(begin, until)):
+                self.queue += read
+                continue
+            if copy is None or begin >= until:
                 return
+            layer = copy.entry[0]
             self._land(begin)
             if copy.chunks_done == 0 and not self._start(copy, step, pinned):
                 self.counts["prefetch_dropped"] += 1
@@ -219,15 +224,10 @@ class TimedReplay:
                 self.queue.remove(copy)
 
     def _next(self) -> Copy | None:
-        """Who has begun; else of those that may begin first the best, of equals the one that came first."""
-        for copy in self.queue:
-            if copy.chunks_done:
-                return copy
         is_full = 0 < self.machine.landing == len(self.beside)  # guesses wait for a place
         waiting = [copy for copy in self.queue if not (copy.is_guess and is_full)]
-        earliest = max(self.link_free, min((copy.issued_ns for copy in waiting), default=0))
-        may = [copy for copy in waiting if copy.issued_ns <= earliest]
-        return max(may, key=self._rank, default=None)
+        begun = [copy for copy in self.queue if copy.chunks_done]
+        return next_of(begun or waiting, self.link_free, self._rank)
 
     def _rank(self, copy: Copy) -> int:
         if not copy.is_guess:
@@ -243,10 +243,13 @@ class TimedReplay:
             return False  # came on demand meanwhile
         if self.spent + size > self.machine.budget_bytes:
             return False
+        if not self.storage.has(copy.entry):
+            return False  # the host has forgotten it
         if copy.is_guess and self.machine.landing:
             self.beside[copy.entry] = copy.target
         elif not self._take_place(copy, step, pinned):
             return False
+        self.storage.remember(copy.entry, 0)
         self.spent += size
         self.arrives[copy.entry] = None
         self.unused.add(copy.entry)
@@ -285,6 +288,7 @@ class TimedReplay:
 
     def _drop_stale(self, event: int) -> None:
         """The routing of this event is known: what is queued for it is not needed, or is wanted at once."""
+        self.storage.drop_stale(event)
         for copy in [copy for copy in self.queue if copy.target <= event]:
             self.queue.remove(copy)
             if not copy.chunks_done:
@@ -315,24 +319,26 @@ class TimedReplay:
         layer = target % self.work.card.n_layers
         scores = self.guesses.score_VW[target].tolist()
         for expert, score in zip(self.guesses.ids_VW[target].tolist(), scores, strict=True):
-            if expert == EMPTY or len(self.queue) == self.most_waiting:
+            queue = [*self.queue, *self.storage.queue]
+            if expert == EMPTY or len(queue) == self.most_waiting:
                 return
             entry = (layer, expert)
-            if not self._is_there(entry) and all(copy.entry != entry for copy in self.queue):
+            if not self._is_there(entry) and all(copy.entry != entry for copy in queue):
                 self.host += self.machine.issue_ns
-                self.queue.append(Copy(entry, target, self.host, score))
+                joined = self.queue if self.storage.has(entry) else self.storage.queue
+                joined.append(Copy(entry, target, self.host, score))
 
-    def _upload(self, entry: Entry) -> None:
+    def _upload(self, entry: Entry, in_memory: int) -> None:
         """An expert that the host computes is copied behind everything else, for its next use."""
-        is_full = len(self.queue) >= min(self.machine.uploads, self.most_waiting)
-        if not is_full and all(copy.entry != entry for copy in self.queue):
+        queue = [*self.queue, *self.storage.queue]
+        is_full = len(queue) >= min(self.machine.uploads, self.most_waiting)
+        if not is_full and all(copy.entry != entry for copy in queue):
             self.host += self.machine.issue_ns
-            self.queue.append(Copy(entry, NEVER_STALE, self.host, 0))
+            self.queue.append(Copy(entry, NEVER_STALE, max(self.host, in_memory), 0))
 
     def _on_host(self, begin: int, layer: int, missing: list[int]) -> int:
         """When the host has computed them; copies that run meanwhile take their share of its memory."""
-        weight, token = self.machine.host_weight_ns_L[layer], self.machine.host_token_ns_L[layer]
-        work = sum(max(int(weight), int(token) * int(self.work.tokens_A[a])) for a in missing)
+        work = sum(self._host_ns(layer, a) for a in missing)
         copying, shared = max(0, self.link_free - begin), self.machine.shared_per_1000
         for copy in self.queue:
             left = range(copy.chunks_done, self._n_chunks(copy.entry[0]))
@@ -341,3 +347,7 @@ class TimedReplay:
         if work <= meanwhile:
             return begin + -(-work * 1000 // max(1, shared))
         return begin + copying + work - meanwhile
+
+    def _host_ns(self, layer: int, a: int) -> int:
+        weight, token = self.machine.host_weight_ns_L[layer], self.machine.host_token_ns_L[layer]
+        return max(int(weight), int(token) * int(self.work.tokens_A[a]))

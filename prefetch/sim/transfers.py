@@ -34,6 +34,7 @@ from prefetch.sim.machine import (
     RANK,
     SCORE,
     TARGET,
+    THERE_NS,
     UNUSED,
     WASTED,
 )
@@ -79,9 +80,8 @@ def enter(pool, group, layer, expert):  # type: ignore[no-untyped-def]
 
 
 @njit(**INLINED)
-def join(layer, expert, target, issued, score, rank, run):  # type: ignore[no-untyped-def]
+def join(link, queue, layer, expert, target, issued, score, rank):  # type: ignore[no-untyped-def]
     """Behind the others. There is room: twice as long as what may wait, the queue is moved to its beginning in time."""
-    link, queue = run.link, run.queue
     if link[HEAD] + link[QUEUED] == len(queue):
         for i in range(link[QUEUED]):
             for field in range(RANK + 1):
@@ -91,7 +91,6 @@ def join(layer, expert, target, issued, score, rank, run):  # type: ignore[no-un
     queue[at, LAYER], queue[at, EXPERT], queue[at, TARGET] = layer, expert, target
     queue[at, ISSUED], queue[at, DONE] = issued, 0
     queue[at, SCORE], queue[at, RANK] = score, rank
-    run.queued_LE[np.uint64(layer), np.uint64(expert)] = 1
     link[QUEUED] += 1
 
 
@@ -281,13 +280,22 @@ def hold(row, layer, pool, run, guesses):  # type: ignore[no-untyped-def]
 
 
 @njit(**CALLED)
-def upload(layer, expert, host, run, machine):  # type: ignore[no-untyped-def]
+def upload(layer, expert, host, there_ns, run, machine):  # type: ignore[no-untyped-def]
     """An expert that the host computes is copied behind everything else, for its next use."""
-    most = min(machine.uploads, len(run.queue) // 2)
-    if run.link[QUEUED] >= most or run.queued_LE[layer, expert]:
+    link, n_waiting = run.link, run.link[QUEUED] + run.disk[QUEUED]
+    if n_waiting >= min(machine.uploads, len(run.queue) // 2) or run.queued_LE[layer, expert]:
         return host
-    join(layer, expert, NEVER, host + machine.issue_ns, 0, LAST_RANK, run)
-    return host + machine.issue_ns
+    host += machine.issue_ns
+    join(link, run.queue, layer, expert, NEVER, max(host, there_ns), 0, LAST_RANK)
+    run.queued_LE[layer, expert] = 1
+    return host
+
+
+@njit(**INLINED)
+def is_in_memory(layer, expert, run, machine):  # type: ignore[no-untyped-def]
+    """Of the host, or will be when the chunk that is read has arrived."""
+    entry = layer * run.queued_LE.shape[1] + expert
+    return machine.disk.room_bytes == NEVER or run.memory[THERE_NS, entry] < NEVER
 
 
 def _enqueue(target, host, first_event, guesses, pool, run, machine):  # type: ignore[no-untyped-def]
@@ -298,14 +306,18 @@ def _enqueue(target, host, first_event, guesses, pool, run, machine):  # type: i
         r, x = np.uint64(row), np.uint64(layer)
         for i in range(guesses.ids_VW.shape[1]):
             expert = np.int64(guesses.ids_VW[r, np.uint64(i)])
-            if expert == EMPTY or run.link[QUEUED] == len(run.queue) // 2:
+            if expert == EMPTY or run.link[QUEUED] + run.disk[QUEUED] == len(run.queue) // 2:
                 break
             e = np.uint64(expert)
             if pool.slot_LE[x, e] == EMPTY and run.queued_LE[x, e] == 0:
                 host += machine.issue_ns
                 score = guesses.score_VW[r, np.uint64(i)]
                 rank = score if machine.by_score else -target
-                join(layer, expert, target, host, score, rank, run)
+                if is_in_memory(layer, expert, run, machine):
+                    join(run.link, run.queue, layer, expert, target, host, score, rank)
+                else:
+                    join(run.disk, run.reads, layer, expert, target, host, score, rank)
+                run.queued_LE[x, e] = 1
     return host
 
 

@@ -13,15 +13,22 @@ from hypothesis import strategies as st
 
 from prefetch.errors import ConfigError, MissingData
 from prefetch.models.cards import card_names, load_architecture, load_card
-from prefetch.sim.costs import Beside, before_S, beside_of, chunks_ns, machine_of
+from prefetch.sim.costs import (
+    Beside,
+    before_S,
+    beside_of,
+    chunks_ns,
+    machine_of,
+    need_host_memory,
+)
 from prefetch.sim.hardware import Hardware, Lane, Link, hardware
-from prefetch.sim.machine import BOTH
+from prefetch.sim.machine import BOTH, NO_DISK
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import ModelCard, plain_card
 from prefetch.trace.routing import DECODE, PREFILL, RoutingTrace, trace_of
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "hardware"
-MACHINES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+MACHINES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "measured")
 QWEN = load_card("qwen3_30b_a3b")
 
 
@@ -265,3 +272,29 @@ def test_options_of_guesses_by_hand():
         machine_of(QWEN, machine(), work, budget="1MiB")
     with pytest.raises(ConfigError, match=r"simulator.queue='fifo': must be one of by_layer, by_s"):
         machine_of(QWEN, machine(), work, queue="fifo")
+
+
+def test_a_disk_by_hand():
+    """9 chunks of 1 MiB at 7.45 GB/s after 80 us: 9,437,184 bytes are 1,266,736.1 ns, one chunk is 140,748.5."""
+    work = steps(QWEN)
+    disk = machine_of(QWEN, machine(), work, host_cache="16GiB").disk
+    assert (disk.room_bytes, disk.chunk_bytes) == (2**34 // 9_437_184 * 9_437_184, 2**20)
+    assert set(disk.n_chunks_L) == {9} and set(disk.whole_ns_L) == {80_000 + 1_266_737}
+    assert disk.chunk_ns_LX[0, :2].tolist() == [80_000 + 140_749, 140_748]
+    assert machine_of(QWEN, machine(), work).disk is NO_DISK
+    share = machine_of(QWEN, machine(), work, host_cache=0.5).disk.room_bytes
+    assert share == 64 * 48 * 9_437_184
+
+
+def test_what_host_memory_cannot_be():
+    work, large = steps(QWEN), load_card("deepseek_v3")
+    need_host_memory(QWEN, machine())
+    for host_cache, message in (
+        ("65GiB", r"simulator.host_cache=65GiB is 65.00 GiB: rtx4090_pcie4 has 64.00 GiB of host"),
+        (200, r"simulator.host_cache: cache=200: .* has 128 experts in a layer"),
+        ("much", r"simulator.host_cache: cache=much"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            machine_of(QWEN, machine(), work, host_cache=host_cache)
+    with pytest.raises(ConfigError, match=r"rtx4090_pcie4 has 64.00 GiB of host memory, shortfall"):
+        need_host_memory(large, machine())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from prefetch.errors import ConfigError
-from prefetch.sim.hardware import Hardware, Lane, Link, hardware, numeric_fields
+from prefetch.sim.hardware import Hardware, Lane, Link, hardware, measured, numeric_fields
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "hardware"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "measured")
 
 
 def plain(name: str = "rtx4090_pcie4") -> dict[str, Any]:
@@ -88,7 +89,7 @@ def test_pageable_is_slower_and_the_link_is_slower_than_the_device(name):
     n_bytes = 9 * 2**20
     assert machine.link.copy_ns(n_bytes) < machine.link.copy_ns(n_bytes, is_pinned=False)
     assert machine.link.pinned.bytes_per_s[-1][1] < machine.host.bytes_per_s
-    assert machine.host.bytes_per_s < machine.device.bytes_per_s
+    assert machine.host.bytes_per_s <= machine.device.bytes_per_s  # equal where it is one memory
 
 
 def test_a_qwen3_expert_on_pcie_4():
@@ -172,3 +173,49 @@ def test_an_error_that_is_no_number_is_no_calibration(error):
     fields["sources"]["measured_error"] = "x"
     with pytest.raises(ConfigError, match="measured_error must be positive"):
         hardware(**fields)
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_a_measured_machine_is_read_from_its_file(tmp_path, suffix):
+    fields, file = plain() | {"kind": "measured"}, tmp_path / f"mine.{suffix}"
+    file.write_text(json.dumps(fields) if suffix == "json" else yaml.safe_dump(fields))
+    found = measured(str(file))
+    assert (found.kind, found.is_measured) == ("measured", True)
+    assert dataclasses.replace(found, is_measured=False) == hardware(**plain())
+    assert hardware(**found.to_dict()) == found
+    cfg = OmegaConf.load(CONFIGS / "measured.yaml")
+    assert instantiate(cfg, path=str(file)) == found
+    fields |= {"measured_error": 0.02}
+    fields["sources"]["measured_error"] = "stage validate"
+    file.write_text(json.dumps(fields) if suffix == "json" else yaml.safe_dump(fields))
+    assert measured(str(file)).kind == "calibrated"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "datasheet"}, "expected `kind: measured` beside .*, found 'datasheet'"),
+        ({"reserve_bytes": -1}, r"mine.yaml: hardware.reserve_bytes must be positive; found -1"),
+        ({"storage": {"latency_ns": 1}}, "mine.yaml: hardware.storage.bytes_per_s is missing"),
+        ({"device": None}, "mine.yaml: hardware.device must be a mapping; found None"),
+        ({"speed": 3}, "mine.yaml: hardware.speed: no such field"),
+    ],
+)
+def test_what_is_wrong_with_a_measured_file_is_named(tmp_path, change, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(plain() | {"kind": "measured"} | change))
+    with pytest.raises(ConfigError, match=message) as error:
+        measured(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_a_measured_file_that_is_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"pass hardware.path=FILE"):
+        measured()
+    with pytest.raises(ConfigError, match=r"gone.json: cannot be read as JSON or YAML"):
+        measured(str(tmp_path / "gone.json"))
+    for text, message in (("[1", "cannot be read"), ("a list", "found 'a list'"), ("", "None")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message) as error:
+            measured(str(tmp_path / "bad.yaml"))
+        assert "\n" not in str(error.value)

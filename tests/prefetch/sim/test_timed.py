@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefetch.sim.machine import BOTH, ON_HOST, WAIT, Guesses, Machine
+from prefetch.sim.machine import BOTH, NO_DISK, ON_HOST, WAIT, Disk, Guesses, Machine
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru
@@ -55,6 +55,14 @@ def machine_of(work: Workload, seed: int = 0, **settings: Any) -> Machine:
     return Machine(**given, whole_ns_L=np.array([ns_X[:n].sum() for ns_X, n in chunks]))
 
 
+def disk_of(room_bytes: int, seed: int = 0) -> Disk:
+    """Reads of two or three chunks."""
+    rng = np.random.default_rng(seed)
+    chunk_ns_LX, n_chunks_L = rng.integers(50, 400, (3, 3)), rng.integers(1, 4, 3)
+    whole_ns_L = np.array([ns_X[:n].sum() for ns_X, n in zip(chunk_ns_LX, n_chunks_L, strict=True)])
+    return Disk(chunk_ns_LX, n_chunks_L, whole_ns_L, 900, room_bytes)
+
+
 def guesses_of(work: Workload, seed: int, ahead: int, width: int, recall: float) -> Guesses:
     """The truth with this chance, else anybody; some rows are short."""
     rng, n_events = np.random.default_rng(seed), len(work.start_V) - 1
@@ -87,12 +95,26 @@ def guesses_of(work: Workload, seed: int, ahead: int, width: int, recall: float)
     landing=st.sampled_from([0, 0, 1, 3]),
     budget_bytes=st.sampled_from([10**12, 10**12, 3000, 6000]),
     by_score=st.booleans(),
+    memory=st.sampled_from([None, None, 0, 3000, 9000, 20_000, 10**9]),
 )
 def test_compiled_equals_plain(
-    seed, policy, room, batch, semantics, is_global, way, ahead, width, recall, size_L, **options
+    seed,
+    policy,
+    room,
+    batch,
+    semantics,
+    is_global,
+    way,
+    ahead,
+    width,
+    recall,
+    size_L,
+    memory,
+    **options,
 ):
     work = drawn(seed, n_tokens=40, batch=batch)
     rooms = [3 * room] if is_global else [room] * 3
+    options["disk"] = NO_DISK if memory is None else disk_of(memory, seed)
     machine = machine_of(work, seed, miss_way=way, staging=1 + seed % 3, **options)
     guesses = guesses_of(work, seed, ahead, width, recall)
     plain = TimedReplay(work, policy, rooms, size_L, machine, guesses, semantics).run()
@@ -255,3 +277,52 @@ def test_a_link_that_costs_nothing_stalls_nobody():
     work = drawn(5, n_tokens=40)
     machine = machine_of(work, chunk_ns_LX=np.zeros((3, 3), np.int64), issue_ns=0, predict_ns=0)
     assert timed_replay(work, Lru(), [3] * 3, [1] * 3, machine).counts["stall_ns"] == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 6), st.sampled_from([1, 3]), st.sampled_from([0, 1]))
+def test_a_larger_host_memory_reads_no_more(seed, room, batch, way):
+    """Without guesses: everything when it holds nothing, everybody once when it holds all; nothing between is worse."""
+    work, reads = drawn(seed, n_tokens=40, batch=batch), list[int]()
+    for memory in (0, 4, 9, 16, 10**6):
+        machine = machine_of(
+            work, seed, miss_way=way, bytes_L=np.full(3, 1000), disk=disk_of(1000 * memory, seed)
+        )
+        timed = timed_replay(work, Lru(), [room] * 3, [1] * 3, machine)
+        counts = timed.counts
+        stalls = sum(counts[name] for name in counts if name.endswith("stall_ns"))
+        assert counts["now_ns"] == counts["compute_ns"] + stalls
+        assert counts["disk_bytes"] == 1000 * counts["disk_loads"]
+        reads.append(counts["disk_loads"])
+    layer_A = np.repeat(np.arange(len(work.start_V) - 1) % 3, np.diff(work.start_V))
+    missed = timed.outcome_A == MISS
+    assert reads[0] == missed.sum()
+    assert reads[-1] == len(np.unique(layer_A[missed] * 1000 + work.ids_A[missed]))
+    assert reads == sorted(reads, reverse=True)
+
+
+def test_reads_and_copies_in_closed_form():
+    """Disjoint pairs, read in turn and each copied while the next is read: two reads, the last copy, its compute."""
+    ids = np.array([[[2 * (t % 3), 2 * (t % 3) + 1]] * 2 for t in range(6)])
+    work = workload_of(trace_of(plain_card("t", n_experts=6, top_k=2, layer_numbers=(0, 1)), ids))
+    numbers = np.full(2, 3)
+    disk = Disk(np.full((2, 3), 50), numbers, np.full(2, 150), 1000, 0)
+    machine = machine_of(
+        work,
+        before_S=np.full(6, 100),
+        weight_ns_L=np.full(2, 10),
+        token_ns_L=np.full(2, 1),
+        chunk_ns_LX=np.array([[40, 30, 30]] * 2),
+        n_chunks_L=numbers,
+        bytes_L=np.full(2, 3000),
+        issue_ns=0,
+        disk=disk,
+    )
+    timed = timed_replay(work, Lru(), [2, 2], [1, 1], machine)
+    assert timed.time_S.tolist() == [2 * (100 + 2 * 150 + 100 + 10)] * 6
+    # per event: until the first is read, then (behind its copy and compute) until the second is
+    assert timed.counts["disk_stall_ns"] == 12 * (150 + 300 - (150 + 100 + 10))
+    assert timed.counts["disk_ns"] == 24 * 150
+    all_there = machine._replace(disk=disk._replace(room_bytes=10**6))
+    later = timed_replay(work, Lru(), [2, 2], [1, 1], all_there).time_S.tolist()[3:]
+    assert later == [2 * (100 + 2 * 100 + 10)] * 3
