@@ -23,6 +23,7 @@ TEMPLATE_POSITIONS = 4096  # from the start: later positions are not looked at
 TEMPLATE_END = 256  # from the end, where a chat template closes a request
 DUPLICATE_ROWS = 8  # shorter requests are equal by chance
 SMALLEST_SPLIT = 4  # fewer requests are split in time
+DRAWN_AT_ONCE = 1 << 15  # requests, of several draws: what stays in a core's cache
 MANY_REQUESTS = 20_000  # of which a ratio is as good as normal: more are not drawn, but computed
 
 
@@ -299,10 +300,11 @@ def bootstrap(
     if len(hits_R) > MANY_REQUESTS:
         return _normal_interval(hits_R, of_R, level)
     rng = np.random.default_rng(seed)
-    ratios = np.empty(draws)
-    for draw in range(draws):
-        chosen = rng.integers(0, len(hits_R), len(hits_R))
-        ratios[draw] = hits_R[chosen].sum() / max(1, of_R[chosen].sum())
+    ratios, at_once = np.empty(draws), max(1, DRAWN_AT_ONCE // len(hits_R))
+    for first in range(0, draws, at_once):
+        drawn_D = ratios[first : first + at_once]
+        chosen_DR = rng.integers(0, len(hits_R), (len(drawn_D), len(hits_R)))
+        drawn_D[:] = hits_R[chosen_DR].sum(axis=1) / np.maximum(1, of_R[chosen_DR].sum(axis=1))
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -7,7 +7,7 @@ T tokens, K choices, E experts, C row classes, L layers, M moments.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from scipy.special import digamma
 
 from analysis.routing.significance import FEWEST_REQUESTS, design_effects
-from analysis.routing.statistics import entropy_bits
 from prefetch.errors import MissingData
 from prefetch.trace.card import ModelCard
 
 MOST_BYTES = 2 << 30  # dense tables of pair counts; more experts than that fit need fewer horizons
 SKIP = 255  # class of a row that is not counted
 DENSE = 0.1  # pairs of a request per cell of the table, from which on the whole table is walked
+MANY = 100.0  # variance of a count, from which on it is drawn as a normal one
 SMALL_COUNT = 1 << 14  # from here on the asymptotic form is exact to 1e-8
 
 
@@ -64,6 +64,23 @@ def count_margins(here_TK, there_TK, class_T, nobody, here_CE, there_CE, tokens_
                 here_CE[c, here_TK[t, k]] += 1
             if there_TK[t, k] != nobody:
                 there_CE[c, there_TK[t, k]] += 1
+
+
+@njit(cache=True, nogil=True)
+def count_alone(ids_TK, class_T, nobody, out_CE, tokens_C):  # type: ignore[no-untyped-def]
+    """Over the rows that have an expert here. Is that every row which counts?"""
+    is_whole = True
+    for t in range(ids_TK.shape[0]):
+        c, is_known = class_T[t], False
+        if c >= tokens_C.shape[0]:
+            continue
+        for k in range(ids_TK.shape[1]):
+            if ids_TK[t, k] != nobody:
+                out_CE[c, ids_TK[t, k]] += 1
+                is_known = True
+        tokens_C[c] += is_known
+        is_whole &= is_known
+    return is_whole
 
 
 @njit(cache=True, nogil=True)
@@ -218,10 +235,11 @@ def information(
     if not joint_EE.any():
         return dict.fromkeys(INFORMATION, np.nan)
     # over pairs: rows that miss some choices count less, on both sides alike
-    h_here, h_there = entropy_bits(joint_EE.sum(axis=1)), entropy_bits(joint_EE.sum(axis=0))
-    h_joint = entropy_bits(joint_EE.ravel())
-    bias = _bias(joint_EE, here_E, there_E)
-    here, there, joint = h_here + bias[0], h_there + bias[1], h_joint + bias[2]
+    both, from_E, to_E = _sums(joint_EE)
+    h_here, h_there = _sums(from_E[None])[0].entropy_bits, _sums(to_E[None])[0].entropy_bits
+    h_joint = both.entropy_bits
+    here, there = h_here + _missing_bits(here_E), h_there + _missing_bits(there_E)
+    joint = h_joint + both.missing_bits
     return {
         "entropy_bits": float(there),
         "mutual_information_bits": float(here + there - joint),
@@ -243,38 +261,66 @@ def left_open(told: dict[str, float]) -> float:
     return float(np.clip(told["entropy_bits"] - beyond, 0.0, told["entropy_bits"]))
 
 
-def _bias(
-    joint_EE: NDArray[Any], here_E: NDArray[Any], there_E: NDArray[Any]
-) -> tuple[float, float, float]:
-    """Bits to add to the plug-in entropies here, there and of both.
+class _Sums(NamedTuple):
+    """Of counts n: their sum, and those of n log n and of n G(n), in nats."""
 
-    An expert is in a row or not, so a cell of the joint counts varies like a count of rows, however many pairs a row
-    adds: every count goes into the estimator as it is, and k > 1 needs no other formula.
-    """
-    return _missing_bits(here_E), _missing_bits(there_E), _missing_bits(joint_EE.ravel())
+    total: int
+    logs: float
+    expected_logs: float
+
+    @property
+    def entropy_bits(self) -> float:
+        """Plug-in."""
+        return max(0.0, float((np.log(self.total) - self.logs / self.total) / np.log(2)))
+
+    @property
+    def missing_bits(self) -> float:
+        """Grassberger's estimate of an entropy (2003, arXiv:physics/0307138, eq. 29) less the plug-in one, in bits.
+
+        At a thousand tokens it errs a third as much as Miller and Madow's (a test holds it to that). An expert is in a
+        row or not, so a cell of joint counts varies like a count of rows, however many pairs a row adds: every count
+        goes into the estimator as it is, and k > 1 needs no other formula.
+        """
+        return float((self.logs - self.expected_logs) / (self.total * np.log(2)))
 
 
-def _missing_bits(counts: NDArray[Any]) -> float:
-    """Grassberger's estimate of an entropy (2003, arXiv:physics/0307138, eq. 29) less the plug-in one, in bits.
+def _sums(counts_EE: NDArray[Any]) -> tuple[_Sums, NDArray[np.int64], NDArray[np.int64]]:
+    """And the sums of rows and columns."""
+    row_E, column_E = (np.zeros(n, np.int64) for n in counts_EE.shape)
+    logs = _log_sums(counts_EE, *_small_logs(), row_E, column_E)
+    return _Sums(int(row_E.sum()), *logs), row_E, column_E
 
-    At a thousand tokens it errs a third as much as Miller and Madow's (a test holds it to that).
-    """
-    used = counts[counts > 0]
-    total = used.sum()
-    return float((used * (np.log(used) - _expected_log(used))).sum() / (total * np.log(2)))
+
+def _missing_bits(count_E: NDArray[Any]) -> float:
+    return _sums(count_E[None])[0].missing_bits
+
+
+@njit(cache=True, nogil=True)
+def _log_sums(counts_EE, log_N, expected_N, row_E, column_E):  # type: ignore[no-untyped-def]
+    """Sums of n log n and of n G(n), for which E[n G(n)] is nearly m log m where n varies around m."""
+    logs, expected = 0.0, 0.0
+    for a in range(counts_EE.shape[0]):
+        for b in range(counts_EE.shape[1]):
+            n = counts_EE[a, b]
+            row_E[a] += n
+            column_E[b] += n
+            if n < len(log_N):
+                logs += log_N[n]
+                expected += expected_N[n]
+            else:
+                large = n * np.log(n)
+                logs += large
+                expected += large - n % 2
+    return logs, expected
 
 
 @cache
-def _small_logs() -> NDArray[np.float64]:
+def _small_logs() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """n log n and n G(n) of every small n."""
     n = np.arange(1, SMALL_COUNT).astype(float)
     sign = np.where(n % 2 == 0, 0.5, -0.5)
-    return np.append(0.0, digamma(n) + sign * (digamma((n + 1) / 2) - digamma(n / 2)))
-
-
-def _expected_log(counts: NDArray[Any]) -> NDArray[np.float64]:
-    """G(n), for which E[n G(n)] is nearly m log m where n varies around m."""
-    small = _small_logs()[np.minimum(counts, SMALL_COUNT - 1)]
-    return np.where(counts < SMALL_COUNT, small, np.log(counts) - counts % 2 / counts)
+    expected = digamma(n) + sign * (digamma((n + 1) / 2) - digamma(n / 2))
+    return np.append(0.0, n * np.log(n)), np.append(0.0, n * expected)
 
 
 def control(
@@ -283,24 +329,49 @@ def control(
     """The same estimate where the rows there are shuffled: what is left is the estimator's own error."""
     if not here_E.any() or not there_E.any():
         return dict.fromkeys(CONTROL, np.nan)
-    joint_EE = shuffled(here_E, there_E, n_tokens, rng)
-    expected_EE = here_E[:, None] * (there_E[None, :] / n_tokens)
-    share_EE = np.divide(joint_EE, expected_EE, out=np.ones(joint_EE.shape), where=joint_EE > 0)
-    # the deviance: cells are drawn one by one, so their sums vary, which a permutation's do not
-    deviance = (joint_EE * np.log(share_EE) - joint_EE + expected_EE).sum()
-    plugin = float(deviance / (expected_EE.sum() * np.log(2)))
-    here, there, joint = _bias(joint_EE, here_E, there_E)
-    return dict(zip(CONTROL, (plugin + here + there - joint, plugin), strict=True))
+    both, from_E, to_E = _sums(shuffled(here_E, there_E, n_tokens, rng))
+    pairs = float(here_E.sum()) * (float(there_E.sum()) / n_tokens)
+    # the deviance from here_a * there_b / n: cells are drawn one by one, so their sums vary; a permutation's do not
+    log_expected = from_E @ _log(here_E) + to_E @ _log(there_E) - both.total * np.log(n_tokens)
+    plugin = float((both.logs - log_expected - both.total + pairs) / (pairs * np.log(2)))
+    bias = _missing_bits(here_E) + _missing_bits(there_E) - (both.missing_bits if both.total else 0)
+    return dict(zip(CONTROL, (plugin + bias, plugin), strict=True))
+
+
+def _log(count_E: NDArray[Any]) -> NDArray[np.float64]:
+    """Of nobody: 0, as nobody is in no pair."""
+    return np.log(np.maximum(count_E, 1))
 
 
 def shuffled(
     here_E: NDArray[Any], there_E: NDArray[Any], n_tokens: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Joint counts as they would be had the rows there been permuted: each cell's own distribution, exactly.
+    """Joint counts as they would be had the rows there been permuted: each cell by itself.
 
     Of the n rows, there_b hold b; the rows that hold a here meet here_a of the n at random: a hypergeometric count.
-    Drawn cell by cell, so that no row need be kept; a test holds it against real permutations.
+    Drawn cell by cell, so that no row need be kept; a test holds it against real permutations. Where the count varies
+    much, it is a rounded normal one of the same mean, variance and skewness (Cornish and Fisher 1938), in a tenth of
+    the time.
     """
-    good_EE = np.broadcast_to(there_E[None, :], (len(here_E), len(there_E)))
-    drawn: NDArray[np.int64] = rng.hypergeometric(good_EE, n_tokens - good_EE, here_E[:, None])
-    return drawn
+    drawn_EE = np.empty((len(here_E), len(there_E)), np.int64)
+    normal_EE = rng.standard_normal(drawn_EE.shape)
+    few_a, few_b = np.nonzero(_draw_many(here_E, there_E, n_tokens, normal_EE, drawn_EE))
+    few = there_E[few_b], n_tokens - there_E[few_b], here_E[few_a]
+    drawn_EE[few_a, few_b] = rng.hypergeometric(*few)
+    return drawn_EE
+
+
+@njit(cache=True, nogil=True)
+def _draw_many(here_E, there_E, n, normal_EE, drawn_EE):  # type: ignore[no-untyped-def]
+    """Which cells vary too little for that?"""
+    is_few_EE = np.zeros(drawn_EE.shape, np.bool_)
+    for a in range(len(here_E)):
+        share = here_E[a] / n
+        for b in range(len(there_E)):
+            other, z = there_E[b] / n, normal_EE[a, b]
+            variance = here_E[a] * other * (1 - share) * (n - there_E[b]) / max(1, n - 1)
+            is_few_EE[a, b] = variance < MANY
+            sd = np.sqrt(max(variance, MANY) - 1 / 12)  # rounding adds a twelfth
+            bend = (1 - 2 * share) * (1 - 2 * other) / 6
+            drawn_EE[a, b] = np.rint(here_E[a] * other + sd * z + bend * (z * z - 1))
+    return is_few_EE

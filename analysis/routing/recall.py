@@ -85,8 +85,10 @@ class Recall:
         self.ranks_HPCLE = np.zeros((len(self.horizons), len(PREDICTORS), *shape), np.int64)
         # per test request and horizon: choices within K guesses by predictor, then choices; for intervals
         self.request_HPR = np.zeros((len(self.horizons), len(INTERVALS) + 1, 0), np.int64)
+        self._drawn: pd.DataFrame | None = None
 
     def add(self, batch: Batch) -> None:
+        self._drawn = None
         rows = _Rows.of(batch)
         if (rows.class_T == SKIP).all():
             return
@@ -148,6 +150,7 @@ class Recall:
         return np.sum(per_layer, axis=0, dtype=np.int64) if per_layer else _nothing(rows)
 
     def merge(self, later: Recall) -> None:
+        self._drawn = None
         self.ranks_HPCLE += later.ranks_HPCLE
         self.request_HPR = np.concatenate([self.request_HPR, later.request_HPR], axis=2)
 
@@ -194,18 +197,23 @@ class Recall:
         """One row per part, horizon, layer pair, predictor, and width K, 2K and 4K."""
         k, n_experts = self.plan.card.top_k, self.plan.card.n_experts
         widths = sorted({min(n_experts, times * k) for times in (1, 2, 4)})
-        frame = self.curve()
+        frame = self._curves()
         return frame[frame.width.isin(widths)].reset_index(drop=True)
 
     def curve(self) -> pd.DataFrame:
         """The same for every width."""
-        frames = [
-            self._rows(part, horizon, predictor)
-            for part in self.parts()
-            for horizon in self.horizons
-            for predictor in self._told(part)
-        ]
-        return pd.concat(frames, ignore_index=True)
+        return self._curves().copy()
+
+    def _curves(self) -> pd.DataFrame:
+        if self._drawn is None:
+            frames = [
+                self._rows(part, horizon, predictor)
+                for part in self.parts()
+                for horizon in self.horizons
+                for predictor in self._told(part)
+            ]
+            self._drawn = pd.concat(frames, ignore_index=True)
+        return self._drawn
 
     def _rows(self, part: str, horizon: int, predictor: str) -> pd.DataFrame:
         curve_LW = self._curve(predictor, horizon, part)

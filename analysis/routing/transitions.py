@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,12 +24,14 @@ from analysis.routing.pairs import (
     Spread,
     check_bytes,
     control,
+    count_alone,
     count_margins,
     count_pairs,
     has_both,
     information,
     left_open,
 )
+from analysis.routing.shifted import Shifted
 from analysis.routing.statistics import leading
 from analysis.routing.sums import ratio
 from prefetch.errors import MissingData
@@ -62,36 +64,43 @@ class Transitions:
         self.there_HCLE = [np.zeros(shape[:3], np.int64) for shape in shapes]
         self.tokens_HCL = [np.zeros(shape[:2], np.int64) for shape in shapes]
         self._told: dict[tuple[str, int], pd.DataFrame] = {}
+        self._listed: dict[int, pd.DataFrame] = {}
 
     def add(self, batch: Batch) -> None:
-        self._told = {}
+        self._told, self._listed = {}, {}
         class_T = _classes(batch)
         witness_T = np.where(batch.is_witness_T, class_T, SKIP).astype(np.uint8)
         ids_LTK = batch.ids_LTK
+        alone_L = for_layers(
+            lambda layer: _Alone.of(ids_LTK[layer], class_T, batch.nobody, self.plan.card),
+            len(ids_LTK),
+        )
 
         def count(layer: int) -> None:
             for h, horizon in enumerate(self.horizons):
                 if layer + horizon < len(ids_LTK):
-                    here, there = ids_LTK[layer], ids_LTK[layer + horizon]
-                    count_pairs(here, there, class_T, batch.nobody, self.joint_HCLEE[h][:, layer])
-                    count_margins(
-                        here,
-                        there,
-                        class_T,
-                        batch.nobody,
-                        self.here_HCLE[h][:, layer],
-                        self.there_HCLE[h][:, layer],
-                        self.tokens_HCL[h][:, layer],
-                    )
-                if horizon == 1 and layer + 1 < len(ids_LTK):
-                    two = ids_LTK[layer], ids_LTK[layer + 1]
-                    self.spread.add(layer, *two, batch.starts_R, witness_T, batch.nobody)
+                    later = layer + horizon
+                    two = ids_LTK[layer], ids_LTK[later]
+                    joint_CEE = self.joint_HCLEE[h][:, layer]
+                    count_pairs(two[0], two[1], class_T, batch.nobody, joint_CEE)
+                    margins = self._margins(h, layer)
+                    if alone_L[layer].is_whole and alone_L[later].is_whole:
+                        _add_up(margins, alone_L[layer], alone_L[later])
+                    else:
+                        count_margins(*two, class_T, batch.nobody, *margins)
+                    if horizon == 1:
+                        self.spread.add(layer, *two, batch.starts_R, witness_T, batch.nobody)
 
         for_layers(count, len(ids_LTK) - 1)
         self.shifted.add(batch, class_T)
 
+    def _margins(self, h: int, layer: int) -> _Margins:
+        """To be added to."""
+        here_CLE, there_CLE, tokens_CL = self.here_HCLE[h], self.there_HCLE[h], self.tokens_HCL[h]
+        return here_CLE[:, layer], there_CLE[:, layer], tokens_CL[:, layer]
+
     def merge(self, later: Transitions) -> None:
-        self._told = {}
+        self._told, self._listed = {}, {}
         for name in ("joint_HCLEE", "here_HCLE", "there_HCLE", "tokens_HCL"):
             for mine, other in zip(getattr(self, name), getattr(later, name), strict=True):
                 mine += other
@@ -124,8 +133,9 @@ class Transitions:
         return [(phase, horizon) for phase in self.plan.phases for horizon in self.horizons]
 
     def pieces(self) -> list[Callable[[], Any]]:
-        """What the table is made of, to be made in any order; kept until more is counted."""
-        return [partial(self._cell, *cell) for cell in self._cells()]
+        """What the tables are made of, to be made in any order; kept until more is counted."""
+        cells = [partial(self._cell, *cell) for cell in self._cells()]
+        return [*cells, *(partial(self._sparse, horizon) for horizon in self.horizons)]
 
     def _cell(self, phase: str, horizon: int) -> pd.DataFrame:
         if (phase, horizon) not in self._told:
@@ -152,125 +162,33 @@ class Transitions:
 
     def sparse(self) -> pd.DataFrame:
         """The counts themselves: a row per horizon, layer and pair of experts that ever met."""
-        return pd.concat(
-            [sparse_rows(self, horizon, self.plan.card) for horizon in self.horizons],
-            ignore_index=True,
-        )
+        return pd.concat([self._sparse(horizon) for horizon in self.horizons], ignore_index=True)
+
+    def _sparse(self, horizon: int) -> pd.DataFrame:
+        if horizon not in self._listed:
+            self._listed[horizon] = sparse_rows(self, horizon, self.plan.card)
+        return self._listed[horizon]
 
 
-class Shifted:
-    """The second control of horizon 1: a layer's rows paired with those that the next request made a layer later.
-
-    Row i of a request meets row i + half of the next one (of as many rows as that has, and around), prompt rows with
-    prompt rows; the last request meets the first. So each side keeps its order: runs of like tokens, topics of
-    requests, text that returns. Nothing links the two sides but what neighbouring requests share. The estimate from
-    these pairs is what runs, and few requests, feign; that from permuted rows is what independent tokens would.
-    """
-
-    def __init__(self, n_pairs: int, n_experts: int) -> None:
-        self.joint_PLEE = np.zeros((len(PHASES), n_pairs, n_experts, n_experts), np.int32)
-        self.here_PLE = np.zeros((len(PHASES), n_pairs, n_experts), np.int64)
-        self.there_PLE = np.zeros_like(self.here_PLE)
-        self.tokens_PL = np.zeros((len(PHASES), n_pairs), np.int64)
-        self.nobody = 0
-        # [L, T, K] choices of the first request and of the last
-        self.first_P: list[NDArray[Any] | None] = [None] * len(PHASES)
-        self.last_P: list[NDArray[Any] | None] = [None] * len(PHASES)
-
-    @staticmethod
-    def n_bytes(n_pairs: int, n_experts: int) -> int:
-        return 4 * len(PHASES) * n_pairs * n_experts**2
-
-    def add(self, batch: Batch, class_T: NDArray[np.uint8]) -> None:
-        self.nobody = batch.nobody
-        for phase in range(len(PHASES) if self.joint_PLEE.size else 0):
-            rows = np.flatnonzero((class_T != SKIP) & (batch.block.phase_T == phase))
-            if rows.size:
-                new_R = np.diff(batch.block.request_T[rows], prepend=-1) != 0
-                new_R[0] = True
-                self._add(phase, batch.ids_LTK, rows, np.append(np.flatnonzero(new_R), len(rows)))
-
-    def _add(self, phase: int, ids_LTK: NDArray[Any], rows: Any, edges: NDArray[np.int64]) -> None:
-        """Requests that follow on the last one: it meets the first of them, and each the one after it."""
-        self._meet(phase, ids_LTK[:, rows[: edges[1]]])
-        here, there = rows[: edges[-2]], rows[partners(edges)]
-        self._count(self._sums(), phase, ids_LTK, ids_LTK, here, there)
-        self.last_P[phase] = ids_LTK[:, rows[edges[-2] :]]
-
-    def _meet(self, phase: int, first_LTK: NDArray[Any]) -> None:
-        last_LTK = self.last_P[phase]
-        if last_LTK is None:
-            self.first_P[phase] = first_LTK
-        else:
-            self._join(self._sums(), phase, last_LTK, first_LTK)
-
-    def _join(self, sums: _Sums, phase: int, here_LTK: Any, there_LTK: Any) -> None:
-        n_here, n_there = here_LTK.shape[1], there_LTK.shape[1]
-        there = partners(np.array([0, n_here, n_here + n_there])) - n_here
-        self._count(sums, phase, here_LTK, there_LTK, np.arange(n_here), there)
-
-    def _count(
-        self, sums: _Sums, phase: int, here_LTK: Any, there_LTK: Any, here: Any, there: Any
-    ) -> None:
-        joint_LEE, here_LE, there_LE, tokens_L = (array[phase] for array in sums)
-        zero_T = np.zeros(len(here), np.uint8)
-
-        def count(layer: int) -> None:
-            one, two = here_LTK[layer][here], there_LTK[layer + 1][there]
-            at = np.s_[layer : layer + 1]
-            count_pairs(one, two, zero_T, self.nobody, joint_LEE[at])
-            count_margins(one, two, zero_T, self.nobody, here_LE[at], there_LE[at], tokens_L[at])
-
-        for_layers(count, len(tokens_L))
-
-    def merge(self, later: Shifted) -> None:
-        for mine, other in zip(self._sums(), later._sums(), strict=True):
-            mine += other
-        self.nobody = max(self.nobody, later.nobody)
-        for phase, first_LTK in enumerate(later.first_P):
-            if first_LTK is not None:
-                self._meet(phase, first_LTK)
-                self.last_P[phase] = later.last_P[phase]
-
-    def _sums(self) -> _Sums:
-        return self.joint_PLEE, self.here_PLE, self.there_PLE, self.tokens_PL
-
-    def bits(self, phase: str) -> NDArray[np.float64]:
-        """The estimate of every pair of layers; NaN where no token went."""
-        joint_LEE, here_LE, there_LE = self.closed(phase)
-        told = for_layers(
-            lambda layer: information(joint_LEE[layer], here_LE[layer], there_LE[layer]),
-            len(joint_LEE),
-        )
-        return np.array([row["mutual_information_bits"] for row in told])
-
-    def closed(self, phase: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Pairs, and how many rows have each expert on either side, once the last request has met the first."""
-        wanted = [p for p, name in enumerate(PHASES) if phase in ("all", name)]
-        joint_PLEE, here_PLE, there_PLE, tokens_PL = (array[wanted] for array in self._sums())
-        sums = joint_PLEE, here_PLE, there_PLE, tokens_PL
-        for place, p in enumerate(wanted):
-            last_LTK, first_LTK = self.last_P[p], self.first_P[p]
-            if last_LTK is not None and first_LTK is not None:
-                self._join(sums, place, last_LTK, first_LTK)
-        return joint_PLEE.sum(axis=0), here_PLE.sum(axis=0), there_PLE.sum(axis=0)
+_Margins = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
-_Sums = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
+class _Alone(NamedTuple):
+    """What each expert of a layer counts by itself, the same to every other layer where all rows have experts."""
+
+    is_whole: bool
+    count_CE: NDArray[np.int64]
+    tokens_C: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, ids_TK: Any, class_T: Any, nobody: int, card: ModelCard) -> _Alone:
+        count_CE, tokens_C = np.zeros((4, card.n_experts), np.int64), np.zeros(4, np.int64)
+        return cls(count_alone(ids_TK, class_T, nobody, count_CE, tokens_C), count_CE, tokens_C)
 
 
-def partners(edges_R: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For every row but those of the last request, its row of the next: from the middle on, and around.
-
-    Request r has the rows from `edges_R[r]` up to `edges_R[r + 1]`.
-    """
-    rows_R = np.diff(edges_R)
-    next_T = np.repeat(rows_R[1:], rows_R[:-1])
-    place_T = np.arange(edges_R[-2]) - np.repeat(edges_R[:-2], rows_R[:-1])
-    found_T: NDArray[np.int64] = np.repeat(edges_R[1:-1], rows_R[:-1]) + (
-        (place_T + next_T // 2) % np.maximum(next_T, 1)
-    )
-    return found_T
+def _add_up(margins: _Margins, here: _Alone, there: _Alone) -> None:
+    for total, counted in zip(margins, (here.count_CE, there.count_CE, here.tokens_C), strict=True):
+        total += counted
 
 
 class NextTokens:
