@@ -28,7 +28,7 @@ from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import PHASES, RoutingTrace, no_expert
 
 TRAIN_SHARE = 0.7
-WITNESSES = 600  # requests from which it is told how much requests differ; the error of a variance is then 6 %
+WITNESSES = 400  # requests from which it is told how much requests differ; the error of a variance is then 7 %
 THREADS = "layers"
 
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from routing_traces import chain, odd_traces, random_trace, real_trace
+from scipy.stats import hypergeom, skew
 
 from analysis.routing.batch import accumulate, batches, plan_of
 from analysis.routing.pairs import control, count_pairs, information, shuffled
@@ -239,6 +240,21 @@ def test_what_is_drawn_as_shuffled_is_what_a_permutation_gives():
     assert plugin == pytest.approx(np.mean(bits), rel=0.05)
     corrected = [row["mutual_information_shuffled_bits"] for row in controls]
     assert abs(np.mean(corrected)) < 0.15 * plugin
+
+
+def test_counts_that_vary_much_are_drawn_as_a_permutation_would_give_them():
+    """Mean, variance and skewness of every cell are those of its hypergeometric law."""
+    here_E, there_E, n = np.array([4000, 9000]), np.array([700, 3000, 9500]), 10_000
+    rng = np.random.default_rng(0)
+    drawn = np.stack([shuffled(here_E, there_E, n, rng) for _ in range(20_000)])
+    for a, here in enumerate(here_E):
+        for b, there in enumerate(there_E):
+            law, cell = hypergeom(n, there, here), drawn[:, a, b]
+            mean, variance, skewness = law.stats("mvs")
+            assert law.var() > 40  # both ways of drawing stand in this table
+            assert cell.mean() == pytest.approx(mean, abs=4 * np.sqrt(variance / len(cell)))
+            assert cell.var() == pytest.approx(variance, rel=0.05)
+            assert skew(cell) == pytest.approx(skewness, abs=0.08)
 
 
 def test_information_of_the_real_traces_is_that_of_their_readme(real_data):
