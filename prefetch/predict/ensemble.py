@@ -84,6 +84,11 @@ class Ensemble:
         predictor: Predictor = config.instantiate(leaf, name)
         if cheats(predictor):
             raise ConfigError(f"members: {name} sees the answer: nothing else would be asked")
+        if not getattr(predictor, "stops_early", True):
+            raise ConfigError(
+                f"members: {name} learns from the validation requests, which choose the weights: nothing else would be "
+                f"asked; expected {{{name}:{{stops_early:true}}}}"
+            )
         if predictor.horizons != self.horizons:
             raise ConfigError(f"members: {name} has no horizons of its own; set train.horizons")
         label = f"{name}_{same}" if (same := self._count(leaf) + 1) > 1 else name

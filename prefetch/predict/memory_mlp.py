@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from prefetch.errors import MissingData
 from prefetch.predict.mlp import DECAYS, contexts_of
-from prefetch.predict.part import Part
+from prefetch.predict.part import Part, together
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of, parameter_bytes
 from prefetch.predict.route_memory import FEWEST_TOLD, N_TOLD, RouteMemory, mean_and_spread
@@ -31,7 +31,7 @@ WINDOW = 512  # rows that are guessed at once
 
 @dataclass
 class MemoryMlp:
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("torch", "lightning")
     needs: ClassVar[tuple[str, ...]] = ()
     sees: ClassVar[str] = "routing history"
@@ -43,6 +43,7 @@ class MemoryMlp:
     batch: int = 256
     learning_rate: float = 3e-3
     dropout: float = 0.25
+    stops_early: bool = False
     patience: int = 3
     most_tokens: int = 32_768  # of the training requests: to learn from, and to remember
     seed: int = 0
@@ -59,39 +60,42 @@ class MemoryMlp:
         check(self, "hidden", "most_tokens")
 
     def fit(self, train: Part, validation: Part) -> Self:
-        from prefetch.predict.memory_net import loss, right
-
+        """Unless they tell when to stop, the validation requests are learnt from as well."""
+        if not self.stops_early:
+            train = together(train, validation)
         self.chance_LE_ = chance_of_use(*use_of(train))
         train, validation = (part.some(self.most_tokens, self.seed) for part in (train, validation))
         memory = RouteMemory(memory_tokens=self.most_tokens, seed=self.seed)
         memory.chance_LE_ = self.chance_LE_
         memory.remember(train, FEWEST_TOLD)
         self.ids_MLK_, self.request_M_ = memory.ids_MLK_, memory.request_M_
-        sure_H22, self._memory, self._nets = [], memory, {}
-        for horizon in self.horizons:
-            told = _gathered(self._told(train, horizon, is_remembered=True))
-            sure = told[3][told[2]]
-            sure_22 = mean_and_spread(sure.reshape(-1, 2))
-            asked = _gathered(self._told(validation, horizon, is_remembered=False))
-            with alone(self.seed):
-                net = self._net(horizon)
-            title = f"memory_mlp, {horizon} ahead"
-            sets = _rows(told, sure_22), _rows(asked, sure_22)
-            curve: list[dict[str, float]] = []
-            train_net(
-                net,
-                *sets,
-                loss=loss,
-                score=right,
-                settings=training_of(self),
-                title=title,
-                curve=curve,
-            )
-            self.curve += [{"horizon": horizon, **row} for row in curve]
-            sure_H22.append(sure_22)
-            setattr(self, f"network_h{horizon}_", flat(net))
-        self.sure_H22_ = np.stack(sure_H22)
+        self._memory, self._nets = memory, {}
+        fitted = [self._fit(horizon, train, validation) for horizon in self.horizons]
+        self.sure_H22_ = np.stack([sure_22 for sure_22, _ in fitted])
+        for horizon, (_, network) in zip(self.horizons, fitted, strict=True):
+            setattr(self, f"network_h{horizon}_", network)
         return self
+
+    def _fit(
+        self, horizon: int, train: Part, validation: Part
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """How sure the memories are, mean and spread, and the network."""
+        from prefetch.predict.memory_net import loss, right
+
+        told = _gathered(self._told(train, horizon, is_remembered=True))
+        sure_22 = mean_and_spread(told[3][told[2]].reshape(-1, 2))
+        asked = tuple(array[:0] for array in told)
+        if self.stops_early:
+            asked = _gathered(self._told(validation, horizon, is_remembered=False))
+        with alone(self.seed):
+            net = self._net(horizon)
+        curve: list[dict[str, float]] = []
+        train_net(
+            net, _rows(told, sure_22), _rows(asked, sure_22), loss=loss, score=right, settings=training_of(self),
+            title=f"memory_mlp, {horizon} ahead", curve=curve,
+        )  # fmt: skip
+        self.curve += [{"horizon": horizon, **row} for row in curve]
+        return sure_22, flat(net)
 
     def _told(
         self, part: Part, horizon: int, *, is_remembered: bool

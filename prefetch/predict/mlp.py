@@ -19,6 +19,7 @@ from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.tables import chance_of_use, use_of
 from prefetch.predict.training import alone, check, train_net, training_of
+from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import no_expert
 
 DECAYS = (0.0, 0.8, 0.97)  # of usage averages; with decay 0 it is the token before
@@ -26,7 +27,7 @@ DECAYS = (0.0, 0.8, 0.97)  # of usage averages; with decay 0 it is the token bef
 
 @dataclass
 class Mlp:
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "lightning")
     needs: ClassVar[tuple[str, ...]] = ()
     sees: ClassVar[str] = "routing history"
@@ -58,27 +59,40 @@ class Mlp:
         check(self, "hidden", "most_tokens")
 
     def fit(self, train: Part, validation: Part) -> Self:
-        self.chance_LE_ = chance_of_use(*use_of(train))
-        self.decays_C_ = np.array(self.decays, np.float32)
+        chance_LE = chance_of_use(*use_of(train))
         told, asked = (
             _Told.of(part.some(self.most_tokens, self.seed), self.decays)
             for part in (train, validation)
         )
         for horizon in self.horizons:
-            weights = self._fit(told, asked, horizon)
-            setattr(self, f"network_h{horizon}_", history.packed(weights))
-        self.top_k_ = np.array([train.card.top_k], np.int64)
+            weights = self._fit(chance_LE, told, asked, horizon)
+            sizes = self._sizes(train.card, horizon)
+            setattr(self, f"network_h{horizon}_", history.arranged(weights, sizes, self.decays))
         return self
 
-    def _fit(self, told: _Told, asked: _Told, horizon: int) -> history.Weights:
+    def _sizes(self, card: ModelCard, horizon: int) -> history.Sizes:
+        return history.Sizes(
+            layers=card.n_layers,
+            experts=card.n_experts,
+            hidden=self.hidden,
+            contexts=len(self.decays),
+            horizon=horizon,
+            top_k=card.top_k,
+            nobody=no_expert(card.n_experts),
+        )
+
+    def _fit(
+        self, chance_LE: NDArray[np.float32], told: _Told, asked: _Told, horizon: int
+    ) -> history.Weights:
         import torch
 
         from prefetch.predict.history_net import HistoryNet, Rows, loss, right
 
         curve: list[dict[str, float]] = []
         with alone(self.seed):
-            chance_LE = torch.tensor(self.chance_LE_)
-            net = HistoryNet(chance_LE, len(self.decays), self.hidden, horizon, self.dropout)
+            net = HistoryNet(
+                torch.tensor(chance_LE), len(self.decays), self.hidden, horizon, self.dropout
+            )
         train_net(
             net,
             Rows(told.ids_TLK, told.context_TCLE, told.rows),
@@ -94,47 +108,43 @@ class Mlp:
 
     def scores(self, past: Past) -> NDArray[np.float32]:
         out_TLE, here_TLK = np.empty(past.shape, np.float32), past.here()
-        weights, sizes = self.network(past.horizon)
-        floats, now_LK = history.fresh(sizes, past.card.top_k)
+        network = self.network(past.horizon)
+        room = history.fresh(network)
         stops = [*past.starts_R[1:].tolist(), past.n_tokens]
         for first, stop in zip(past.starts_R.tolist(), stops, strict=True):
-            history.replay(
-                past.earlier(stop - 1), here_TLK[first:stop], weights, sizes.array(), self.decays_C_, floats, now_LK,
-                out_TLE[first:stop],
-            )  # fmt: skip
+            earlier_SLK = past.earlier(stop - 1)
+            history.replay(earlier_SLK, here_TLK[first:stop], network, room, out_TLE[first:stop])
         return out_TLE
 
-    def network(self, horizon: int) -> tuple[history.Float, history.Sizes]:
-        n_layers, n_experts = self.chance_LE_.shape
-        nobody = no_expert(n_experts)
-        sizes = history.Sizes(n_layers, n_experts, self.hidden, len(self.decays), horizon, nobody)
-        return getattr(self, f"network_h{horizon}_"), sizes
+    def network(self, horizon: int) -> history.Float:
+        """Of one horizon; what was read from a file is moved to where compiled loops like it, not held twice."""
+        name = f"network_h{horizon}_"
+        setattr(self, name, history.aligned(getattr(self, name)))
+        network: history.Float = getattr(self, name)
+        return network
 
     def online(self, horizon: int) -> MlpOnline:
         return MlpOnline(self, horizon)
 
 
 class MlpOnline:
-    """The same answers, one event at a time."""
+    """The same answers, one event at a time. An answer stands until the next guess."""
 
     def __init__(self, fitted: Mlp, horizon: int) -> None:
-        self._weights, sizes = fitted.network(horizon)
-        self._decays_C, self._sizes_6 = fitted.decays_C_, sizes.array()
-        self._floats, self._now_LK = history.fresh(sizes, int(fitted.top_k_[0]))
-        self._out_E = np.empty(sizes.experts, np.float32)
+        self._network = fitted.network(horizon)
+        self._room = history.fresh(self._network)
+        self._out_E = history.answer_in(self._network, self._room)
 
     def start(self) -> None:
-        self._floats[:] = 0
+        history.begin(self._network, self._room)
 
     def observe(
         self, layer: int, ids: NDArray[Any], gate_input: NDArray[Any] | None = None
     ) -> None:
-        history.observe(
-            ids, layer, self._weights, self._sizes_6, self._decays_C, self._floats, self._now_LK
-        )
+        history.observe(ids, layer, self._network, self._room)
 
     def guess(self, layer: int) -> NDArray[np.float32]:
-        history.guess(layer, self._weights, self._sizes_6, self._floats, self._now_LK, self._out_E)
+        history.guess(layer, self._network, self._room)
         return self._out_E
 
 

@@ -149,6 +149,12 @@ def parts_of(trace: Traceable, fold: Fold) -> Parts:
     )
 
 
+def together(train: Part, validation: Part) -> Part:
+    """Both as one, for who learns from all that is not tested. Where a split is in time, one follows the other."""
+    requests = np.union1d(train.requests, validation.requests)
+    return dataclasses.replace(train, requests=requests, stop=validation.stop)
+
+
 def survey_of(trace: Traceable) -> Survey:
     survey = Survey()
     for block in blocks_of(trace):

@@ -148,7 +148,10 @@ def reliability(table: pd.DataFrame, looks: dict[str, Key], folder: Path, note: 
 
 
 def learning_curve(table: pd.DataFrame, folder: Path, note: str) -> list[Path]:
-    """Loss and validation recall of every epoch, a line per horizon, from the lowest fold to the highest."""
+    """Loss and validation recall of every epoch, a line per horizon, from the lowest fold to the highest.
+
+    Who learnt from the validation rows as well has no recall there.
+    """
     if table.empty:
         return []
     panels = []
@@ -156,6 +159,8 @@ def learning_curve(table: pd.DataFrame, folder: Path, note: str) -> list[Path]:
         ("loss", "Loss on the training rows", Axis("training loss (nats, of its own kind)")),
         ("score", "Recall on the validation rows", RECALL),
     ):
+        if column not in table:
+            continue
         lines = []
         for (horizon, rows), colour in zip(table.groupby("horizon"), CATEGORIES, strict=False):
             epochs = rows.groupby("epoch")[column]

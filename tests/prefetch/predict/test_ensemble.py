@@ -226,6 +226,7 @@ def test_many_validation_tokens_are_thinned_out(monkeypatch: pytest.MonkeyPatch)
         (["markow"], "'markow' is no predictor; there are activation_matrix, encoder"),
         (["ensemble"], "an ensemble is no member of another one"),
         (["imported"], "imported: guesses from a file cannot be members"),
+        (["mlp", "memory_mlp"], "memory_mlp learns from the validation requests, .*stops_early:true"),
         (["none"], "it guesses nothing"),
         (["oracle"], "oracle sees the answer"),
         (["encoder"], "encoder sees the answer"),

@@ -79,4 +79,21 @@ def test_of_one_request_split_in_time_nothing_is_remembered() -> None:
 def test_too_few_rows_are_refused() -> None:
     trace = random_trace(n_requests=4, tokens=5)
     with pytest.raises(MissingData, match="too few requests"):
-        MemoryMlp(hidden=4, epochs=1).fit(Part(trace, np.arange(3)), Part(trace, np.array([77])))
+        MemoryMlp(hidden=4, epochs=1, stops_early=True).fit(
+            Part(trace, np.arange(3)), Part(trace, np.array([77]))
+        )
+
+
+def test_the_validation_requests_are_learnt_from_unless_they_tell_when_to_stop() -> None:
+    trace = random_trace(n_requests=10, tokens=12)
+    everything, held_back = small(trace), small(trace, stops_early=True)
+    assert set(everything.request_M_) == set(range(8)) and set(held_back.request_M_) == set(
+        range(6)
+    )
+    assert all("score" in row for row in held_back.curve)
+    assert len(everything.curve) == 4 and not any("score" in row for row in everything.curve)
+    joined = Part(trace, np.arange(8)), Part(trace, np.array([], np.int64))
+    given = {"hidden": 8, "epochs": 2, "batch": 16}
+    past = Past(trace.rows(slice(96, 120)), 1)
+    expected = MemoryMlp((1, 3), **given).fit(*joined).scores(past)
+    np.testing.assert_array_equal(everything.scores(past), expected)

@@ -31,11 +31,12 @@ def small(trace: RoutingTrace, **settings: object) -> Mlp:
     return Mlp((1, 3), **given).fit(Part(trace, np.arange(5)), Part(trace, np.arange(5, 8)))
 
 
-@pytest.mark.parametrize("horizon", [1, 3])
-def test_the_compiled_loops_are_the_network(horizon: int) -> None:
+@pytest.mark.parametrize(("horizon", "hidden"), [(1, 12), (3, 12), (2, 5), (2, 32)])
+def test_the_compiled_loops_are_the_network(horizon: int, hidden: int) -> None:
+    """Fewer units than are taken at once, a few left over, and none left over."""
     trace = holes()
     torch.manual_seed(0)
-    net = HistoryNet(torch.full((4, 16), 0.2), len(DECAYS), 12, horizon, 0.0).eval()
+    net = HistoryNet(torch.full((4, 16), 0.2), len(DECAYS), hidden, horizon, 0.0).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
@@ -43,10 +44,9 @@ def test_the_compiled_loops_are_the_network(horizon: int) -> None:
     context = np.stack([past.usage(decay) for decay in DECAYS], axis=1).astype(np.float16)
     used, contexts = Rows(trace.ids_TLK, context, np.arange(96)).__getitems__(list(range(96)))
     expected = torch.sigmoid(net(used, contexts)).detach().numpy()
-    mlp = Mlp((horizon,), hidden=12)
-    mlp.chance_LE_ = np.zeros((4, 16), np.float32)
-    mlp.decays_C_ = np.array(DECAYS, np.float32)
-    setattr(mlp, f"network_h{horizon}_", history.packed(net.weights()))
+    mlp = Mlp((horizon,), hidden=hidden)
+    sizes = history.Sizes(4, 16, hidden, len(DECAYS), horizon, trace.ids_TLK.shape[2], 255)
+    setattr(mlp, f"network_h{horizon}_", history.arranged(net.weights(), sizes, DECAYS))
     np.testing.assert_allclose(mlp.scores(past), expected, atol=2e-3)  # usage is kept in float16
 
 
@@ -78,6 +78,24 @@ def test_the_same_seed_gives_the_same_bytes_and_survives_the_disk(tmp_path: Path
     again = Mlp((1, 3), hidden=12)
     restore(again, tmp_path)
     np.testing.assert_array_equal(again.scores(past), one.scores(past))
+    assert again.network(1).ctypes.data % 64 == 0 and again.network(1) is again.network_h1_
+    np.testing.assert_array_equal(again.network_h1_, one.network_h1_)  # moved, not changed
+
+
+def test_a_request_begins_with_nothing() -> None:
+    """A layer that nobody told of is unknown, whatever the request before chose there."""
+    trace = holes()
+    mlp = small(trace)
+    asked_first, asked_later = mlp.online(1), mlp.online(1)
+    for layer in range(4):
+        asked_later.observe(layer, trace.ids_TLK[3, layer])
+    asked_later.start()
+    nobody = np.full(trace.ids_TLK.shape[2], 255, trace.ids_TLK.dtype)
+    told_nobody = mlp.online(1)
+    told_nobody.observe(0, nobody)
+    expected = told_nobody.guess(1).copy()
+    for online in (asked_first, asked_later):
+        np.testing.assert_array_equal(online.guess(1), expected)
 
 
 def test_it_learns_what_counts_cannot() -> None:

@@ -9,7 +9,7 @@ import pytest
 from routing_traces import random_trace
 
 from prefetch.errors import MissingData
-from prefetch.predict.part import Part, parts_of, survey_of, whole
+from prefetch.predict.part import Part, parts_of, survey_of, together, whole
 from prefetch.scoring import FOLDS
 
 
@@ -26,6 +26,21 @@ def test_every_request_is_tested_once_and_learnt_from_elsewhere() -> None:
     assert not np.array_equal(
         survey_of(random_trace(n_requests=33)).folds(1)[0].test, folds[0].test
     )
+
+
+@pytest.mark.parametrize("n_requests", [1, 12])
+def test_train_and_validation_together_are_all_that_is_not_tested(n_requests: int) -> None:
+    """Of requests, and of one request that is split in time."""
+    trace = random_trace(n_requests=n_requests, tokens=40)
+    parts = parts_of(trace, survey_of(trace).folds(0)[0])
+
+    def rows(part: Part) -> set[tuple[int, int]]:
+        blocks = ((block.rows(counted_T)) for block, counted_T in part.blocks())
+        return {(r, p) for b in blocks for r, p in zip(b.request_T, b.position_T, strict=True)}
+
+    both = rows(together(parts.train, parts.validation))
+    assert both == rows(parts.train) | rows(parts.validation)
+    assert both and not both & rows(parts.test)
 
 
 def test_every_domain_has_its_share_of_every_fold() -> None:
