@@ -19,6 +19,7 @@ from types import ModuleType
 
 import numba
 
+from prefetch.sim.code import own_code
 from prefetch.sim.policy import KeyRules, Rules
 
 HERE = Path(__file__).parent
@@ -33,6 +34,8 @@ INSIDE = (
     "prefetch.sim.link",
 )  # imports that a whole engine needs not
 SHARED = ("policy.py", "pool.py", "workload.py", "machine.py", "transfers.py", "storage.py")
+# read when the engines' code is imported: what is edited later runs in the next process
+SOURCES = {path.name: path.read_text() for path in sorted(HERE.glob("*.py"))}
 TOLD = "from prefetch.sim.pool import FIRST, UNTOLD"
 RULES = "# rules of the policy: from here on\n"
 KEYED_NAMES, STATE_NAMES = ("on_fill", "on_use"), ("filled", "used", "victim", "told")
@@ -59,7 +62,7 @@ def _is_local(function: Callable[..., int | None]) -> bool:
 
 
 def _text(rules: Rules, name: str, functions: dict[str, Callable[..., int | None]]) -> str:
-    parts = [(HERE / f"{part}.py").read_text().split(ENGINE) for part in PARTS[name]]
+    parts = [SOURCES[f"{part}.py"].split(ENGINE) for part in PARTS[name]]
     imports = [line for head, _ in parts for line in _imports(head)]
     body = "\n".join(body for _, body in parts)
     lines = [_import(short, function) for short, function in functions.items()]
@@ -69,7 +72,7 @@ def _text(rules: Rules, name: str, functions: dict[str, Callable[..., int | None
         [*imports, "from prefetch.sim.policy import BLOCK, FEW, STAYS, UNCOUNTED", TOLD, *lines]
     )
     kind = "keyed" if isinstance(rules, KeyRules) else "stated"
-    return f"{own}\n{(HERE / f'{kind}.py').read_text().split(RULES)[1]}\n{body}"
+    return f"{own}\n{SOURCES[f'{kind}.py'].split(RULES)[1]}\n{body}"
 
 
 def _imports(head: str) -> list[str]:
@@ -93,7 +96,8 @@ def _in_memory(text: str, name: str, functions: dict[str, Callable[..., int | No
 def _from_file(text: str, name: str, functions: dict[str, Callable[..., int | None]]) -> ModuleType:
     modules = sorted({name for function in functions.values() for name in _modules(function)})
     sources = [inspect.getsource(sys.modules[module]) for module in modules]
-    beside = [(HERE / file).read_text() for file in SHARED]
+    sources += [code for module in modules if (code := own_code(module))]
+    beside = [SOURCES[file] for file in SHARED]
     told = "\0".join([text, *sources, *beside, numba.__version__])
     key = hashlib.sha256(told.encode()).hexdigest()[:16]
     path = _folder() / f"{name}_{key}.py"

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from prefetch.sim.cell import Cell
+from prefetch.sim.grid import sized
 from prefetch.sim.machine import MISSES, WAIT
 from prefetch.sim.pool import ATOMIC, HIT
+from prefetch.sim.rows import counted_A
 from prefetch.sim.run import replay
 from prefetch.sim.stacks import LruStacks
 from prefetch.sim.sweep import Job, Kept, run_all
@@ -33,7 +34,7 @@ def hit_rate_curves(bench: Bench, kept: Kept) -> pd.DataFrame:
         return pd.DataFrame()
     work, n_experts = bench.work, bench.card.n_experts
     sizes = np.unique(np.linspace(1, n_experts, min(n_experts, MOST_SIZES)).astype(int)).tolist()
-    lru, best = ([bench.sized(name, size) for size in sizes] for name in ("lru", "belady"))
+    lru, best = ([sized(bench, name, size) for size in sizes] for name in ("lru", "belady"))
     known = lru_by_stacks(work) if all(map(_is_plain, lru, sizes)) else {}
     replayed = [i for i, size in enumerate(sizes) if size not in known]
     jobs = [_job(work, cell) for cell in (*best, *(lru[i] for i in replayed))]
@@ -42,7 +43,7 @@ def hit_rate_curves(bench: Bench, kept: Kept) -> pd.DataFrame:
     known |= dict(zip((sizes[i] for i in replayed), rates[len(sizes) :], strict=True))
     return pd.DataFrame(
         {
-            "capacity_experts": [sum(cell.budget.slots_G) for cell in lru],
+            "capacity_experts": [cell.budget.experts for cell in lru],
             "share": [size / n_experts for size in sizes],
             "lru": [known[size] for size in sizes],
             "optimum": rates[: len(sizes)],
@@ -63,18 +64,9 @@ def _job(work: Workload, cell: Cell) -> Job:
 
     def run() -> dict[str, Any]:
         outcome_A = replay(work, cell.policy, rooms, sizes, cell.semantics, **start)
-        return {"hit_rate": float((outcome_A[is_counted_A(work)] == HIT).mean())}
+        return {"hit_rate": float((outcome_A[counted_A(work)] == HIT).mean())}
 
     return Job(run, ("hit rate", work, cell.policy, rooms, sizes, cell.semantics, start))
-
-
-def is_counted_A(work: Workload) -> NDArray[np.bool_]:
-    """Accesses of steps that generate; of all steps, where none does."""
-    is_counted_S = work.is_decode_S if work.is_decode_S.any() else np.ones(work.n_steps, np.bool_)
-    counted_A: NDArray[np.bool_] = np.repeat(
-        np.repeat(is_counted_S, work.card.n_layers), np.diff(work.start_V)
-    )
-    return counted_A
 
 
 def lru_by_stacks(work: Workload) -> dict[int, float]:

@@ -14,9 +14,9 @@ import pandas as pd
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
-from prefetch.sim import summary
+from prefetch.sim import grid, summary
 from prefetch.sim.bench import Bench
-from prefetch.sim.cell import Cell
+from prefetch.sim.cell import REFUSALS, Cell, Refused, refused_row
 from prefetch.sim.compiled import engine
 from prefetch.sim.curves import hit_rate_curves
 from prefetch.sim.needed import MOST_STEPS, required_recall
@@ -30,10 +30,13 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     """A tidy row per cell, the warnings, and the headline numbers of the cell that was chosen at the root."""
     check_grid(cfg)
     bench, kept = Bench(cfg, store), Kept(store.root)
-    cells = list(bench.cells())
-    table = _table(bench, cells, kept)
+    cells = list(grid.cells(bench))
+    main = int(str(summary.chosen_row(bench, pd.DataFrame([one.names for one in cells])).name))
+    if isinstance(ran := cells[main], Refused):
+        raise ran.reason
+    table = _table(bench, cells, main, kept)
     outputs.table("results", table)
-    chosen = summary.chosen_row(bench, table)
+    chosen = table.iloc[main]
     needed = _needed(bench, chosen, kept)
     if len(needed):
         outputs.table("required_recall", needed)
@@ -41,7 +44,7 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     outputs.metrics(metrics)
     told = list(summary.warnings(bench, table, chosen))
     (outputs.folder / "summary.md").write_text(summary.summary(bench, table, needed, told))
-    shown = timeline_of(cells[int(str(chosen.name))], bench.work)
+    shown = timeline_of(ran, bench.work)
     if shown is not None:
         write_chrome_trace(outputs.folder / "timeline.json", shown, summary.source(bench))
     if cfg.evaluate.figures:
@@ -75,19 +78,35 @@ def check_grid(cfg: Config) -> None:
         raise ConfigError(f"evaluate.workers={cfg.evaluate.workers}: must be at least 1")
 
 
-def _table(bench: Bench, cells: Sequence[Cell], kept: Kept) -> pd.DataFrame:
-    """A row per cell, in their order."""
-    beside = (bench.work, bench.hardware, bench.full_ns, bench.cfg.seed)
-    for cell in cells:
+def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept) -> pd.DataFrame:
+    """A row per cell, in their order. Only the main one must run."""
+    able = {i: cell for i, cell in enumerate(cells) if isinstance(cell, Cell)}
+    for cell in able.values():
         engine(cell.policy.rules, "timed")  # made once, before several ask for it at the same time
-
-    def job(cell: Cell) -> Job:
-        return Job(lambda: bench.row(cell), ("cell", cell, *beside))
-
-    workers = bench.cfg.evaluate.workers
-    table = pd.DataFrame(run_all([job(cell) for cell in cells], kept, workers=workers))
+    jobs = [_job(bench, cell, must_run=i == main) for i, cell in able.items()]
+    found = dict(zip(able, run_all(jobs, kept, workers=bench.cfg.evaluate.workers), strict=True))
+    for i, one in enumerate(cells):
+        if isinstance(one, Refused):
+            found[i] = refused_row(one.names, one.reason)
+    # columns as they stand in a row that ran, whoever is first
+    table = pd.DataFrame([found[i] for i in range(len(cells))], columns=[*found[main]])
+    table["fits"] = table.fits.astype("boolean")
+    table = table.fillna({"bound": "", "interval_over": ""})
     table["gap_closed"] = summary.gap_closed(table)
     return table
+
+
+def _job(bench: Bench, cell: Cell, *, must_run: bool) -> Job:
+    def run() -> dict[str, Any]:
+        try:
+            return bench.row(cell)
+        except REFUSALS as reason:
+            if must_run:
+                raise
+            return refused_row(cell.names, reason)
+
+    beside = (bench.work, bench.hardware, bench.full_ns, bench.units, bench.cfg.seed)
+    return Job(run, ("cell", cell, *beside))
 
 
 def _needed(bench: Bench, chosen: pd.Series, kept: Kept) -> pd.DataFrame:
@@ -99,11 +118,13 @@ def _needed(bench: Bench, chosen: pd.Series, kept: Kept) -> pd.DataFrame:
             bench.simulator.misses,
         )
         return pd.DataFrame()
-    if not (bench.work.prefill_S[:MOST_STEPS] == 0).any():
+    part = bench.beginning(MOST_STEPS)
+    if not (part.work.prefill_S == 0).any():
         log.info("no required recall: steps with prompts are not guessed, and there are no others")
         return pd.DataFrame()
     names = {name: chosen[name] for name in ("policy", "capacity", "horizon")}
-    return required_recall(bench, names, kept)
+    of_steps = bench.work.n_steps
+    return required_recall(part, names, kept).assign(of_steps=of_steps)
 
 
 def _curves(bench: Bench, kept: Kept, outputs: Any) -> pd.DataFrame:

@@ -5,12 +5,17 @@ It runs nothing. S steps, L layers, V = S * L events, A accesses, R rows of the 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+from collections.abc import Callable
+
+import numpy as np
 
 from prefetch.sim.cell import Cell
 from prefetch.sim.machine import Guesses
 from prefetch.sim.pool import Told
 from prefetch.sim.workload import Workload
+from prefetch.trace.routing import RoutingTrace
 
 
 def work_of(work: Workload, first: int, last: int) -> Workload:
@@ -42,13 +47,21 @@ def cell_of(cell: Cell, first: int, last: int) -> Cell:
     return dataclasses.replace(cell, machine=machine, guesses=guesses, told=told)
 
 
-def first_requests(work: Workload, most_steps: int) -> int:
-    """How many steps whole requests from the beginning take, at most so many; of a longer first one, as many."""
-    if work.n_steps <= most_steps:
-        return work.n_steps
-    ends = [
-        step
-        for step in range(1, most_steps + 1)
-        if work.request_S[step] != work.request_S[step - 1]
-    ]
-    return max(ends, default=most_steps)
+def first_requests(
+    trace: RoutingTrace, most_steps: int, schedule: Callable[[RoutingTrace], Workload]
+) -> RoutingTrace:
+    """The first whole requests that are run in so many steps at most; of a longer first one, so many of its steps."""
+    edges = [*trace.starts_R.tolist(), trace.n_tokens]
+
+    def is_short(n: int) -> bool:
+        return schedule(trace.rows(slice(0, edges[n]))).n_steps <= most_steps
+
+    most = 1
+    while most < len(edges) - 1 and is_short(most):
+        most = min(2 * most, len(edges) - 1)
+    n = bisect.bisect_left(range(1, most + 1), True, key=lambda n: not is_short(n))
+    if n:
+        return trace.rows(slice(0, edges[n]))
+    first = trace.rows(slice(0, edges[1]))
+    work = schedule(first)
+    return first.rows(np.sort(work.rows_R[: work.row_start_S[most_steps]]))

@@ -49,6 +49,13 @@ class Budget:
     cycle_bytes: int  # of the experts that one token touches
 
     @property
+    def experts(self) -> int:
+        """That the caches hold; where one holds experts of several sizes, so many of their mean size."""
+        if len(self.room_G) == len(self.size_L):
+            return sum(self.slots_G)
+        return self.room_G[0] * len(self.size_L) // sum(self.size_L)
+
+    @property
     def beside_bytes(self) -> int:
         """What is no routed expert."""
         weights = self.dense_bytes + self.shared_bytes
@@ -63,19 +70,17 @@ class Budget:
     def whole_model_bytes(self) -> int:
         return self.beside_bytes + self.expert_bytes
 
-    @property
-    def memory_savings(self) -> float:
+    def savings(self, more_bytes: int = 0) -> float:
         """Below zero where staging and predictor weigh more than what the cache leaves out."""
-        return 1 - self.expert_bytes / self.all_expert_bytes
+        return 1 - (self.expert_bytes + more_bytes) / self.all_expert_bytes
 
     @property
     def token_cycles(self) -> float:
         """At less than one, a global LRU never hits."""
         return self.cache_bytes / self.cycle_bytes
 
-    @property
-    def fits(self) -> bool:
-        return self.whole_model_bytes <= self.device_bytes
+    def fits(self, more_bytes: int = 0) -> bool:
+        return self.whole_model_bytes + more_bytes <= self.device_bytes
 
 
 def budget_of(
@@ -91,12 +96,13 @@ def budget_of(
     predictor_bytes: int = 0,
     step_tokens: int = 2048,
     split: Split | None = None,
+    more_bytes: int = 0,
 ) -> Budget:
     """`memory` is all that may be used of the GPU, and the cache what remains; or `cache` says how large that is.
 
     cache: a fraction of all experts (0.25, rounded down), experts per layer (16), or bytes (500MiB). `context` is the
     tokens of each of `batch` requests; `step_tokens` those of the largest step, where engines cut prompts. `split`:
-    shares the equal rooms of the layers in another way.
+    shares the equal rooms of the layers in another way. `more_bytes` hold further experts: each cache one in turn.
     """
     need_sizes(card)
     _check(scope, memory, cache, context=context, batch=batch, step_tokens=step_tokens)
@@ -118,9 +124,10 @@ def budget_of(
         room_G, size_L = _rooms(card, scope, cache)
     if split is not None:
         room_G = split(room_G, size_L)
+    unit = sizes_L[0] if size_L != sizes_L else 1
+    room_G = _with_more(room_G, size_L, card.n_experts, more_bytes // unit)
     if staging == 0 and min(_slots(room_G, size_L)) == 0:
         raise ConfigError("an expert has no place: no cache of one expert, and staging=0")
-    unit = sizes_L[0] if size_L != sizes_L else 1
     return Budget(
         scope=scope,
         room_G=room_G,
@@ -224,6 +231,22 @@ def _rooms_of_bytes(
         return tuple(min(each // size, n_experts) * size for size in sizes_L), sizes_L
     whole = sizes_L[0] if len(set(sizes_L)) == 1 else 1
     return (min(n_bytes // whole * whole, n_experts * sum(sizes_L)),), sizes_L
+
+
+def _with_more(
+    room_G: tuple[int, ...], size_L: tuple[int, ...], n_experts: int, left: int
+) -> tuple[int, ...]:
+    """As many more experts as so many units hold, one after the other for every cache, never more than there are."""
+    is_each = len(room_G) == len(size_L)
+    most_G = [n_experts * size for size in (size_L if is_each else (sum(size_L),))]
+    rooms, size_G = list(room_G), size_L if is_each else (max(size_L),)
+    g = since = 0
+    while since < len(rooms):
+        since += 1
+        if size_G[g] <= left and rooms[g] + size_G[g] <= most_G[g]:
+            rooms[g], left, since = rooms[g] + size_G[g], left - size_G[g], 0
+        g = (g + 1) % len(rooms)
+    return tuple(rooms)
 
 
 def _slots(room_G: tuple[int, ...], size_L: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from prefetch.sim.cell import NS_PER_MS, Cell
-from prefetch.sim.excerpt import cell_of, first_requests, work_of
+from prefetch.sim.grid import alone
 from prefetch.sim.hardware import Hardware, Lane
 from prefetch.sim.machine import Guesses
 from prefetch.sim.pool import EMPTY
@@ -37,32 +37,30 @@ BLOCK = 4096  # events whose draws are held at once
 
 def required_recall(bench: Bench, chosen: dict[str, Any], kept: Kept) -> pd.DataFrame:
     """A row per bandwidth and recall. `chosen`: policy, capacity and horizon, as the table names them."""
-    steps = first_requests(bench.work, MOST_STEPS)
-    work = work_of(bench.work, 0, steps)
+    work = bench.work
     noise = Noise(work, bench.cfg.seed)
     horizon = int(chosen["horizon"]) or bench.horizons[0]
     jobs, names = list[Job](), list[dict[str, Any]]()
     for factor in FACTORS:
-        cell = _cell(bench, chosen, factor, steps)
+        cell = _cell(bench, chosen, factor)
         for recall in (None, *RECALLS):
-            guesses = None if recall is None else noise.guesses(recall, horizon)
-            landing = 0 if guesses is None else bench.landing
+            guesses = cell.guesses if recall is None else noise.guesses(recall, horizon)
+            landing = 0 if recall is None else bench.landing
             machine = cell.machine._replace(landing=landing)
             one = dataclasses.replace(cell, guesses=guesses, machine=machine)
             jobs.append(Job(_timed(one, work), ("required recall", one, work)))
             names.append({"bandwidth_factor": factor, "recall": recall})
     rows = run_all(jobs, kept, workers=bench.cfg.evaluate.workers, title="required recall")
     told = {"policy": chosen["policy"], "capacity": chosen["capacity"], "horizon": horizon}
-    told |= {"steps": steps, "of_steps": bench.work.n_steps}
+    told |= {"steps": work.n_steps, "requests": len(np.unique(bench.trace.request_T))}
     return _table([name | row for name, row in zip(names, rows, strict=True)], told)
 
 
-def _cell(bench: Bench, chosen: dict[str, Any], factor: float, steps: int) -> Cell:
-    """The chosen cell without guesses, on a link of another speed."""
-    cell = bench.alone(str(chosen["policy"]), str(chosen["capacity"]))
+def _cell(bench: Bench, chosen: dict[str, Any], factor: float) -> Cell:
+    """The chosen cell without copies ahead, on a link of another speed. What its policy is told, it pays for."""
+    cell = alone(bench, str(chosen["policy"]), str(chosen["capacity"]))
     machine = bench.machine(bench.simulator.misses, hardware=with_link(bench.hardware, factor))
-    machine = machine._replace(landing=bench.landing)
-    return cell_of(dataclasses.replace(cell, machine=machine), 0, steps)
+    return dataclasses.replace(cell, machine=machine._replace(predict_ns=cell.machine.predict_ns))
 
 
 def with_link(hardware: Hardware, factor: float) -> Hardware:

@@ -33,6 +33,7 @@ from prefetch.figures import (
     draw,
 )
 from prefetch.sim import recorder
+from prefetch.sim.cell import CANNOT_RUN, CHEATS
 from prefetch.sim.panels import Lanes, Piece, Stacked, looks, share_axis, with_intervals
 from prefetch.sim.recorder import LANES, Span
 from prefetch.sim.timeline import Timeline
@@ -73,6 +74,7 @@ DOES = {
     recorder.ASKS_AHEAD: SKY,
     recorder.COMPUTES: PURPLE,
 }
+OTHERS_CHEAT = f"other policies ({CHEATS})"
 CLOSE_UP = 4  # layers
 ASIDE = 0.35  # percent, so that intervals do not cover each other
 
@@ -86,15 +88,13 @@ def hit_rate_by_capacity(
         x, low, high = (100 * curves[name] for name in ("share", "lru", "optimum"))
         band = [
             Line(x, low, "LRU, no guesses", GREY, dots=False, low=low, high=high),
-            Line(x, high, "optimum, no guesses", BLACK, ":", dots=False),
+            Line(x, high, f"optimum, no guesses ({CHEATS})", BLACK, ":", dots=False),
         ]
     panels = [
         Lines(title, share_axis(), y, [*band, *_policies(rows, "hit_rate", 100, table)])
         for title, rows in _by_guesses(table)
     ]
-    said = (
-        f"Experts that an event finds, late hits not among them; bars: 95 % over requests. {note}"
-    )
+    said = f"Experts that an event finds, late hits not among them. {_intervals(table)}{note}"
     title = "How often an expert is there"
     return draw(folder / "hit_rate_by_capacity", title, panels, note=said, panel_size=WIDE)
 
@@ -107,9 +107,9 @@ def tpot_by_capacity(table: pd.DataFrame, folder: Path, note: str, *, full_ms: f
         least = bound.groupby("percent").tpot_bound_ms.min()
         lines.append(Line(least.index, least, "bound, copies only", GREY))
     marks = (Mark(full_ms, "all experts resident", ":"),)
-    name = f"Policy {_first(table)['policy']}"
+    name = f"Policy {_named(_first(table)['policy'], _cheating(table))}"
     panel = Lines(name, share_axis(), Axis("ms per token"), lines, marks)
-    said = f"Bars: 95 % over requests. {note}"
+    said = f"{_intervals(table)}{note}"
     title, shape = "Time per generated token", ALONE_WIDE
     return draw(folder / "tpot_by_capacity", title, [panel], note=said, panel_size=shape)
 
@@ -122,7 +122,7 @@ def tpot_by_policy(table: pd.DataFrame, folder: Path, note: str, *, full_ms: flo
         Lines(title, x, y, _policies(rows, "tpot_ms", 1, grid), marks)
         for title, rows in _by_guesses(table)
     ]
-    said = f"Bars: 95 % over requests. {note}"
+    said = f"{_intervals(table)}{note}"
     title = "Time per generated token, policy by policy"
     return draw(folder / "tpot_by_policy", title, panels, note=said, panel_size=WIDE)
 
@@ -133,8 +133,10 @@ def savings_and_slowdown(table: pd.DataFrame, folder: Path, note: str) -> list[P
     x, most = Axis("memory saved (% of all experts)", high=102), float(table.slowdown.max())
     lines = [_front(table), *_ways(table, "slowdown", 1, by="saved")]
     grid = table[(table.way == CHOSEN) & (table.policy != _first(table)["policy"])]
-    if len(grid):
-        lines.append(Line(grid.saved, grid.slowdown, "other policies", GREY, "none", dots=True))
+    for is_cheat, name, shade in ((False, "other policies", GREY), (True, OTHERS_CHEAT, BLACK)):
+        own = grid[(grid["mark"] == CHEATS) == is_cheat]
+        if len(own):
+            lines.append(Line(own.saved, own.slowdown, name, shade, "none", dots=True))
     y = Axis("slowdown (x all resident)", low=0.95)
     panels = [Lines("All cells", x, y, lines, marks)]
     if (table.slowdown <= NEAR).sum() >= FEW and most > NEAR:
@@ -210,7 +212,7 @@ def timeline(shown: Timeline, folder: Path, note: str) -> list[Path]:
         Lanes(f"{len(begins) - 1} {what}", time, Axis(""), (), marks, **lanes),
         Lanes(f"From near: {words}", near, Axis(""), **lanes, edged=(high - low) / 200),
     ]
-    said = f"{shown.warm_steps} steps after an empty cache. "
+    said = f"{shown.warm_steps} steps after {shown.start}. "
     said = f"Request {shown.request}, {said}" if shown.request >= 0 else said
     title, shape = "What GPU, link and host do", (9.0, 1.7)
     stem = folder / "timeline"
@@ -260,9 +262,15 @@ def _joined(spans: Sequence[Span]) -> list[Piece]:
 
 
 def prepared(table: pd.DataFrame, n_all: int) -> pd.DataFrame:
-    """With the columns that only pictures need. `n_all`: experts of all layers."""
+    """What ran, with the columns that only pictures need. `n_all`: experts of all layers."""
+    table = table[~table["mark"].str.startswith(CANNOT_RUN)]
     percent = 100 * table.capacity_experts / n_all
     return table.assign(percent=percent, saved=100 * table.memory_savings)
+
+
+def _intervals(table: pd.DataFrame) -> str:
+    over = str(_first(table)["interval_over"])
+    return "No intervals. " if over.startswith("none") else f"Bars: 95 % over {over}. "
 
 
 def _first(table: pd.DataFrame) -> Any:
@@ -272,20 +280,38 @@ def _first(table: pd.DataFrame) -> Any:
 def _by_guesses(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Cells of the grid, those without guesses first."""
     rows = table[table.way.isin((CHOSEN, ALONE))]
-    parts = [(_guesses_of(row), row) for row in rows.to_dict("records")]
+    cheating = _cheating(rows)
+    parts = [(_guesses_of(row, cheating), row) for row in rows.to_dict("records")]
     names = sorted(dict.fromkeys(name for name, _ in parts), key=lambda name: name != ALONE)
     return [(name, pd.DataFrame([row for own, row in parts if own == name])) for name in names]
 
 
-def _guesses_of(row: Any) -> str:
-    return ALONE if row["predictor"] == "none" else f"{row['predictor']}, {row['horizon']} ahead"
+def _cheating(table: pd.DataFrame) -> set[str]:
+    """Policies that cheat whoever guesses, and predictors that do whatever the policy."""
+    rows = table[table.way.isin((CHOSEN, ALONE))]
+    cheats, is_alone = rows["mark"] == CHEATS, rows.predictor == "none"
+    policies = set(rows.policy[cheats & is_alone])
+    fair = rows[~rows.policy.isin(policies)]
+    return policies | set(fair.predictor[(fair["mark"] == CHEATS) & (fair.predictor != "none")])
+
+
+def _named(name: str, cheating: set[str]) -> str:
+    return f"{name} ({CHEATS})" if name in cheating else name
+
+
+def _guesses_of(row: Any, cheating: set[str]) -> str:
+    if row["predictor"] == "none":
+        return ALONE
+    ahead = f"{row['predictor']}, {row['horizon']} ahead"
+    return f"{ahead} ({CHEATS})" if row["predictor"] in cheating else ahead
 
 
 def _with_curve(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """The curve of sizes belongs to the first cell of the grid."""
-    one, first = rows.iloc[0], _first(table)
-    same = [one[name] == first[name] for name in ("policy", "predictor", "horizon")]
-    rows = pd.concat([rows, table[table.way == CURVE]]) if all(same) else rows
+    """The curve of sizes belongs to one cell of the grid, or to its row without guesses."""
+    one, curve = rows.iloc[0], table[table.way == CURVE]
+    for name in ("policy", "predictor", "horizon"):
+        curve = curve[curve[name] == one[name]]
+    rows = pd.concat([rows, curve]) if len(curve) else rows
     return rows.drop_duplicates("percent").sort_values("percent")
 
 
@@ -293,12 +319,18 @@ def _policies(rows: pd.DataFrame, column: str, times: float, table: pd.DataFrame
     """A line per policy, moved aside a little, so that intervals do not cover each other."""
     everyone = table[table.way == CHOSEN].policy.unique().tolist()
     look, lines = dict(zip(everyone, looks(len(everyone), CATEGORIES), strict=True)), list[Line]()
+    cheating = _cheating(table)
     for i, policy in enumerate(everyone):
         own = rows[rows.policy == policy]
         if len(own):
             aside = ASIDE * (i - (len(everyone) - 1) / 2)
             lines += _joined_points(
-                _with_curve(own, table), column, times, policy, look[policy], aside=aside
+                _with_curve(own, table),
+                column,
+                times,
+                _named(policy, cheating),
+                look[policy],
+                aside=aside,
             )
     return lines
 
@@ -337,13 +369,13 @@ def _ways(table: pd.DataFrame, column: str, times: float, by: str = "percent") -
 
 
 def _told(way: str, table: pd.DataFrame) -> str:
-    cheats = (table[table.way == way]["mark"] == "cheats").any()
-    return f"{way} (cheats)" if cheats else way
+    cheats = (table[table.way == way]["mark"] == CHEATS).any()
+    return f"{way} ({CHEATS})" if cheats else way
 
 
 def _front(table: pd.DataFrame) -> Line:
     """Cells that no other saves more than at the same speed; whoever cheats is not among them."""
-    fair = table[(table["mark"] != "cheats") & table.slowdown.notna()]
+    fair = table[(table["mark"] != CHEATS) & table.slowdown.notna()]
     fair = fair.sort_values(["saved", "slowdown"], ascending=[False, True])
     best = fair[fair.slowdown < fair.slowdown.cummin().shift(fill_value=np.inf)]
     return Line(
@@ -356,8 +388,9 @@ def _bars(rows: pd.DataFrame) -> list[tuple[str, Any]]:
     grid, ways = dict[str, Any](), dict[str, Any]()
     for row in rows.to_dict("records"):
         if row["way"] in WAYS:
-            ways[row["way"]] = row
+            ways[f"{row['way']} ({CHEATS})" if row["mark"] == CHEATS else row["way"]] = row
         else:
-            guesses = "" if row["predictor"] == "none" else f" + {_guesses_of(row)}"
-            grid.setdefault(f"{row['policy']}{guesses}", row)
+            guesses = "" if row["predictor"] == "none" else f" + {_guesses_of(row, set())}"
+            mark = f" ({CHEATS})" if row["mark"] == CHEATS else ""
+            grid.setdefault(f"{row['policy']}{guesses}{mark}", row)
     return [*[*grid.items()][: MOST_BARS - len(ways)], *ways.items()]

@@ -5,6 +5,8 @@ Whatever is fitted is fitted on the requests that are not replayed. It knows no 
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import ListConfig
@@ -62,6 +64,12 @@ class Prior:
         self.work, self.uses_LE = work, uses_of(others)
         self._rows: dict[tuple[Policy, int, str, int], Told] = {}
         self._misses: dict[str, NDArray[np.int64]] = {}
+
+    def about(self, trace: RoutingTrace, work: Workload) -> Prior:
+        """The same of other rows that are replayed; what was fitted stays."""
+        other = copy.copy(self)
+        other.trace, other.work, other._rows = trace, work, {}
+        return other
 
     def has_seen(self, policy: Policy) -> bool:
         """Was something of this cell fitted on what it replays?"""

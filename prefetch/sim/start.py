@@ -5,6 +5,8 @@ It knows no clock and counts no copies. Entries are layer * E + expert, the most
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,7 +33,8 @@ def fill(
         raise MissingData(
             f"{type(policy).__name__} needs counts: hand in `warm`, experts by their use in other requests"
         )
-    taken = _taken(pool, np.concatenate([pinned, warm]).tolist())
+    n_experts, entries = pool.slot_LE.shape[1], np.concatenate([pinned, warm])
+    taken = taken_of(entries, pool.group_L, pool.size_L, pool.room_G, n_experts)
     _check(pool, taken, pinned)
     for entry in reversed(taken):
         pool.clock[0] += 1
@@ -43,15 +46,27 @@ def fill(
         pool.busy_GN[group, slot] = pool.idle_GN[group, slot] = BUSY
 
 
-def _taken(pool: Pool, entries: list[int]) -> list[int]:
-    left_G, taken = pool.left_G.copy(), dict[int, None]()
-    for entry in entries:
-        layer = entry // pool.slot_LE.shape[1]
-        group, size = pool.group_L[layer], pool.size_L[layer]
+def taken_of(
+    entries: NDArray[np.int64],
+    group_L: NDArray[np.int64],
+    size_L: Sequence[int] | NDArray[np.int64],
+    room_G: Sequence[int] | NDArray[np.int64],
+    n_experts: int,
+) -> list[int]:
+    """As many as there is room for, each once, in their order."""
+    left_G, taken = np.array(room_G, np.int64), dict[int, None]()
+    for entry in entries.tolist():
+        layer = entry // n_experts
+        group, size = group_L[layer], size_L[layer]
         if entry not in taken and size <= left_G[group]:
             left_G[group] -= size
             taken[entry] = None
     return list(taken)
+
+
+def groups_of(n_layers: int, n_caches: int) -> NDArray[np.int64]:
+    """The cache that each layer's experts go to."""
+    return np.arange(n_layers) if n_caches > 1 else np.zeros(n_layers, np.int64)
 
 
 def _check(pool: Pool, taken: list[int], pinned: NDArray[np.int64]) -> None:

@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prefetch.sim.cell import CANNOT_RUN
+from prefetch.sim.memory import spoken
+
 if TYPE_CHECKING:
     from prefetch.sim.bench import Bench
 
@@ -28,15 +31,17 @@ HEADLINE = (
 SHOWN = (
     "hit_rate", "late_hit_rate", "tpot_ms", "slowdown", "memory_savings", "link_utilisation", "stall_fraction",
 )  # fmt: skip
+NOTHING, FEW_NAMES = "-", 3
 SATURATED = 0.9  # of the time that the link is busy
 
 
 def gap_closed(table: pd.DataFrame) -> pd.Series:
-    """Of the gap in hit rate between LRU and the optimum at the same capacity."""
-    by = table.drop_duplicates(["capacity", "way"]).set_index(["capacity", "way"]).hit_rate
+    """Of the gap in hit rate between LRU and what no policy exceeds at the same capacity."""
+    by = table.drop_duplicates(["capacity", "way"]).set_index(["capacity", "way"])
     closed = []
     for row in table.to_dict("records"):
-        low, high = (by.get((row["capacity"], way), np.nan) for way in ("lru", OPTIMUM))
+        low = by.hit_rate.get((row["capacity"], "lru"), np.nan)
+        high = by.hit_rate_bound.get((row["capacity"], OPTIMUM), np.nan)
         closed.append((row["hit_rate"] - low) / (high - low) if high > low else np.nan)
     return pd.Series(closed, table.index)
 
@@ -101,10 +106,30 @@ def warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[s
         yield (
             f"computing misses on the host is faster: {same['host compute']:.2f} ms against {tpot_ms:.2f} ms"
         )
+    if chosen["overshoot_bytes"] > 0 and bench.cfg.memory is not None:
+        yield (
+            f"room is made only after use: {spoken(int(chosen['overshoot_bytes']))} more than memory="
+            f"{bench.cfg.memory} are held at times"
+        )
+    yield from _refusals(table)
     if bench.work.is_teacher_forced:
         yield "prompts are replayed token by token, as if they had been generated (teacher-forced)"
     if bench.reader.provenance.kind == "synthetic":
         yield "the routing is synthetic: no number here is about a model"
+
+
+def _refusals(table: pd.DataFrame) -> Iterator[str]:
+    """Rows that have no numbers, by the reason."""
+    refused = table[~runs(table)]
+    for mark, rows in refused.groupby("mark", sort=False):
+        named = [f"{r.way} {r.policy} {r.predictor} {r.capacity}" for r in rows.itertuples()]
+        rest = f" and {len(named) - FEW_NAMES} more" if len(named) > FEW_NAMES else ""
+        yield f"{', '.join(named[:FEW_NAMES])}{rest} {mark}"
+
+
+def runs(table: pd.DataFrame) -> pd.Series:
+    """Which rows have numbers."""
+    return ~table["mark"].str.startswith(CANNOT_RUN)
 
 
 def summary(bench: Bench, table: pd.DataFrame, needed: pd.DataFrame, told: list[str]) -> str:
@@ -117,10 +142,12 @@ def summary(bench: Bench, table: pd.DataFrame, needed: pd.DataFrame, told: list[
         "|" + "---|" * 8,
     ]
     for row in table[table.way != CURVE].to_dict("records"):
-        bound = "no bound" if math.isnan(row["tpot_bound_ms"]) else f"{row['tpot_bound_ms']:.2f}"
+        bound = _number(row["tpot_bound_ms"], 2)
+        bound = "no bound" if bound == NOTHING and row["bound"] else bound
+        hits, late = (_number(row[name]) for name in ("hit_rate", "late_hit_rate"))
         lines.append(
-            f"| {row['way']} | {row['policy']} | {_marked(row)} | {row['capacity']} | {row['hit_rate']:.3f} | "
-            f"{row['late_hit_rate']:.3f} | {row['tpot_ms']:.2f} | {bound} |"
+            f"| {row['way']} | {row['policy']} | {_marked(row)} | {row['capacity']} | {hits} | {late} | "
+            f"{_number(row['tpot_ms'], 2)} | {bound} |"
         )
     lines += ["", *_recall_words(needed)]
     return "\n".join([*lines, *(f"* {text}" for text in told), ""])
@@ -178,9 +205,18 @@ def show(bench: Bench, table: pd.DataFrame) -> None:
         shown.add_column(name)
     for row in table[table.way != CURVE].to_dict("records"):
         cells = [str(row["way"]), str(row["policy"]), _marked(row), str(row["capacity"])]
-        shown.add_row(*map(Text, cells), *(f"{row[name]:.3f}" for name in SHOWN))
+        shown.add_row(*map(Text, cells), *(_number(row[name]) for name in SHOWN))
     Console(width=max(160, Console().width)).print(shown)
 
 
+def _number(value: float, places: int = 3) -> str:
+    return NOTHING if math.isnan(value) else f"{value:.{places}f}"
+
+
 def _marked(row: Any) -> str:
-    return f"{row['predictor']} ({row['mark']})" if row["mark"] else str(row["predictor"])
+    """The predictor, by whose guesses the policy evicts where those are others, and the mark in a word or two."""
+    by = row["evicts_by"].partition(",")[0]
+    notes = [f"evicts by {by}"] * (by not in ("", row["predictor"]))
+    mark = str(row["mark"])
+    notes += [CANNOT_RUN.strip(": ") if mark.startswith(CANNOT_RUN) else mark] * (mark != "")
+    return f"{row['predictor']} ({', '.join(notes)})" if notes else str(row["predictor"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -17,22 +16,16 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prefetch.artifacts import UNFINISHED, library_version, sha256_of
+from prefetch.artifacts import UNFINISHED
 from prefetch.progress import Progress
+from prefetch.sim.code import CODE_KEY, own_code
 
 log = logging.getLogger(__name__)
-VERSION = 1  # raise it when rows mean something else and no file says so
-HERE = Path(__file__).parent
-# of this folder, what shows rows and makes none; a file that is not named here is taken to make them
-SHOWING = ("evaluate", "gallery", "notebook", "panels", "pictures", "summary", "sweep", "timeline")
-BESIDE = ("scoring.py", "agreement.py")  # intervals
-LIBRARIES = ("numpy", "numba", "python")
 Row = dict[str, Any]
 
 
@@ -49,7 +42,7 @@ class Kept:
 
     def __init__(self, root: Path) -> None:
         # the name of what an interrupted build leaves: `artifacts.remove=unused` clears it away
-        self.folder = root / "cells" / f".{code_key()}{UNFINISHED}"
+        self.folder = root / "cells" / f".{CODE_KEY}{UNFINISHED}"
         self._digests: dict[int, tuple[weakref.ref[Any], bytes]] = {}
         self._is_writable = True
 
@@ -99,7 +92,9 @@ class Kept:
                 self._feed(digest, part)
         else:
             kind = type(value)
-            digest.update(f"{kind.__module__}.{kind.__qualname__}{_own_source(kind)}".encode())
+            digest.update(
+                f"{kind.__module__}.{kind.__qualname__}{own_code(kind.__module__)}".encode()
+            )
             self._feed(digest, _parts(value))
 
     def _of_array(self, array: np.ndarray[Any, Any]) -> bytes:
@@ -118,26 +113,6 @@ def _parts(value: Any) -> dict[str, Any]:
     if not hasattr(value, "__dict__"):
         raise TypeError(f"{type(value).__name__}: cannot be told from another of its kind")
     return vars(value)
-
-
-def _own_source(kind: type[Any]) -> str:
-    """Of a class of one's own, its file: whoever changes it gets new rows."""
-    if kind.__module__.startswith("prefetch."):
-        return ""
-    try:
-        return sha256_of(Path(inspect.getfile(kind)))
-    except (TypeError, OSError):
-        return ""  # built into Python, or typed into a notebook
-
-
-@cache
-def code_key() -> str:
-    """Of the simulator's code, and of the libraries that can change what it counts."""
-    paths = [path for path in sorted(HERE.rglob("*.py")) if path.stem not in SHOWING]
-    paths += [HERE.parent / name for name in BESIDE if (HERE.parent / name).is_file()]
-    told = {str(path.relative_to(HERE.parent)): sha256_of(path) for path in paths}
-    told |= {name: library_version(name) for name in LIBRARIES}
-    return hashlib.sha256(json.dumps([VERSION, told]).encode()).hexdigest()[:16]
 
 
 def _sum(row: Row) -> str:

@@ -30,12 +30,16 @@ class Timeline:
 
     spans: tuple[Span, ...]
     begins_ns: tuple[int, ...]  # of every shown step, and the end of the last
-    warm_steps: int  # that ran before, from an empty cache
-    request: int
+    warm_steps: int  # that ran before
+    start: str  # what those began from
+    request: int  # MIXED where steps serve several
 
 
 def timeline_of(cell: Cell, work: Workload, *, tokens: int = SHOWN_TOKENS) -> Timeline | None:
-    """A few tokens that follow on others of the same request; None where no token is generated."""
+    """A few tokens that follow on others of the same request (of the same run, where requests share steps).
+
+    None where no token is generated.
+    """
     steps = _steps(work, max(1, *cell.budget.slots_G), tokens)
     if steps is None:
         return None
@@ -46,7 +50,8 @@ def timeline_of(cell: Cell, work: Workload, *, tokens: int = SHOWN_TOKENS) -> Ti
         cut(done.spans, begins[0], begins[-1]),
         tuple(at - begins[0] for at in begins),
         shown - first,
-        int(work.request_S[shown]),
+        cell.start_words,
+        MIXED if (work.request_S == MIXED).any() else int(work.request_S[shown]),
     )
 
 
@@ -108,7 +113,8 @@ def write_chrome_trace(path: Path, shown: Timeline, title: str) -> None:
         ),
     ]
     events = [_complete(span) for span in sorted(shown.spans, key=lambda span: span.begin_ns)]
-    about = {"warm_steps": shown.warm_steps, "request": shown.request, "times": "simulated"}
+    about = {"warm_steps": shown.warm_steps, "start": shown.start, "request": shown.request}
+    about["times"] = "simulated"
     told = {"traceEvents": names + events, "displayTimeUnit": "ns", "otherData": about}
     path.write_text(json.dumps(told) + "\n")
 

@@ -5,6 +5,7 @@
 Both replay the same accesses on one thread, in turns; theirs gives a miss ratio, ours says which access hit. A drawn
 trace: 20,000 tokens, 27 layers, 6 of 64 experts; one cache of each capacity per layer, then one cache for all layers.
 Theirs reads the file that it reads fastest (mapped to memory, next uses written down), with a hash table that fits.
+The timed engine, which also has a clock, a link and guesses, is compared with their untimed LRU.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ from typing import Any
 
 import libcachesim as lcs
 import numpy as np
+import yaml
 from machine import describe
 
+from prefetch.models.cards import load_card
 from prefetch.sim.compiled import engine
+from prefetch.sim.costs import machine_of
+from prefetch.sim.hardware import hardware
+from prefetch.sim.machine import Guesses, no_guesses
 from prefetch.sim.policies.belady_forced import BeladyForced
 from prefetch.sim.policies.fifo import Fifo
 from prefetch.sim.policies.lfu import Lfu
@@ -31,7 +37,8 @@ from prefetch.sim.policies.s3fifo import S3Fifo
 from prefetch.sim.policies.sieve import Sieve
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import ATOMIC, SEQUENTIAL
-from prefetch.sim.run import events_of, prepared
+from prefetch.sim.run import events_of, prepared, timed_replay
+from prefetch.sim.sizes import lent_to
 from prefetch.sim.stacks import LruStacks, OptimalStacks, first_uses
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import plain_card
@@ -41,6 +48,7 @@ PEERS: tuple[tuple[Policy, str], ...] = (
     (Lru(), "LRU"), (Fifo(), "FIFO"), (Lfu(), "LFU"), (Sieve(), "Sieve"), (S3Fifo(), "S3FIFO"),
     (BeladyForced(), "Belady"),
 )  # fmt: skip
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 N_LAYERS, N_EXPERTS, TOP_K, N_TOKENS, ROUNDS = 27, 64, 6, 20_000, 5
 SWEPT = (*range(8, 64, 4), 64)
 RECORD = np.dtype([("ts", "<u4"), ("oid", "<u8"), ("sz", "<u4"), ("nxt", "<i8")])
@@ -202,6 +210,42 @@ def stack_rows(bench: Bench) -> list[str]:
     return rows
 
 
+def timed_rows(bench: Bench) -> list[str]:
+    """16 per layer, sizes of DeepSeek-V2-Lite on an RTX 4090; of the guesses four in five are right."""
+    card = lent_to(load_card("deepseek_v2_lite"), bench.work.card)
+    fields = yaml.safe_load((CONFIGS / "hardware" / "rtx4090_pcie4.yaml").read_text())
+    fields.pop("_target_")
+    machine = machine_of(card, hardware(**fields), bench.work)
+    rooms, sizes = [16] * N_LAYERS, [1] * N_LAYERS
+    peer, rows = bench.theirs("LRU", rooms), []
+    for what, guesses in (
+        ("none", no_guesses()),
+        ("1 layer ahead", guessed(bench.work, 1)),
+        ("4 layers ahead", guessed(bench.work, 4)),
+    ):
+
+        def ours(guesses: Guesses = guesses) -> float:
+            return float(
+                timed_replay(bench.work, Lru(), rooms, sizes, machine, guesses).time_S.mean()
+            )
+
+        taken = compare({"theirs": peer, "ours": ours})
+        speeds = [bench.work.n_accesses / np.median(of) / 1e6 for of in taken.values()]
+        rows.append(
+            f"| {what} | {speeds[0]:.1f} | {speeds[1]:.1f} | {ratio(taken['theirs'], taken['ours'])} |"
+        )
+    return rows
+
+
+def guessed(work: Workload, ahead: int) -> Guesses:
+    """As many as there are choices; one in five is somebody drawn."""
+    rng = np.random.default_rng(0)
+    ids_VW = work.ids_A.reshape(-1, TOP_K).astype(np.int32)
+    drawn_VW = rng.integers(0, N_EXPERTS, ids_VW.shape, np.int32)
+    ids_VW = np.where(rng.random(ids_VW.shape) < 0.8, ids_VW, drawn_VW)
+    return Guesses(ids_VW, np.zeros(ids_VW.shape, np.int64), ahead)
+
+
 def first_call(module: str, name: str) -> float:
     """Seconds until a fresh process has replayed a few tokens, compiled by another."""
     command = [sys.executable, "-c", FIRST_CALL.format(module=module, name=name)]
@@ -244,6 +288,9 @@ def main() -> None:
                 print(row(what, of, policy, name, rooms), flush=True)
         print("\n| stacks | theirs, M accesses/s | ours | ratio |\n|---|---|---|---|")
         print("\n".join(stack_rows(bench)), flush=True)
+        print("\n| guesses | theirs, LRU without a clock, M accesses/s | ours, timed | ratio |")
+        print("|---|---|---|---|")
+        print("\n".join(timed_rows(bench)), flush=True)
     print("\n| first call in a fresh process | s |\n|---|---|")
     for module, name in (("lru", "Lru"), ("sieve", "Sieve"), ("arc", "Arc")):
         print(f"| {name} | {first_call(module, name):.2f} |", flush=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from prefetch.errors import ConfigError, MissingData
 from prefetch.models.cards import card_names, load_architecture, load_card
+from prefetch.sim.bounds import compute_S
 from prefetch.sim.costs import (
     Beside,
     before_S,
@@ -298,3 +299,25 @@ def test_what_host_memory_cannot_be():
             machine_of(QWEN, machine(), work, host_cache=host_cache)
     with pytest.raises(ConfigError, match=r"rtx4090_pcie4 has 64.00 GiB of host memory, shortfall"):
         need_host_memory(large, machine())
+
+
+@pytest.mark.parametrize(("prompt", "most"), [(0, 0.0001), (64, 0.004)])
+def test_whole_nanoseconds_lose_little_of_tiny_experts(prompt, most):
+    """16 KiB experts in 8 layers, as in the default trace: costs are rounded up, in steps of 240,000 nanoseconds.
+
+    A cost per token is rounded before it is multiplied: here all 64 of a prompt choose the same two.
+    """
+    sizes = {"dense_bytes": 10**6, "shared_bytes": 0, "kv_bytes_per_token": 4096, "hidden_size": 64}
+    card = plain_card(
+        "tiny", n_experts=32, top_k=2, layer_numbers=tuple(range(8)), expert_bytes_L=(16384,) * 8,
+        expert_precision="fp32", **sizes,
+    )  # fmt: skip
+    work, one = steps(card, prompt), machine()
+    made = machine_of(card, one, work)
+    read_ns, token_ns = 16384e9 / one.device.bytes_per_s, 8192e9 / one.device.operations_per_s.fp32
+    step_A = np.repeat(np.arange(work.n_steps), np.diff(work.start_V[::8]))
+    exact_S = np.bincount(step_A, np.maximum(read_ns, token_ns * work.tokens_A))
+    lost_S = compute_S(work, made) - exact_S - 8 * made.before_S + 8
+    share_S = lost_S / compute_S(work, made)
+    assert (share_S >= 0).all() and (share_S < most).all()
+    assert (share_S[work.prefill_S == 0] < 0.0001).all()

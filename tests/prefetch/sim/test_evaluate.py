@@ -147,7 +147,7 @@ def test_guesses_that_are_true_leave_fewer_misses_than_none(tmp_path):
         (("evaluate.horizons=[0]",), r"evaluate.horizons=\[0\]: each must be at least 1"),
         (("evaluate.workers=0",), "evaluate.workers=0: must be at least 1"),
         (("memory=20GiB", "evaluate.capacities=[0.5]"), "the memory leaves one capacity"),
-        (("predictor=markov", "simulator.threshold=0.5"), "no probabilities"),
+        (("predictor=markov2", "simulator.threshold=0.5"), "no probabilities"),
         (("train.test_trace=elsewhere",), "guesses would be about that trace"),
     ],
 )

@@ -48,10 +48,10 @@ def test_parts_by_hand():
     # 2,048 tokens of 10 * 2,048 + 8 * (2 * 2,048 + 3 * 768) numbers, 2 bytes each; 1 MiB of logits; 32 MiB
     assert found.workspace_bytes == 2048 * 71_680 * 2 + 33 * MIB
     assert found.whole_model_bytes == sum(getattr(found, f"{name}_bytes") for name in PARTS)
-    assert found.memory_savings == 1 - (32 * 48 * 9 * MIB + 18 * MIB + 1000) / (128 * 48 * 9 * MIB)
+    assert found.savings() == 1 - (32 * 48 * 9 * MIB + 18 * MIB + 1000) / (128 * 48 * 9 * MIB)
     assert found.token_cycles == 4.0
-    assert found.fits
-    assert not budget(cache=0.5).fits and budget(cache=0.5, name="h100_pcie5").fits
+    assert found.fits()
+    assert not budget(cache=0.5).fits() and budget(cache=0.5, name="h100_pcie5").fits()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_layers_of_unequal_size():
     one = budget(MIXED, cache=0.1, scope="global")
     assert one.room_G == (128 * sum(sizes) // 10,)
     assert budget(MIXED, cache=16, scope="global").room_G == (16 * sum(sizes),)
-    assert budget(MIXED, cache=1.0).memory_savings < 0  # staging stands beside all of them
+    assert budget(MIXED, cache=1.0).savings() < 0  # staging stands beside all of them
 
 
 def test_what_a_whole_budget_leaves():
@@ -158,9 +158,9 @@ def test_laws_of_a_whole_budget(name, more, scope, batch):
     if memory < empty.whole_model_bytes:
         return
     found = budget_of(card, hard, memory=memory, scope=scope, batch=batch)
-    assert found.whole_model_bytes <= memory and found.fits
+    assert found.whole_model_bytes <= memory and found.fits()
     assert found.cache_bytes <= found.all_expert_bytes
-    assert found.memory_savings <= 1 and math.isfinite(found.token_cycles)
+    assert found.savings() <= 1 and math.isfinite(found.token_cycles)
     if found.cache_bytes < found.all_expert_bytes and scope == "global":
         assert memory - found.whole_model_bytes < max(card.expert_bytes_L)
     for room, size in zip(found.room_G, found.size_L, strict=False):
@@ -177,7 +177,7 @@ def test_laws_of_a_whole_budget(name, more, scope, batch):
 def test_a_larger_fraction_is_never_a_smaller_cache(card, one, other, scope):
     small, large = (budget(card, cache=part, scope=scope) for part in sorted([one, other]))
     assert small.cache_bytes <= large.cache_bytes
-    assert small.memory_savings >= large.memory_savings
+    assert small.savings() >= large.savings()
     assert large.cache_bytes <= sorted([one, other])[1] * large.all_expert_bytes + 1
 
 
@@ -244,3 +244,24 @@ def test_a_card_without_sizes():
         budget(bare, cache=0.5)
     with pytest.raises(MissingData, match="does not say kv_bytes_per_token; pass"):
         budget(dataclasses.replace(QWEN, kv_bytes_per_token=None), memory="12GiB")
+
+
+def test_one_cache_for_experts_of_two_sizes_says_how_many_it_holds():
+    """All of them are all; a share of the bytes is that share of the experts, not of the largest."""
+    every = 128 * 48
+    assert budget(MIXED, cache=1.0, scope="global").experts == every
+    half = budget(MIXED, cache=0.5, scope="global")
+    assert half.experts == every // 2 > sum(half.slots_G)
+    assert budget(MIXED, cache=0.5).experts == every // 2
+    assert budget(cache=0.5, scope="global").experts == every // 2
+
+
+@pytest.mark.parametrize("scope", ["per_layer", "global"])
+def test_more_bytes_are_more_experts_and_never_more_than_there_are(scope):
+    plain = budget(cache=0.5, scope=scope)
+    more = budget(cache=0.5, scope=scope, more_bytes=100 * 9 * MIB + 1)
+    assert more.experts == plain.experts + 100
+    assert more.whole_model_bytes == plain.whole_model_bytes + 100 * 9 * MIB
+    if scope == "per_layer":
+        assert more.room_G == (67,) * 4 + (66,) * 44
+    assert budget(cache=1.0, scope=scope, more_bytes=10**12).experts == 128 * 48

@@ -6,15 +6,21 @@ import dataclasses
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefetch.sim import evaluate
 from prefetch.sim.excerpt import first_requests, work_of
 from prefetch.sim.needed import Noise, break_even, with_link
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.run import timed_replay
+from prefetch.sim.workload import workload_of
+from prefetch.trace.card import plain_card
+from prefetch.trace.routing import DECODE, trace_of
 from tests.prefetch.sim.test_costs import machine as hardware
+from tests.prefetch.sim.test_evaluate import bench_of, evaluated
 from tests.prefetch.sim.test_replay import drawn
 from tests.prefetch.sim.test_timed import machine_of, true_ids
 
@@ -95,5 +101,40 @@ def test_first_steps_run_as_they_do_in_the_whole(seed, steps):
     begun = timed_replay(part, Lru(), [4] * 3, [1] * 3, cut)
     assert begun.time_S.tolist() == whole.time_S[:steps].tolist()
     assert (begun.outcome_A == whole.outcome_A[: part.n_accesses]).all()
-    most = first_requests(work, steps)
-    assert 0 < most <= steps
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 30), st.sampled_from([1, 3])
+)
+def test_a_beginning_is_of_whole_requests_however_many_run_at_once(lengths, most, batch):
+    """As many as fit; only a first one that is longer is cut."""
+    card = plain_card("short", n_experts=4, top_k=1, layer_numbers=(0,))
+    request_T = np.repeat(np.arange(len(lengths)), lengths)
+    ids = np.zeros((len(request_T), 1, 1), np.int64)
+    trace = trace_of(card, ids, request_T=request_T, phase_T=DECODE)
+
+    def steps(n):
+        return workload_of(trace.rows(request_T < n), batch=batch).n_steps
+
+    part = first_requests(trace, most, lambda rows: workload_of(rows, batch=batch))
+    n = len(np.unique(part.request_T))
+    if lengths[0] > most:
+        assert part.request_T.tolist() == [0] * most
+        return
+    assert part.request_T.tolist() == request_T[request_T < n].tolist()
+    assert steps(n) <= most and (n == len(lengths) or steps(n + 1) > most)
+
+
+def test_required_recall_at_batch_3_is_of_whole_requests(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MOST_STEPS", 30)
+    words = ("evaluate.required_recall=true", "simulator.batch=3", "source.new_tokens=15")
+    evaluated(tmp_path, "predictor=none", "source.n_requests=40", "source.prompt_tokens=2", *words)
+    one = pd.read_parquet(tmp_path / "run0" / "required_recall.parquet").iloc[0]
+    bench = bench_of(tmp_path, *words, "source.n_requests=40", "source.prompt_tokens=2")
+    part = bench.beginning(30)
+    assert one.steps == part.work.n_steps <= 30 < one.of_steps == bench.work.n_steps
+    assert one.requests == len(np.unique(part.trace.request_T)) >= 3
+    for request in np.unique(part.trace.request_T):
+        whole = (bench.trace.request_T == request).sum()
+        assert (part.trace.request_T == request).sum() == whole == 17

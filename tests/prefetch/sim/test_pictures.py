@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 
 from prefetch.figures import Key
 from prefetch.sim import pictures
-from prefetch.sim.curves import is_counted_A, lru_by_stacks
+from prefetch.sim.curves import lru_by_stacks
 from prefetch.sim.panels import Lanes, Stacked, looks, with_intervals
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.pool import HIT
+from prefetch.sim.rows import counted_A
 from prefetch.sim.run import replay
 from tests.prefetch.sim.test_evaluate import evaluated
 from tests.prefetch.sim.test_replay import drawn
@@ -53,7 +54,7 @@ def test_curves_of_all_sizes_are_the_replays_of_each(batch, phase):
         assert max(rates) == work.card.n_experts
         for size, rate in rates.items():
             is_hit_A = replay(work, Lru(), [size] * 3, [1] * 3) == HIT
-            assert rate == pytest.approx(is_hit_A[is_counted_A(work)].mean(), abs=1e-12)
+            assert rate == pytest.approx(is_hit_A[counted_A(work)].mean(), abs=1e-12)
 
 
 def rows_of(policies: int, predictors: int, capacities: int) -> pd.DataFrame:
@@ -75,6 +76,7 @@ def rows_of(policies: int, predictors: int, capacities: int) -> pd.DataFrame:
                     "horizon": 4 * (predictor != "none"), "mark": "cheats" if way == "optimum" else "",
                     "capacity_experts": 8 * (c + 1), "tpot_ms": ms, "tpot_ms_low": ms - 0.3, "tpot_ms_high": ms + 0.3,
                     "hit_rate": 0.5, "hit_rate_low": np.nan, "hit_rate_high": np.nan, "slowdown": ms,
+                    "interval_over": "requests",
                     "tpot_bound_ms": 1.0 if way == "chosen" else np.nan, "memory_savings": 1 - 0.1 * (c + 1),
                     **dict.fromkeys(pictures.PARTS, ms / 4),
                 }
@@ -96,6 +98,42 @@ def test_figures_of_few_and_of_many(tmp_path, shape):
     assert len(drawn_files) == 10 and all(path.stat().st_size > 1000 for path in drawn_files)
     text = (tmp_path / "tpot_by_policy.svg").read_text()
     assert all(f"policy{p}" in text for p in range(shape[0]))
+
+
+def test_whoever_cheats_is_marked_in_every_figure(tmp_path):
+    """As in the tables: a policy that reads the answer in the legend, guesses that do in their panel's title."""
+    table = rows_of(2, 2, 2).replace({"policy1": "belady", "guesser1": "oracle"})
+    table.loc[(table.policy == "belady") | (table.predictor == "oracle"), "mark"] = "cheats"
+    curves = pd.DataFrame({"share": [0.1, 1.0], "lru": [0.1, 1.0], "optimum": [0.2, 1.0]})
+    pictures.hit_rate_by_capacity(table, curves, tmp_path, "note")
+    pictures.tpot_by_capacity(table, tmp_path, "note", full_ms=1.0)
+    pictures.tpot_by_policy(table, tmp_path, "note", full_ms=1.0)
+    pictures.stall_breakdown(table, tmp_path, "note")
+    pictures.savings_and_slowdown(table, tmp_path, "note")
+
+    def text(name: str) -> str:
+        return (tmp_path / f"{name}.svg").read_text()
+
+    for name in ("hit_rate_by_capacity", "tpot_by_policy"):
+        assert "belady (cheats)" in text(name) and "oracle, 4 ahead (cheats)" in text(name)
+        assert "policy0 (cheats)" not in text(name)
+    assert "optimum, no guesses (cheats)" in text("hit_rate_by_capacity")
+    assert "oracle, 4 ahead (cheats)" in text("tpot_by_capacity")
+    assert "other policies (cheats)" in text("savings_and_slowdown")
+    bars = text("stall_breakdown")
+    assert "belady (cheats)" in bars and "policy0 + oracle, 4 ahead (cheats)" in bars
+    assert "optimum (cheats)" in bars
+
+
+def test_the_curve_of_sizes_is_joined_to_its_own_cell_only():
+    table = rows_of(1, 2, 1)
+    size = table[(table.way == "chosen") & (table.predictor == "guesser1")].assign(
+        way="curve", percent=77.0
+    )
+    whole = pd.concat([table, size])
+    for title, rows in pictures._by_guesses(whole):
+        joined = pictures._with_curve(rows, whole)
+        assert (77.0 in joined.percent.tolist()) == title.startswith("guesser1")
 
 
 def test_looks_are_all_different():

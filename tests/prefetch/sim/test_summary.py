@@ -43,7 +43,7 @@ def test_what_would_mislead_is_said(tmp_path, words, told, caplog):
 def row(**changes: Any) -> dict[str, Any]:
     usual = {
         "way": "chosen", "policy": "lru", "predictor": "markov", "capacity": "0.5", "tpot_ms": 8.0, "hit_rate": 0.6,
-        "capacity_token_cycles": 4.0, "link_utilisation": 0.5,
+        "capacity_token_cycles": 4.0, "link_utilisation": 0.5, "overshoot_bytes": 0, "mark": "", "hit_rate_bound": 0.9,
     }  # fmt: skip
     return usual | changes
 

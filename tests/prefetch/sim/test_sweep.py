@@ -12,11 +12,12 @@ import pandas as pd
 import pytest
 
 from prefetch.artifacts import Store
+from prefetch.sim import code
 from prefetch.sim.bench import Bench
 from prefetch.sim.cell import Cell
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.random import Random
-from prefetch.sim.sweep import Job, Kept, code_key, run_all
+from prefetch.sim.sweep import Job, Kept, run_all
 from prefetch.stock import drop_unfinished
 from tests.prefetch.sim.test_evaluate import evaluated
 from tests.prefetch.sim.test_replay import drawn
@@ -128,11 +129,9 @@ def test_a_key_says_everything_that_a_row_depends_on(tmp_path):
 
 
 def test_another_version_of_the_code_has_another_place(tmp_path, monkeypatch):
-    before = Kept(tmp_path).folder
-    code_key.cache_clear()
-    monkeypatch.setattr("prefetch.sim.sweep.library_version", lambda name: "another")
-    assert Kept(tmp_path).folder != before
-    code_key.cache_clear()
+    assert code._simulator() == code.CODE_KEY
+    monkeypatch.setattr(code, "library_version", lambda name: "another")
+    assert code._simulator() != code.CODE_KEY
 
 
 def test_what_cannot_be_told_apart_is_refused(tmp_path):

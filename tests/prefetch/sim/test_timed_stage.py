@@ -7,11 +7,12 @@ import pytest
 from prefetch.errors import ConfigError
 from prefetch.sim.bench import Bench
 from prefetch.sim.cell import Cell
+from prefetch.sim.grid import cells
 from tests.prefetch.sim.test_evaluate import bench_of
 
 
 def chosen(bench: Bench) -> Cell:
-    return next(cell for cell in bench.cells() if cell.names["way"] == "chosen")
+    return next(cell for cell in cells(bench) if cell.names["way"] == "chosen")
 
 
 def test_guesses_that_are_held_back_move_less_and_their_places_count(tmp_path):
@@ -24,7 +25,7 @@ def test_guesses_that_are_held_back_move_less_and_their_places_count(tmp_path):
     expert = max(free.card.expert_bytes_L or ())
     more = chosen(held).budget.staging_bytes - chosen(free).budget.staging_bytes
     assert more == free.card.top_k * expert
-    alone = next(cell for cell in held.cells() if cell.names["predictor"] == "none")
+    alone = next(cell for cell in cells(held) if cell.names["predictor"] == "none")
     assert alone.machine.landing == 0  # without guesses no places for them
 
 
@@ -37,20 +38,20 @@ def test_a_host_memory_that_cannot_hold_all_reads_from_the_disk(tmp_path):
     waited = sum(slow[f"{part}_ms_per_token"] for part in parts)
     total = waited + slow["compute_ms_per_token"]
     assert slow["stall_fraction"] == pytest.approx(waited / total)
-    ways = {cell.names["way"] for cell in half.cells()}
+    ways = {cell.names["way"] for cell in cells(half)}
     assert "layer streaming" not in ways
 
 
 def test_layers_are_streamed_where_there_are_prompts(tmp_path):
     bench = bench_of(tmp_path)
-    cells = [cell for cell in bench.cells() if cell.names["way"] == "layer streaming"]
-    assert len(cells) == (1 if (bench.work.prefill_S > 0).any() else 0)
-    row = bench.row(cells[0])
+    streamed = [cell for cell in cells(bench) if cell.names["way"] == "layer streaming"]
+    assert len(streamed) == (1 if (bench.work.prefill_S > 0).any() else 0)
+    row = bench.row(streamed[0])
     assert row["ttft_ms"] > 0 and row["late_hit_rate"] == 0
-    lru = bench.row(next(cell for cell in bench.cells() if cell.names["way"] == "lru"))
+    lru = bench.row(next(cell for cell in cells(bench) if cell.names["way"] == "lru"))
     assert row["memory_savings"] < lru["memory_savings"]  # two buffers of a layer's experts
     forced = bench_of(tmp_path, "simulator.phase=decode")
-    assert all(cell.names["way"] != "layer streaming" for cell in forced.cells())
+    assert all(cell.names["way"] != "layer streaming" for cell in cells(forced))
 
 
 def test_a_model_that_host_memory_does_not_hold_is_refused(tmp_path):
@@ -73,4 +74,4 @@ def test_a_model_that_host_memory_does_not_hold_is_refused(tmp_path):
 )
 def test_what_is_wrong_is_said(tmp_path, word, message):
     with pytest.raises(ConfigError, match=message):
-        list(bench_of(tmp_path, word).cells())
+        chosen(bench_of(tmp_path, word))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -9,6 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefetch.sim.cell import Cell
 from prefetch.sim.machine import BOTH, ON_HOST, WAIT, no_guesses
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.pool import ATOMIC, LATE, MISS, OVERSHOOT
@@ -28,7 +30,8 @@ from prefetch.sim.recorder import (
     Recorder,
 )
 from prefetch.sim.run import timed_replay
-from prefetch.sim.timeline import Timeline, cut, write_chrome_trace
+from prefetch.sim.timeline import Timeline, cut, timeline_of, write_chrome_trace
+from tests.prefetch.sim.test_bounds import budget_of
 from tests.prefetch.sim.test_replay import drawn
 from tests.prefetch.sim.test_timed import POLICIES, guesses_of, machine_of
 
@@ -143,7 +146,7 @@ def test_the_host_computes_what_it_is_said_to():
 def test_the_trace_file_has_the_engines_sums_and_names_its_lanes(tmp_path):
     recorder, timed = recording(11)
     begins = recorder.begins()
-    shown = Timeline(cut(recorder.spans, 0, begins[-1]), tuple(begins), 0, 0)
+    shown = Timeline(cut(recorder.spans, 0, begins[-1]), tuple(begins), 0, "an empty cache", 0)
     write_chrome_trace(tmp_path / "timeline.json", shown, "a test")
     told = json.loads((tmp_path / "timeline.json").read_text())
     names = {e["tid"]: e["args"]["name"] for e in told["traceEvents"] if e["name"] == "thread_name"}
@@ -172,3 +175,16 @@ def test_what_is_shown_is_cut_to_it():
         sum(s.took_ns for s in spans if s.lane == GPU) == b - a == int(np.sum(recorder.time_S[4:7]))
     )
     assert all(s.begin_ns >= 0 and s.end_ns <= b - a for s in spans)
+
+
+def test_it_says_what_its_run_began_with():
+    """Pinned and warm experts are no empty cache, and steps that several share are no request's."""
+    budget = budget_of([4, 4, 4], [1, 1, 1])
+    for batch, is_request in ((1, True), (3, False)):
+        work = drawn(2, n_tokens=120, batch=batch, phase="decode")
+        cell = Cell({}, Lru(), budget, machine_of(work, 2))
+        shown = timeline_of(cell, work)
+        assert shown.start == "an empty cache" and (shown.request >= 0) == is_request
+    begun = dataclasses.replace(cell, pinned=np.array([0]), warm=np.array([1, 2]))
+    shown = timeline_of(begun, work)
+    assert shown.start == "a start with pinned experts and the most used experts"

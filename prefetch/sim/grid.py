@@ -1,0 +1,225 @@
+"""Which cells a table has: the grid that was asked for, what stands beside it at every capacity, the curve of sizes.
+
+It runs nothing. A cell that cannot be made has its place too, and says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefetch.sim.bench import SEMANTICS, Bench
+from prefetch.sim.cell import CHEATS, REFUSALS, Cell, Refused
+from prefetch.sim.machine import Guesses
+from prefetch.sim.policies.lru import Lru
+from prefetch.sim.policy import Policy
+from prefetch.sim.pool import EMPTY
+from prefetch.sim.streaming import BUFFERS
+from prefetch.trace.predictions import PredictionsReader
+
+log = logging.getLogger(__name__)
+# shares of all experts, at which savings are looked for
+CURVE = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375)
+CHOSEN, ALONE, OPTIMUM, ORACLE = "chosen", "no prefetch", "optimum", "oracle prefetch"
+
+
+def cells(bench: Bench) -> Iterator[Cell | Refused]:
+    first = bench.horizons[0]
+    for policy, name, capacity, horizon in itertools.product(
+        bench.policies, bench.predictors, bench.capacities, bench.horizons
+    ):
+        if name != "none" or horizon == first:
+            yield _of_grid(bench, CHOSEN, policy, name, capacity, horizon)
+    for capacity in bench.capacities:
+        for policy in bench.policies:
+            if "none" not in bench.predictors:
+                yield _of_grid(bench, ALONE, policy, "none", capacity, first)
+        yield _of_grid(bench, "lru", "lru", "none", capacity, first)
+        yield _of_grid(bench, OPTIMUM, "belady", "none", capacity, first)
+        if bench.simulator.requests == "test":  # guesses, even true ones, are about these
+            yield _of_grid(bench, ORACLE, bench.policies[0], "oracle", capacity, first)
+        yield from _today(bench, capacity)
+        yield from _streaming(bench, capacity)
+    yield from _curve(bench)
+
+
+def alone(bench: Bench, policy: str, capacity: str) -> Cell:
+    """The cell of this policy without guesses, at a capacity as a table names it."""
+    named = {bench.said(one): one for one in bench.capacities}
+    return cell_of(bench, ALONE, policy, "none", named[capacity], bench.horizons[0])
+
+
+def sized(bench: Bench, policy: str, each: int) -> Cell:
+    """The cell of this policy without guesses, with room for so many experts per layer."""
+    return cell_of(bench, "curve", policy, "none", each, bench.horizons[0], is_curve=True)
+
+
+def _of_grid(
+    bench: Bench, way: str, policy: str, name: str, capacity: Any, horizon: int
+) -> Cell | Refused:
+    names = _names(bench, way, policy, capacity, predictor=name, horizon=horizon)
+    return _tried(names, lambda: cell_of(bench, way, policy, name, capacity, horizon))
+
+
+def _tried(names: dict[str, Any], make: Callable[[], Cell]) -> Cell | Refused:
+    try:
+        return make()
+    except REFUSALS as reason:
+        return Refused(names, reason)
+
+
+def _names(
+    bench: Bench,
+    way: str,
+    policy: str,
+    capacity: Any,
+    *,
+    predictor: str = "none",
+    horizon: int = 0,
+    misses: str | None = None,
+    is_cheat: bool = False,
+) -> dict[str, Any]:
+    return {
+        "way": way,
+        "policy": policy,
+        "predictor": predictor,
+        "evicts_by": "",
+        "mark": CHEATS if is_cheat else "",
+        "capacity": bench.said(capacity),
+        "horizon": 0 if predictor == "none" else horizon,
+        "misses": misses or bench.simulator.misses,
+    }
+
+
+def cell_of(
+    bench: Bench,
+    way: str,
+    policy: str,
+    name: str,
+    capacity: Any,
+    horizon: int,
+    *,
+    is_curve: bool = False,
+) -> Cell:
+    """`name` copies ahead, and whoever the policy evicts by guesses as well; both are paid for, time and memory."""
+    size_of = bench.share if is_curve else bench.budget
+    made, landing = bench.policy(policy), 0 if name == "none" else bench.landing
+    size_of(capacity, 0, landing)  # refused before anybody guesses for it
+    told_by, guesses, reader = bench.foretells(made, name), None, None
+    if told_by != "none":
+        guesses, reader = bench.guesses(told_by, horizon)
+    names = _names(bench, way, policy, capacity, predictor=name, horizon=horizon)
+    if reader is not None and "guesses" in made.needs:
+        names["evicts_by"] = f"{told_by}, {horizon} ahead"
+    names["mark"] = CHEATS if _cheats(bench, made, reader) else ""
+    budget = size_of(capacity, reader.card.parameter_bytes if reader else 0, landing)
+    event_us = reader.card.event_us if reader else None
+    machine = bench.machine(bench.simulator.misses, event_us or 0.0)
+    return Cell(
+        names=names,
+        policy=made,
+        budget=budget,
+        machine=machine._replace(landing=landing),
+        guesses=guesses if name != "none" or guesses is None else nobody(guesses),
+        semantics=SEMANTICS[bench.simulator.semantics],
+        told=bench.prior.told(made, len(budget.room_G), reader, horizon),
+        warm=bench.prior.warm(made),
+        pinned=bench.prior.pinned(made, budget if is_curve else None),
+    )
+
+
+def _cheats(bench: Bench, policy: Policy, reader: PredictionsReader | None) -> bool:
+    has_seen = reader is not None and reader.card.causality == CHEATS
+    return has_seen or "future" in policy.needs or bench.prior.has_seen(policy)
+
+
+def nobody(guesses: Guesses) -> Guesses:
+    """Made and paid for, and no copy follows."""
+    shape = len(guesses.ids_VW), 1
+    return Guesses(np.full(shape, EMPTY, np.int32), np.zeros(shape, np.int64), guesses.ahead)
+
+
+def _main(bench: Bench) -> tuple[str, str, int]:
+    """Policy, predictor and horizon of the cell chosen at the root; of a grid without it, its first."""
+    root, ahead = bench.root, bench.simulator.horizon
+    return (
+        root["policy"] if root["policy"] in bench.policies else bench.policies[0],
+        root["predictor"] if root["predictor"] in bench.predictors else bench.predictors[0],
+        ahead if ahead in bench.horizons else bench.horizons[0],
+    )
+
+
+def _curve(bench: Bench) -> Iterator[Cell]:
+    """The main cell at all sizes that it can have, each size once."""
+    seen, (policy, name, horizon) = set[tuple[int, ...]](), _main(bench)
+    for share in CURVE:
+        try:
+            cell = cell_of(bench, "curve", policy, name, share, horizon, is_curve=True)
+        except REFUSALS as reason:
+            log.info("no cell of %s of all experts: %s", share, reason)
+            continue
+        if cell.budget.room_G not in seen:
+            seen.add(cell.budget.room_G)
+            yield cell
+
+
+def guessing_bytes(bench: Bench) -> int:
+    """What the main cell's guesses take of the GPU: their predictor, and places beside the cache."""
+    policy, name, horizon = _main(bench)
+    told_by = bench.foretells(bench.policy(policy), name)
+    if told_by == "none":
+        return 0
+    landing = 0 if name == "none" else bench.landing * max(bench.card.expert_bytes_L or ())
+    return landing + bench.guesses(told_by, horizon)[1].card.parameter_bytes
+
+
+def _today(bench: Bench, capacity: Any) -> Iterator[Cell | Refused]:
+    """Experts that always stay on the GPU, the others computed on the host; and the host beside a filling cache."""
+    hottest = bench.popular()  # with requests=all counted on what is replayed, and marked
+    has_seen = bench.simulator.requests == "all"
+    by_layer = np.arange(bench.card.n_layers * bench.card.n_experts)
+    for way, policy, misses, warm, is_cheat in (
+        ("static split by layer", "static", "host", by_layer, False),
+        ("host compute", "static", "host", hottest, has_seen),
+        ("host compute and uploads", "lru", "both", hottest, has_seen),
+    ):
+        names = _names(bench, way, policy, capacity, misses=misses, is_cheat=is_cheat)
+        make = partial(_static, bench, names, capacity, warm, is_whole=warm is by_layer)
+        yield _tried(names, make)
+
+
+def _static(
+    bench: Bench, names: dict[str, Any], capacity: Any, warm: NDArray[np.int64], *, is_whole: bool
+) -> Cell:
+    """Whatever memory the main cell's guesses take, it has as further experts. `is_whole`: the first layers whole."""
+    budget = bench.as_large(capacity, guessing_bytes(bench))
+    if is_whole:
+        budget = dataclasses.replace(budget, room_G=(sum(budget.room_G),), scope="global")
+    machine = bench.machine(names["misses"])
+    return Cell(names=names, policy=Lru(), budget=budget, machine=machine, warm=warm)
+
+
+def _streaming(bench: Bench, capacity: Any) -> Iterator[Cell | Refused]:
+    """Prompts by whole layers through two buffers beside an LRU cache, the other steps without guesses."""
+    if not (bench.work.prefill_S > 0).any() or bench.simulator.host_cache is not None:
+        return
+    names = _names(bench, "layer streaming", "lru", capacity, misses="wait")
+
+    def made() -> Cell:
+        return Cell(
+            names=names,
+            policy=Lru(),
+            budget=bench.budget(capacity, 0, BUFFERS * bench.card.n_experts),
+            machine=bench.machine("wait"),
+            semantics=SEMANTICS[bench.simulator.semantics],
+            streams=True,
+        )
+
+    yield _tried(names, made)
