@@ -21,6 +21,7 @@ import numba
 
 from prefetch.sim.code import own_code
 from prefetch.sim.policy import KeyRules, Rules
+from prefetch.sim.shipped import kinds
 
 HERE = Path(__file__).parent
 ENGINE = "# the engine: from here on\n"
@@ -36,24 +37,46 @@ INSIDE = (
 SHARED = ("policy.py", "pool.py", "workload.py", "machine.py", "transfers.py", "storage.py")
 # read when the engines' code is imported: what is edited later runs in the next process
 SOURCES = {path.name: path.read_text() for path in sorted(HERE.glob("*.py"))}
-TOLD = "from prefetch.sim.pool import FIRST, UNTOLD"
+NEEDED = (
+    "from prefetch.sim.policy import BLOCK, FEW, STAYS, UNCOUNTED",
+    "from prefetch.sim.pool import FIRST, UNTOLD",
+    "from prefetch.sim.transfers import CALLED",
+)
 RULES = "# rules of the policy: from here on\n"
-KEYED_NAMES, STATE_NAMES = ("on_fill", "on_use"), ("filled", "used", "victim", "told")
+HOOKS = {  # of rules with a key, and with a state: what they are handed
+    True: {"on_fill": "seen", "on_use": "key, seen"},
+    False: {
+        "filled": "state, n_slots, slot, seen",
+        "used": "state, n_slots, slot, is_new, seen",
+        "victim": "state, n_slots, busy, seen",
+        "told": "state, n_slots, step, layer, row, is_first",
+    },
+}
+Functions = dict[str, Callable[..., int | None]]
 
 
 @cache
 def engine(rules: Rules, name: str = "replay") -> ModuleType:
-    """The module `prefetch.sim.<name>` with these rules in place of LRU's."""
-    functions = _functions(rules)
-    text = _text(rules, name, functions)
+    """The module `prefetch.sim.<name>` with these rules in place of LRU's.
+
+    The timed one takes long to compile: policies that come with the project share it.
+    """
+    is_keyed = isinstance(rules, KeyRules)
+    shared = kinds(is_keyed) if name == "timed" else ()
+    return _module(shared if rules in shared else (rules,), name, is_keyed)
+
+
+@cache
+def _module(kinds: tuple[Rules, ...], name: str, is_keyed: bool) -> ModuleType:
+    functions = {
+        f"{hook}_{kind}": getattr(rules, hook)
+        for kind, rules in enumerate(kinds)
+        for hook in HOOKS[is_keyed]
+    }
+    text = _text(len(kinds), name, is_keyed, functions)
     if any(_is_local(function) for function in functions.values()):
         return _in_memory(text, name, functions)
     return _from_file(text, name, functions)
-
-
-def _functions(rules: Rules) -> dict[str, Callable[..., int | None]]:
-    names = KEYED_NAMES if isinstance(rules, KeyRules) else STATE_NAMES
-    return {name: getattr(rules, name) for name in names}
 
 
 def _is_local(function: Callable[..., int | None]) -> bool:
@@ -61,18 +84,25 @@ def _is_local(function: Callable[..., int | None]) -> bool:
     return function.__module__ == "__main__" or "<" in function.__qualname__
 
 
-def _text(rules: Rules, name: str, functions: dict[str, Callable[..., int | None]]) -> str:
+def _text(n_kinds: int, name: str, is_keyed: bool, functions: Functions) -> str:
     parts = [SOURCES[f"{part}.py"].split(ENGINE) for part in PARTS[name]]
     imports = [line for head, _ in parts for line in _imports(head)]
     body = "\n".join(body for _, body in parts)
     lines = [_import(short, function) for short, function in functions.items()]
-    own_name = "{}" if isinstance(rules, KeyRules) else "own_{}"
-    lines += [f'{own_name.format(short)} = njit(inline="always")(_{short})' for short in functions]
-    own = "\n".join(
-        [*imports, "from prefetch.sim.policy import BLOCK, FEW, STAYS, UNCOUNTED", TOLD, *lines]
-    )
-    kind = "keyed" if isinstance(rules, KeyRules) else "stated"
-    return f"{own}\n{SOURCES[f'{kind}.py'].split(RULES)[1]}\n{body}"
+    lines += [f'_{short} = njit(inline="always")(_{short})' for short in functions]
+    lines += [_choice(hook, given, n_kinds, is_keyed) for hook, given in HOOKS[is_keyed].items()]
+    own = "\n".join([*imports, *NEEDED, *lines])
+    return f"{own}\n{SOURCES['keyed.py' if is_keyed else 'stated.py'].split(RULES)[1]}\n{body}"
+
+
+def _choice(hook: str, given: str, n_kinds: int, is_keyed: bool) -> str:
+    """A function that calls the hook of the policy at hand; keys are so short that a call would take longer."""
+    how = 'inline="always"' if is_keyed or n_kinds == 1 else "**CALLED"
+    own = hook if is_keyed else f"own_{hook}"
+    lines = [f"@njit({how})", f"def {own}(kind, {given}):"]
+    for kind in range(n_kinds - 1):
+        lines += [f"    if kind == {kind}:", f"        return _{hook}_{kind}({given})"]
+    return "\n".join([*lines, f"    return _{hook}_{n_kinds - 1}({given})"])
 
 
 def _imports(head: str) -> list[str]:
@@ -86,14 +116,14 @@ def _import(short: str, function: Callable[..., int | None]) -> str:
     return f"from {function.__module__} import {function.__name__} as _{short}"
 
 
-def _in_memory(text: str, name: str, functions: dict[str, Callable[..., int | None]]) -> ModuleType:
+def _in_memory(text: str, name: str, functions: Functions) -> ModuleType:
     module = ModuleType(f"prefetch_sim_{name}_of_{next(iter(functions.values())).__qualname__}")
     module.__dict__["GIVEN"] = functions
     exec(compile(text.replace("cache=True, ", ""), module.__name__, "exec"), module.__dict__)
     return module
 
 
-def _from_file(text: str, name: str, functions: dict[str, Callable[..., int | None]]) -> ModuleType:
+def _from_file(text: str, name: str, functions: Functions) -> ModuleType:
     modules = sorted({name for function in functions.values() for name in _modules(function)})
     sources = [inspect.getsource(sys.modules[module]) for module in modules]
     sources += [code for module in modules if (code := own_code(module))]

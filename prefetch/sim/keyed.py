@@ -14,31 +14,45 @@ from numba import njit
 from prefetch.sim.policies import lru as policy
 from prefetch.sim.policy import BLOCK, BUSY, FEW, STAYS, UNCOUNTED
 
-on_fill, on_use = njit(inline="always")(policy.on_fill), njit(inline="always")(policy.on_use)
+lru_fill, lru_use = njit(inline="always")(policy.on_fill), njit(inline="always")(policy.on_use)
+
+
+@njit(inline="always")
+def on_fill(kind, seen):  # type: ignore[no-untyped-def]
+    return lru_fill(seen)
+
+
+@njit(inline="always")
+def on_use(kind, key, seen):  # type: ignore[no-untyped-def]
+    return lru_use(key, seen)
+
+
 # rules of the policy: from here on
 
 
 @njit(inline="always")
-def filled(state_GM, group, n_slots, slot, seen):  # type: ignore[no-untyped-def]
-    state_GM[np.uint64(group), np.uint64(slot)] = on_fill(seen)
+def filled(pool, group, slot, seen):  # type: ignore[no-untyped-def]
+    pool.state_GM[np.uint64(group), np.uint64(slot)] = on_fill(pool.kind, seen)
 
 
 @njit(inline="always")
-def used(state_GM, group, n_slots, slot, is_new, seen):  # type: ignore[no-untyped-def]
+def used(pool, group, slot, is_new, seen):  # type: ignore[no-untyped-def]
     g, s = np.uint64(group), np.uint64(slot)
-    state_GM[g, s] = on_use(state_GM[g, s], seen)
+    pool.state_GM[g, s] = on_use(pool.kind, pool.state_GM[g, s], seen)
 
 
 @njit(inline="always")
-def released(state_GM, group, n_slots, slot):  # type: ignore[no-untyped-def]
+def released(pool, group, slot):  # type: ignore[no-untyped-def]
     """May be evicted from now on."""
+    state_GM, n_slots = pool.state_GM, pool.busy_GN.shape[1]
     if n_slots > FEW:
         g, s, bound = np.uint64(group), np.uint64(slot), np.uint64(n_slots + slot // BLOCK)
         state_GM[g, bound] = min(state_GM[g, bound], state_GM[g, s])
 
 
 @njit(inline="always")
-def victim(state_GM, group, n_slots, busy_GN, seen):  # type: ignore[no-untyped-def]
+def victim(pool, group, seen):  # type: ignore[no-untyped-def]
+    state_GM, busy_GN, n_slots = pool.state_GM, pool.busy_GN, pool.busy_GN.shape[1]
     if n_slots > FEW:
         return _lowest_of_many(state_GM, np.uint64(group), n_slots, busy_GN)
     lowest = _lowest(state_GM, busy_GN, np.uint64(group), 0, n_slots)
@@ -52,7 +66,7 @@ def victim(state_GM, group, n_slots, busy_GN, seen):  # type: ignore[no-untyped-
 
 
 @njit(inline="always")
-def tell(told, state_GM, group_L, n_slots, v, event):  # type: ignore[no-untyped-def]
+def tell(told, pool, v, event):  # type: ignore[no-untyped-def]
     pass  # a key is told of an expert only, when it is used
 
 

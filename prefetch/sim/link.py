@@ -46,7 +46,7 @@ from prefetch.sim.workload import NEVER
 def free(pool, group, slot):  # type: ignore[no-untyped-def]
     g, s = np.uint64(group), np.uint64(slot)
     pool.busy_GN[g, s] = pool.idle_GN[g, s]
-    released(pool.state_GM, group, pool.busy_GN.shape[1], slot)
+    released(pool, group, slot)
 
 
 @njit(**CALLED)
@@ -54,7 +54,7 @@ def shrink(pool, run, machine, group):  # type: ignore[no-untyped-def]
     """Until the cache holds no more than its room."""
     nobody = Seen(np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0))
     while pool.left_G[group] < 0:
-        slot = victim(pool.state_GM, group, pool.busy_GN.shape[1], pool.busy_GN, nobody)
+        slot = victim(pool, group, nobody)
         if slot < 0:
             break
         leave(pool, run, machine, group, slot)
@@ -63,14 +63,13 @@ def shrink(pool, run, machine, group):  # type: ignore[no-untyped-def]
 @njit(**INLINED)
 def settle(pool, run, machine, group, layer, expert, seen):  # type: ignore[no-untyped-def]
     """Where it now stands, in the place of others; STAYS where nobody may leave for it."""
-    n_slots = pool.busy_GN.shape[1]
     while pool.left_G[group] < pool.size_L[np.uint64(layer)]:
-        slot = np.int64(victim(pool.state_GM, group, n_slots, pool.busy_GN, seen))
+        slot = np.int64(victim(pool, group, seen))
         if slot < 0:
             return slot
         leave(pool, run, machine, group, slot)
     slot = enter(pool, group, layer, expert)
-    filled(pool.state_GM, group, n_slots, slot, seen)
+    filled(pool, group, slot, seen)
     return slot
 
 

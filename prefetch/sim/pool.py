@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.sim.policy import BLOCK, BUSY, KeyRules, Policy, settings_of
+from prefetch.sim.shipped import kind_of
 
 MISS, HIT, LATE = 0, 1, 2
 ATOMIC, SEQUENTIAL, OVERSHOOT, AFTER_USE = 0, 1, 2, 3
@@ -34,6 +35,7 @@ class Pool(NamedTuple):
     n_free_G: NDArray[np.int64]
     uses_LE: NDArray[np.int64]
     clock: NDArray[np.int64]  # [now, events so far]
+    kind: int  # which of the policies that share an engine
 
 
 class Told(NamedTuple):
@@ -103,4 +105,5 @@ def pool_of(
         n_free_G=is_slot_GN.sum(axis=1).astype(np.int64),
         uses_LE=np.zeros((n_layers, n_experts), np.int64),
         clock=np.zeros(2, np.int64),
+        kind=kind_of(rules),
     )

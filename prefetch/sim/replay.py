@@ -35,11 +35,11 @@ def one_by_one(events, pool, is_even, outcome_A):  # type: ignore[no-untyped-def
     """As if every access were an event of its own: nobody is busy when room is made."""
     ids_A, start_V, next_A, score_A = events.ids_A, events.start_V, events.next_A, events.score_A
     group_L, size_L, left_G = pool.group_L, pool.size_L, pool.left_G
-    entry_GN, busy_GN, state_GM = pool.entry_GN, pool.busy_GN, pool.state_GM
+    entry_GN, busy_GN = pool.entry_GN, pool.busy_GN
     free_GN, n_free_G, clock = pool.free_GN, pool.n_free_G, pool.clock
     slot_of, uses_of = pool.slot_LE.reshape(-1), pool.uses_LE.reshape(-1)
     n_layers, n_experts = pool.slot_LE.shape
-    n_slots, wants_future, wants_score = busy_GN.shape[1], len(next_A) > 0, len(score_A) > 0
+    wants_future, wants_score = len(next_A) > 0, len(score_A) > 0
     now, event = clock[0], clock[1]
     step, layer = event // n_layers, event % n_layers - 1
     for v in range(len(start_V) - 1):
@@ -47,7 +47,7 @@ def one_by_one(events, pool, is_even, outcome_A):  # type: ignore[no-untyped-def
         if layer == n_layers:
             step, layer = step + 1, np.int64(0)
         group, size = np.uint64(group_L[layer]), size_L[layer]
-        tell(events.told, state_GM, group_L, n_slots, v, step * n_layers + layer)
+        tell(events.told, pool, v, step * n_layers + layer)
         for access in range(start_V[v], start_V[v + 1]):
             a = np.uint64(access)
             entry = layer * n_experts + ids_A[a]
@@ -61,7 +61,7 @@ def one_by_one(events, pool, is_even, outcome_A):  # type: ignore[no-untyped-def
                 now += 1
                 seen = Seen(now, step, entry, uses_of[e], coming, score)
                 while left_G[group] < size:
-                    slot = np.int64(victim(state_GM, group, n_slots, busy_GN, seen))
+                    slot = np.int64(victim(pool, group, seen))
                     if slot < 0:
                         break
                     slot_of[entry_GN[group, np.uint64(slot)]] = EMPTY
@@ -78,12 +78,12 @@ def one_by_one(events, pool, is_even, outcome_A):  # type: ignore[no-untyped-def
                     slot = _take_place(left_G, free_GN, n_free_G, group, size)
                     busy_GN[group, np.uint64(slot)] = 0
                 slot_of[e], entry_GN[group, np.uint64(slot)] = slot, entry
-                filled(state_GM, group, n_slots, slot, seen)
+                filled(pool, group, slot, seen)
             uses_of[e] += 1
             now += 1
             seen = Seen(now, step, entry, uses_of[e], coming, score)
-            used(state_GM, group, n_slots, slot, is_new, seen)
-            released(state_GM, group, n_slots, slot)
+            used(pool, group, slot, is_new, seen)
+            released(pool, group, slot)
     clock[0], clock[1] = now, event + len(start_V) - 1
 
 
@@ -92,11 +92,11 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
     """All of an event are looked up before any of them is loaded, and none of them leaves for another."""
     ids_A, start_V, next_A, score_A = events.ids_A, events.start_V, events.next_A, events.score_A
     group_L, size_L, room_G, left_G = pool.group_L, pool.size_L, pool.room_G, pool.left_G
-    entry_GN, busy_GN, state_GM = pool.entry_GN, pool.busy_GN, pool.state_GM
+    entry_GN, busy_GN = pool.entry_GN, pool.busy_GN
     free_GN, n_free_G, clock, idle_GN = pool.free_GN, pool.n_free_G, pool.clock, pool.idle_GN
     slot_of, uses_of = pool.slot_LE.reshape(-1), pool.uses_LE.reshape(-1)
     n_layers, n_experts = pool.slot_LE.shape
-    n_slots, wants_future, wants_score = busy_GN.shape[1], len(next_A) > 0, len(score_A) > 0
+    wants_future, wants_score = len(next_A) > 0, len(score_A) > 0
     now, event, is_before = clock[0], clock[1], semantics == ATOMIC
     nobody = Seen(np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0))
     step, layer = event // n_layers, event % n_layers - 1
@@ -106,7 +106,7 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
             step, layer = step + 1, np.int64(0)
         first, n = start_V[v], start_V[v + 1] - start_V[v]
         group, size, base = np.uint64(group_L[layer]), size_L[layer], layer * n_experts
-        tell(events.told, state_GM, group_L, n_slots, v, step * n_layers + layer)
+        tell(events.told, pool, v, step * n_layers + layer)
         shift, width = 0, max(1, n)
         if is_before and n * size > room_G[group]:
             _hits_first(ids_A, first, n, slot_of, base, order_I)
@@ -135,7 +135,7 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
                 seen = Seen(now, step, entry, uses_of[e], coming, score)
                 slot = np.int64(EMPTY)
                 while is_before and left_G[group] < size:
-                    slot = np.int64(victim(state_GM, group, n_slots, busy_GN, seen))
+                    slot = np.int64(victim(pool, group, seen))
                     if slot < 0:
                         break
                     slot_of[entry_GN[group, np.uint64(slot)]] = EMPTY
@@ -151,7 +151,7 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
                         continue  # used and not kept
                     slot = _take_place(left_G, free_GN, n_free_G, group, size)
                 slot_of[e], entry_GN[group, np.uint64(slot)] = slot, entry
-                filled(state_GM, group, n_slots, slot, seen)
+                filled(pool, group, slot, seen)
             for i in range(begin, end):
                 a = np.uint64(first + order_I[np.uint64(shift + i)])
                 entry = base + ids_A[a]
@@ -163,12 +163,12 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
                     score = score_A[a] if wants_score else np.int64(0)
                     now += 1
                     seen = Seen(now, step, entry, uses_of[e], coming, score)
-                    used(state_GM, group, n_slots, slot, outcome_A[a] == MISS, seen)
+                    used(pool, group, slot, outcome_A[a] == MISS, seen)
                     if semantics != OVERSHOOT:
                         busy_GN[group, np.uint64(slot)] = idle_GN[group, np.uint64(slot)]
-                        released(state_GM, group, n_slots, slot)
+                        released(pool, group, slot)
             while left_G[group] < 0:
-                slot = np.int64(victim(state_GM, group, n_slots, busy_GN, nobody))
+                slot = np.int64(victim(pool, group, nobody))
                 if slot < 0:
                     break
                 slot_of[entry_GN[group, np.uint64(slot)]] = EMPTY
@@ -180,7 +180,7 @@ def by_event(events, pool, semantics, is_even, outcome_A, order_I, missing_I):  
                     slot = np.int64(slot_of[base + ids_A[first + order_I[shift + i]]])
                     if slot >= 0:
                         busy_GN[group, np.uint64(slot)] = idle_GN[group, np.uint64(slot)]
-                        released(state_GM, group, n_slots, slot)
+                        released(pool, group, slot)
     clock[0], clock[1] = now, event + len(start_V) - 1
 
 

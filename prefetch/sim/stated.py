@@ -5,48 +5,65 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from prefetch.sim.policies.sieve import filled as own_filled
-from prefetch.sim.policies.sieve import used as own_used
-from prefetch.sim.policies.sieve import victim as own_victim
-from prefetch.sim.policy import ignore
+from prefetch.sim.policies import sieve
 from prefetch.sim.pool import FIRST, UNTOLD
 
-own_told = njit(ignore)
+
+@njit(inline="always")
+def own_filled(kind, state, n_slots, slot, seen):  # type: ignore[no-untyped-def]
+    sieve.filled(state, n_slots, slot, seen)
+
+
+@njit(inline="always")
+def own_used(kind, state, n_slots, slot, is_new, seen):  # type: ignore[no-untyped-def]
+    sieve.used(state, n_slots, slot, is_new, seen)
+
+
+@njit(inline="always")
+def own_victim(kind, state, n_slots, busy, seen):  # type: ignore[no-untyped-def]
+    return sieve.victim(state, n_slots, busy, seen)
+
+
+@njit(inline="always")
+def own_told(kind, state, n_slots, step, layer, row, is_first):  # type: ignore[no-untyped-def]
+    pass
+
 
 # rules of the policy: from here on
 
 
 @njit(inline="always")
-def filled(state_GM, group, n_slots, slot, seen):  # type: ignore[no-untyped-def]
-    own_filled(state_GM[group], n_slots, slot, seen)
+def filled(pool, group, slot, seen):  # type: ignore[no-untyped-def]
+    own_filled(pool.kind, pool.state_GM[group], pool.busy_GN.shape[1], slot, seen)
 
 
 @njit(inline="always")
-def used(state_GM, group, n_slots, slot, is_new, seen):  # type: ignore[no-untyped-def]
-    own_used(state_GM[group], n_slots, slot, is_new, seen)
+def used(pool, group, slot, is_new, seen):  # type: ignore[no-untyped-def]
+    own_used(pool.kind, pool.state_GM[group], pool.busy_GN.shape[1], slot, is_new, seen)
 
 
 @njit(inline="always")
-def released(state_GM, group, n_slots, slot):  # type: ignore[no-untyped-def]
+def released(pool, group, slot):  # type: ignore[no-untyped-def]
     pass
 
 
 @njit(inline="always")
-def victim(state_GM, group, n_slots, busy_GN, seen):  # type: ignore[no-untyped-def]
-    return own_victim(state_GM[group], n_slots, busy_GN[group], seen)
+def victim(pool, group, seen):  # type: ignore[no-untyped-def]
+    n_slots = pool.busy_GN.shape[1]
+    return own_victim(pool.kind, pool.state_GM[group], n_slots, pool.busy_GN[group], seen)
 
 
 @njit(inline="always")
-def tell(told, state_GM, group_L, n_slots, v, event):  # type: ignore[no-untyped-def]
+def tell(told, pool, v, event):  # type: ignore[no-untyped-def]
     """What is known with this event's routing: of a later layer, in the first layer also of those before that."""
     if len(told.kind_V):
-        n_layers = len(group_L)
+        n_layers, n_slots = len(pool.group_L), pool.busy_GN.shape[1]
         step = event // n_layers
         layer = event - step * n_layers
         begin = 0 if layer == 0 else told.ahead
         for later in range(begin, min(told.ahead + 1, n_layers - layer)):
             kind = told.kind_V[v + later]
             if kind != UNTOLD:
-                group = np.uint64(group_L[layer + later])
+                state = pool.state_GM[np.uint64(pool.group_L[layer + later])]
                 row_E = told.row_VE[v + later]
-                own_told(state_GM[group], n_slots, step, layer + later, row_E, kind == FIRST)
+                own_told(pool.kind, state, n_slots, step, layer + later, row_E, kind == FIRST)

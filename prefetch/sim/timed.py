@@ -72,7 +72,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
     """
     ids_A, start_V, next_A, score_A = events.ids_A, events.start_V, events.next_A, events.score_A
     group_L, room_G, left_G, clock = pool.group_L, pool.room_G, pool.left_G, pool.clock
-    entry_GN, busy_GN, state_GM = pool.entry_GN, pool.busy_GN, pool.state_GM
+    entry_GN, busy_GN = pool.entry_GN, pool.busy_GN
     slot_of, uses_of = pool.slot_LE.reshape(-1), pool.uses_LE.reshape(-1)
     link, counts, ready_GN, ahead_GN = run.link, run.counts, run.ready_GN, run.ahead_GN
     order, brought_E = run.order_I, run.brought_E
@@ -80,7 +80,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
     late, arrival, there = run.scratch_6E[3], run.scratch_6E[4], run.scratch_6E[5]
     disk, is_limited = run.disk, machine.disk.room_bytes < NEVER
     n_layers, n_experts = pool.slot_LE.shape
-    n_slots, is_guessing = busy_GN.shape[1], guesses.ids_VW.shape[1] > 0
+    is_guessing = guesses.ids_VW.shape[1] > 0
     is_active = is_guessing or machine.miss_way == BOTH
     is_sorted = not machine.by_score and machine.miss_way != BOTH and not is_limited
     has_aside = is_guessing and machine.landing > 0
@@ -129,7 +129,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
         else:
             now += before_ns if n else 0
         if n == 0:
-            tell(events.told, state_GM, group_L, n_slots, v, event)
+            tell(events.told, pool, v, event)
             continue
         host = max(host, now)
         if is_active:
@@ -161,7 +161,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                     not is_sorted or run.queue[np.uint64(link[HEAD]), TARGET] <= event
                 ):
                     drop_stale(event, pool, run, machine)
-        tell(events.told, state_GM, group_L, n_slots, v, event)
+        tell(events.told, pool, v, event)
 
         # who is there, and who takes whose place: as in `replay`
         is_big, shift, width = is_before and n * size > room_G[g], 0, n
@@ -219,7 +219,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                 seen = Seen(clock[0], step, base + expert, uses_of[e], coming, score)
                 slot = np.int64(EMPTY)
                 while is_before and left_G[g] < size:
-                    slot = np.int64(victim(state_GM, group, n_slots, busy_GN, seen))
+                    slot = np.int64(victim(pool, group, seen))
                     if slot < 0:
                         break
                     if is_even:  # whoever comes takes the place as it is
@@ -238,7 +238,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                     if is_before and left_G[g] < size:
                         continue  # through a staging slot, and not kept
                     slot = enter(pool, group, layer, expert)
-                filled(state_GM, group, n_slots, slot, seen)
+                filled(pool, group, slot, seen)
                 if is_active:
                     ready_GN[g, np.uint64(slot)], ahead_GN[g, np.uint64(slot)] = now, 0
                 n_at_once += begin == 0 and outcome_A[a] == MISS
@@ -256,7 +256,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                     clock[0] += 1
                     seen = Seen(clock[0], step, base + expert, uses_of[e], coming, score)
                     is_new = outcome_A[a] == MISS or (has_aside and brought_E[expert] == event)
-                    used(state_GM, group, n_slots, slot, is_new, seen)
+                    used(pool, group, slot, is_new, seen)
                     if semantics != OVERSHOOT:
                         free(pool, group, slot)
         if not is_before:
