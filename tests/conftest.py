@@ -18,6 +18,11 @@ REAL = ROOT.parent / "shared"  # third-party recordings; never copied into the p
 Collect = Callable[..., TraceReader]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever takes minutes begins first: at the end nobody waits for it."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture
 def real_data() -> Path:
     if not (REAL / "traces").is_dir():

@@ -40,6 +40,7 @@ def run(line: str, folder: Path) -> None:
     assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_the_commands_run_as_they_are_written_and_the_default_trace_holds_what_is_said(tmp_path):
     assert len(commands()) >= 4
     for line in commands():

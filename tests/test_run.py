@@ -70,6 +70,7 @@ def test_collect_twice_makes_once_and_ends_with_its_folder(tmp_path):
     assert (tmp_path / "artifacts" / used / "trace.json").exists()
 
 
+@pytest.mark.long
 def test_all_runs_every_stage_in_folders_of_their_own(tmp_path):
     done = run(tmp_path, "stage=all", *QUICK, "simulator.model_card=gpt_oss_20b")
     assert done.returncode == 0, done.stderr
