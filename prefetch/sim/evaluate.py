@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pandas as pd
@@ -34,7 +35,9 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     main = int(str(summary.chosen_row(bench, pd.DataFrame([one.names for one in cells])).name))
     if isinstance(ran := cells[main], Refused):
         raise ran.reason
-    table = _table(bench, cells, main, kept)
+    with ThreadPoolExecutor(1) as aside:
+        timeline = aside.submit(timeline_of, ran, bench.work)
+        table = _table(bench, cells, main, kept)
     outputs.table("results", table)
     chosen = table.iloc[main]
     needed = _needed(bench, chosen, kept)
@@ -44,7 +47,7 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     outputs.metrics(metrics)
     told = list(summary.warnings(bench, table, chosen))
     (outputs.folder / "summary.md").write_text(summary.summary(bench, table, needed, told))
-    shown = timeline_of(ran, bench.work)
+    shown = timeline.result()
     if shown is not None:
         write_chrome_trace(outputs.folder / "timeline.json", shown, summary.source(bench))
     if cfg.evaluate.figures:

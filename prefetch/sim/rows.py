@@ -44,13 +44,11 @@ def row_of(cell: Cell, work: Workload, timed: Timed, beside: Beside) -> dict[str
 
 
 def _hits(work: Workload, timed: Timed, beside: Beside) -> dict[str, Any]:
-    step_A = np.repeat(np.arange(work.n_steps), np.diff(work.start_V[:: work.card.n_layers]))
     is_decode_S = work.is_decode_S
     counted_S = is_decode_S if is_decode_S.any() else np.ones(work.n_steps, np.bool_)
-    accesses_S = np.bincount(step_A, minlength=work.n_steps) * counted_S
+    accesses_S = np.diff(work.start_V[:: work.card.n_layers]) * counted_S
     hits_S, late_S = (
-        np.bincount(step_A, timed.outcome_A == outcome, work.n_steps) * counted_S
-        for outcome in (HIT, LATE)
+        _per_step(timed.outcome_A == outcome, work) * counted_S for outcome in (HIT, LATE)
     )
     accesses = max(1, int(accesses_S.sum()))
     low, high = interval(beside.units, hits_S, accesses_S, beside.seed)
@@ -61,6 +59,14 @@ def _hits(work: Workload, timed: Timed, beside: Beside) -> dict[str, Any]:
         "hit_rate_bound": beside.bound.hit_rate,
         "late_hit_rate": late_S.sum() / accesses,
     }
+
+
+def _per_step(is_so_A: NDArray[np.bool_], work: Workload) -> NDArray[np.int64]:
+    """How many accesses of every step are so."""
+    first_S = work.start_V[:: work.card.n_layers]
+    count_S, some_S = np.zeros(work.n_steps, np.int64), np.flatnonzero(np.diff(first_S))
+    count_S[some_S] = np.add.reduceat(is_so_A, first_S[some_S], dtype=np.int64)
+    return count_S
 
 
 def _times(work: Workload, timed: Timed, beside: Beside) -> dict[str, Any]:
