@@ -9,6 +9,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import logging
 import os
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from prefetch.sim.code import own_code
 from prefetch.sim.policy import KeyRules, Rules
 from prefetch.sim.shipped import kinds
 
+log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 ENGINE = "# the engine: from here on\n"
 PARTS = {
@@ -132,6 +134,8 @@ def _from_file(text: str, name: str, functions: Functions) -> ModuleType:
     key = hashlib.sha256(told.encode()).hexdigest()[:16]
     path = _folder() / f"{name}_{key}.py"
     if not path.exists():
+        if name == "timed":
+            log.info("compiling the timed engine: about half a minute, once on this machine")
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
             file.write(text)
         Path(file.name).replace(path)  # two processes may write it at once: they write the same
