@@ -29,7 +29,7 @@ def check_bytes(n_bytes: int, card: ModelCard) -> None:
     if n_bytes > MOST_BYTES:
         raise MissingData(
             f"pair counts of {card.n_experts} experts in {card.n_layers} layers would take {n_bytes / 1e9:.1f} GB, "
-            f"more than {MOST_BYTES / 1e9:.1f}; fewer analyze.horizons need less"
+            f"more than {MOST_BYTES / 1e9:.1f}; a lower analyze.horizon needs less"
         )
 
 

@@ -1,13 +1,21 @@
 """Leaves become objects in one place, and a wrong one is refused by its full name."""
 
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 from omegaconf import OmegaConf
 
+from prefetch import config
 from prefetch.config import choices, instantiate, stage_names
 from prefetch.errors import ConfigError, FormatError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -75,3 +83,26 @@ def test_every_stage_has_a_line_and_every_source_a_first_comment():
     assert {"all", "artifacts", "collect", "list"} <= set(stage_names())
     assert all(stage_names().values())
     assert {"none", "wandb"} <= set(choices("tracker"))
+
+
+def _written() -> Iterator[tuple[Path, str]]:
+    """Pages, and every text in the code."""
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        yield path, path.read_text()
+    for path in (*(ROOT / "prefetch").rglob("*.py"), *(ROOT / "analysis").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield path, node.value
+
+
+def test_every_option_that_a_page_or_a_message_names_exists():
+    blocks = {
+        field.name: {option.name for option in dataclasses.fields(field.default_factory)}
+        for field in dataclasses.fields(config.Config)
+        if dataclasses.is_dataclass(field.default_factory)
+    }
+    named = re.compile(rf"(?<![\w./])({'|'.join(blocks)})\.([a-z_]+)(?!\w)")
+    files = {"py", "md", "log", "json"}
+    found = [(path, *option) for path, text in _written() for option in named.findall(text)]
+    assert len(found) > 200
+    assert not [place for place in found if place[2] not in blocks[place[1]] | files]
