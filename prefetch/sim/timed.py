@@ -48,6 +48,7 @@ from prefetch.sim.transfers import (
     enqueue,
     enqueue_seldom,
     enter,
+    give_up,
     has_begun,
     lands,
     leave_seldom,
@@ -86,6 +87,9 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
     has_aside = is_guessing and machine.landing > 0
     wants_future, wants_score = len(next_A) > 0, len(score_A) > 0
     is_before, is_even = semantics == ATOMIC, True
+    # no guess can want the place of who is in use, where each layer has a cache and no copy for this event waits
+    is_apart = len(room_G) == n_layers and guesses.ahead < n_layers and machine.cancels
+    marks = is_active and not (is_apart and machine.miss_way == WAIT)
     for i in range(n_layers):
         is_even &= pool.size_L[i] == pool.size_L[0]
     loads_below = 0 if machine.miss_way == WAIT else EMPTY  # of `slot_of`: who takes a place now
@@ -108,7 +112,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
             for turn in range(1 + (n > 0)):  # the event before is over; this one's attention
                 now += before_ns if turn else 0
                 if (link[QUEUED] and link[FREE_NS] < now) or disk[QUEUED]:
-                    if turn == 0 and not is_marked:
+                    if marks and turn == 0 and not is_marked:
                         mark(last_event, last_layer, last_first, last_stop, ids_A, pool, run)
                         is_marked = True
                     at_step = step - (turn == 0 and layer == 0)
@@ -149,18 +153,18 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                 take_over(layer, first, stop, ids_A, pool, run)
                 if machine.cancels:
                     drop_reads(event, run, machine)
-            if machine.cancels:
-                while (
-                    link[QUEUED] and is_sorted and run.queue[np.uint64(link[HEAD]), TARGET] <= event
-                ):
-                    if run.queue[np.uint64(link[HEAD]), DONE]:
-                        break
+            if machine.cancels and not is_sorted:
+                drop_stale(event, pool, run, machine)
+            while (
+                machine.cancels
+                and link[QUEUED]
+                and run.queue[np.uint64(link[HEAD]), TARGET] <= event
+            ):
+                if run.queue[np.uint64(link[HEAD]), DONE]:
+                    give_up(np.int64(link[HEAD]), pool, run, machine)
+                else:
                     counts[DROPPED] += 1
-                    pop(run)
-                if link[QUEUED] and (
-                    not is_sorted or run.queue[np.uint64(link[HEAD]), TARGET] <= event
-                ):
-                    drop_stale(event, pool, run, machine)
+                pop(run)
         tell(events.told, pool, v, event)
 
         # who is there, and who takes whose place: as in `replay`
@@ -309,7 +313,7 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
                 may = max(may, there_ns)
                 if is_active and ((link[QUEUED] and free_ns < may) or disk[QUEUED]):
                     link[FREE_NS] = free_ns
-                    if not is_marked:
+                    if marks and not is_marked:
                         mark_seldom(event, layer, first, stop, ids_A, pool, run)
                         is_marked = True
                     run_link_seldom(may, pool, run, machine, guesses, first_event, step, is_sorted)
@@ -344,10 +348,11 @@ def timed(events, pool, semantics, machine, guesses, run, time_S, outcome_A):  #
         now = gpu
         time_S[np.uint64(step - first_step)] += now - began
     if is_active:
-        if not is_marked:
+        if marks and not is_marked:
             mark_seldom(last_event, last_layer, last_first, last_stop, ids_A, pool, run)
         run_link_seldom(now, pool, run, machine, guesses, first_event, step, is_sorted)
-        unmark_seldom(now, last_layer, last_first, last_stop, ids_A, pool, run)
+        if marks:
+            unmark_seldom(now, last_layer, last_first, last_stop, ids_A, pool, run)
         land(pool, run, now)
     clock[1] = first_event + len(start_V) - 1
     counts[NOW] = now

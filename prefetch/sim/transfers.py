@@ -221,6 +221,20 @@ def drop_beside(event, pool, run, machine):  # type: ignore[no-untyped-def]
 
 
 @njit(**CALLED)
+def give_up(at, pool, run, machine):  # type: ignore[no-untyped-def]
+    """Chunks of it were copied for nothing, and it leaves the place that it had taken."""
+    layer, expert = run.queue[at, LAYER], run.queue[at, EXPERT]
+    moved = min(machine.bytes_L[layer], run.queue[at, DONE] * machine.chunk_bytes)
+    run.counts[MOVED] += moved
+    run.counts[WASTED] += moved - machine.bytes_L[layer]  # all of it is counted below
+    slot = np.int64(pool.slot_LE[layer, expert])
+    if slot >= 0:
+        leave_seldom(pool, run, machine, pool.group_L[layer], slot)
+    else:
+        discard(BESIDE - slot, pool, run, machine)
+
+
+@njit(**CALLED)
 def drop_stale(event, pool, run, machine):  # type: ignore[no-untyped-def]
     """The routing of this event is known: what is queued for it is not needed, or is wanted at once."""
     link, queue = run.link, run.queue
@@ -238,15 +252,7 @@ def drop_stale(event, pool, run, machine):  # type: ignore[no-untyped-def]
         if queue[q, DONE] == 0:
             run.counts[DROPPED] += 1
             continue
-        moved = min(machine.bytes_L[layer], queue[q, DONE] * machine.chunk_bytes)
-        run.counts[MOVED] += moved
-        run.counts[WASTED] += moved - machine.bytes_L[layer]  # all of it is counted below
-        if pool.slot_LE[layer, expert] >= 0:
-            leave_seldom(
-                pool, run, machine, pool.group_L[layer], np.int64(pool.slot_LE[layer, expert])
-            )
-        else:
-            discard(BESIDE - pool.slot_LE[layer, expert], pool, run, machine)
+        give_up(q, pool, run, machine)
     link[QUEUED] = kept - first
     if kept == first:
         link[HEAD] = 0
@@ -304,13 +310,14 @@ def _enqueue(target, host, first_event, guesses, pool, run, machine):  # type: i
     layer = target % len(pool.group_L)
     if row < len(guesses.ids_VW):
         r, x = np.uint64(row), np.uint64(layer)
+        places = len(run.queue) // 2 - run.link[QUEUED] - run.disk[QUEUED]
         for i in range(guesses.ids_VW.shape[1]):
             expert = np.int64(guesses.ids_VW[r, np.uint64(i)])
-            if expert == EMPTY or run.link[QUEUED] + run.disk[QUEUED] == len(run.queue) // 2:
+            if expert == EMPTY or places == 0:
                 break
             e = np.uint64(expert)
             if pool.slot_LE[x, e] == EMPTY and run.queued_LE[x, e] == 0:
-                host += machine.issue_ns
+                host, places = host + machine.issue_ns, places - 1
                 score = guesses.score_VW[r, np.uint64(i)]
                 rank = score if machine.by_score else -target
                 if is_in_memory(layer, expert, run, machine):
