@@ -76,6 +76,11 @@ class Outside:
 
     @property
     def key(self) -> str:
+        """What a store sealed keeps the key that it has there, so that what was made from it is found."""
+        return self.sealed_key or self.content_key
+
+    @property
+    def content_key(self) -> str:
         return _digest(self.identity)
 
     @cached_property
@@ -132,6 +137,17 @@ class Store:
                 lock_path(artifact.folder).touch()  # when it was last used
         self.used[f"{recipe.kind}/{artifact.key}"] = artifact.manifest["identity"]
         return artifact
+
+    def has(self, recipe: Recipe | Outside) -> bool:
+        """Is it there already? Nothing is made, and nothing is checked."""
+        if isinstance(recipe, Outside):
+            return recipe.folder.is_dir()
+        return (self.root / recipe.kind / recipe.key / MANIFEST).is_file()
+
+    def sealed(self, kind: str) -> list[Path]:
+        """The folders of everything of a kind, by their keys."""
+        found = (path.parent for path in self.root.glob(f"{kind}/*/{MANIFEST}"))
+        return sorted(folder for folder in found if not folder.name.endswith(BUILDING))
 
     def _outside(self, recipe: Outside) -> Artifact:
         """A folder that some store sealed keeps the key that it has there."""

@@ -45,6 +45,7 @@ class TrainConfig:
     folds: int = 5  # of five that are fitted and scored; 1 for speed
     baselines: str = "fast"  # all | fast | none: what stands beside the chosen predictor
     test_trace: str | None = None  # score on this trace instead: a folder, or a path for the source
+    export: bool = False  # leave the first fold's predictor as one file that NumPy alone can ask
     figures: bool = True
 
 
@@ -74,6 +75,10 @@ class SimulatorConfig:
     pinned: int = 0  # experts of each layer, the most used by other requests, that never leave
     start: str = "cold"  # cold | warm (the most used by other requests are there)
     model_card: str | None = None  # sizes of this model, where the trace does not know its own
+    precision: str | None = (
+        None  # of that model's experts (q4_k_m, mxfp4, ...); None = as published
+    )
+    matrix_precision: str | None = None  # ... of its attention, dense layers and shared experts
 
 
 @dataclass
@@ -85,6 +90,18 @@ class EvaluateConfig:
     required_recall: bool = True  # how good guesses must be before they pay, on the first requests
     figures: bool = True
     workers: int | None = None  # cells that run at once; None = all cores. No number depends on it
+
+
+@dataclass
+class AdviseConfig:
+    policies: list[str] = field(  # of caches that fill on demand
+        default_factory=lambda: ["lru", "lfu", "lfru", "hobbit", "sieve", "s3fifo"]
+    )
+    predictors: list[str] | None = None  # None = markov, and whose guesses are in the store
+    horizons: list[int] | None = None  # layers ahead; None = train.horizons
+    steps: int = 2000  # of the first requests that are replayed
+    datasheet_error: float = 0.3  # of a time on a machine that nobody calibrated: assumed
+    figures: bool = True
 
 
 @dataclass
@@ -112,6 +129,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    advise: AdviseConfig = field(default_factory=AdviseConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     memory: str | None = (
         None  # all of the GPU's memory that may be used (12GiB), instead of simulator.cache
@@ -188,6 +206,13 @@ def check_values(cfg: Config) -> None:
             or getattr(cfg.simulator, name) >= 1
             for name in ("batch", "chunk", "context", "horizon", "width", "landing")
         },
+        f"advise.steps={cfg.advise.steps}: must be at least 1": cfg.advise.steps >= 1,
+        f"advise.policies={list(cfg.advise.policies)}: must name at least one": bool(
+            cfg.advise.policies
+        ),
+        f"advise.datasheet_error={cfg.advise.datasheet_error}: must lie from 0 to 1": 0
+        <= cfg.advise.datasheet_error
+        <= 1,
         f"seed={cfg.seed}: must not be negative": cfg.seed >= 0,
         f"collect.max_dropped={cfg.collect.max_dropped}: must be a share from 0 to 1": 0
         <= cfg.collect.max_dropped

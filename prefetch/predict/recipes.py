@@ -197,13 +197,12 @@ def tested_recipe(cfg: Config) -> Recipe | Outside:
 
 def _keys(trace: Recipe | Outside) -> set[str]:
     """A trace of a store that is named by its folder has two."""
-    sealed = trace.sealed_key if isinstance(trace, Outside) else None
-    return {trace.key} | ({sealed} if sealed else set())
+    return {trace.key} | ({trace.content_key} if isinstance(trace, Outside) else set())
 
 
 def _known_as(name: str | None, trace: Recipe | Outside, folder: Path) -> str:
     """The name itself, where it is a key of the trace; otherwise the key that was expected."""
-    if name in _keys(trace) or name == Outside("trace", folder).key:
+    if name in _keys(trace) or name == Outside("trace", folder).content_key:
         return str(name)
     return trace.key
 

@@ -22,7 +22,7 @@ from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.models.cards import card_names, load_architecture
 from prefetch.sim.bounds import Bound, bound_of, compute_S
-from prefetch.sim.cell import REFUSALS, Cell
+from prefetch.sim.cell import CHEATS, REFUSALS, Cell, refused_row
 from prefetch.sim.code import own_code
 from prefetch.sim.costs import UNKNOWN, Beside, beside_of, machine_of, need_host_memory
 from prefetch.sim.excerpt import first_requests
@@ -30,7 +30,7 @@ from prefetch.sim.foresight import guessed_rows, guesses_of, keys_of
 from prefetch.sim.hardware import Hardware
 from prefetch.sim.intervals import units_of
 from prefetch.sim.machine import ADMITS, Guesses
-from prefetch.sim.memory import Budget, budget_of
+from prefetch.sim.memory import Budget, OfMemory, budget_of
 from prefetch.sim.names import name_of
 from prefetch.sim.others import most_used
 from prefetch.sim.policy import Policy
@@ -39,6 +39,7 @@ from prefetch.sim.prior import Prior, check_prior
 from prefetch.sim.rows import Beside as RowBeside
 from prefetch.sim.rows import row_of
 from prefetch.sim.sizes import lent_to
+from prefetch.sim.sweep import Job
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
@@ -91,6 +92,26 @@ class Bench:
         trace = first_requests(self.trace, most_steps, self._part)
         part._replays(trace, self._part(trace))
         return part
+
+    def at(self, memory: OfMemory) -> Bench:
+        """The same for a GPU of which so much may be used."""
+        part, told = copy.copy(self), {"memory": memory.amount}
+        part.cfg = cast(Config, OmegaConf.merge(cast(DictConfig, self.cfg), told))
+        return part
+
+    def job(self, cell: Cell, *, must_run: bool = False) -> Job:
+        """Its row; of a cell that cannot run, why, unless it must."""
+
+        def run() -> dict[str, Any]:
+            try:
+                return self.row(cell)
+            except REFUSALS as reason:
+                if must_run:
+                    raise
+                return refused_row(cell.names, reason)
+
+        beside = (self.work, self.hardware, self.full_ns, self.units, self.cfg.seed)
+        return Job(run, ("cell", cell, *beside))
 
     def _part(self, trace: RoutingTrace) -> Workload:
         """Of some of the rows that are replayed, with prompts run as in the whole."""
@@ -147,13 +168,9 @@ class Bench:
         return {
             "policy": name_of(self.cfg, "policy"),
             "predictor": predictor,
-            "capacity": self.said(self.simulator.cache),
+            "capacity": str(self.simulator.cache if self.cfg.memory is None else self.cfg.memory),
             "horizon": 0 if predictor == "none" else self.simulator.horizon,
         }
-
-    def said(self, capacity: Any) -> str:
-        """What a table calls it."""
-        return str(capacity if self.cfg.memory is None else self.cfg.memory)
 
     @property
     def predictors(self) -> list[str]:
@@ -166,7 +183,7 @@ class Bench:
     @property
     def capacities(self) -> list[Any]:
         if self.cfg.memory is not None:
-            return [None]  # what remains of the memory
+            return [OfMemory(self.cfg.memory)]
         return list(self.cfg.evaluate.capacities or [self.simulator.cache])
 
     @property
@@ -175,7 +192,13 @@ class Bench:
 
     def _card(self) -> tuple[ModelCard, Beside]:
         """The trace's own sizes, or those of another model of the same shape."""
-        own, name = self.reader.card, self.simulator.model_card
+        own, told = self.reader.card, self.simulator
+        name = told.model_card
+        if name is None and (told.precision or told.matrix_precision) is not None:
+            raise ConfigError(
+                f"simulator.precision={told.precision}, simulator.matrix_precision={told.matrix_precision}: of which "
+                "model? Pass simulator.model_card=NAME"
+            )
         if name is None:
             if own.expert_bytes_L is None:
                 raise ConfigError(
@@ -184,7 +207,7 @@ class Bench:
                 )
             return own, UNKNOWN
         architecture = load_architecture(name)
-        lent = architecture.card(None, None)
+        lent = architecture.card(told.precision, told.matrix_precision)
         if lent.n_experts != own.n_experts:
             raise ConfigError(
                 f"simulator.model_card={name}: has {lent.n_experts} experts per layer, the trace {own.n_experts}"
@@ -194,7 +217,7 @@ class Bench:
                 f"simulator.model_card={name} has {lent.n_layers} layers and k = {lent.top_k}, the trace "
                 f"{own.n_layers} and {own.top_k}: the trace's are replayed, with its sizes"
             )
-        return lent_to(lent, own), beside_of(architecture)
+        return lent_to(lent, own), beside_of(architecture, told.matrix_precision)
 
     def _parts(self, whole: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
         """What is replayed, and all other rows: those that a static choice may be fitted on."""
@@ -209,26 +232,40 @@ class Bench:
         return whole.rows(is_asked_T), whole.rows(is_other_T)
 
     def _predictions(self, name: str, horizon: int) -> PredictionsReader:
+        made = self.store.make(self._asked(name, horizon))
+        reader, card = PredictionsReader(made.folder), self.reader.card
+        reader.check_fits(trace=self._key, n_experts=card.n_experts, n_layers=card.n_layers)
+        return reader
+
+    def has_guesses(self, name: str, horizon: int) -> bool:
+        """Were they made before?"""
+        try:
+            return self.store.has(self._asked(name, horizon))
+        except REFUSALS:  # what it needs is not configured
+            return False
+
+    def cheats(self, name: str, horizon: int) -> bool:
+        return self.guesses(name, horizon)[1].card.causality == CHEATS
+
+    def _asked(self, name: str, horizon: int) -> Any:
+        """The recipe of a predictor's guesses."""
         cfg, changes = self._choosing("predictor", name), dict[str, Any]()
         if horizon not in cfg.train.horizons:
             changes["horizons"] = sorted({*cfg.train.horizons, horizon})
         if self.simulator.width is not None and self.simulator.width > 2 * self.reader.card.top_k:
             changes["width"] = self.simulator.width
         asked = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), {"train": changes}))
-        recipe = config.locate(self.cfg.makers["predictions"])(asked, 0)
-        reader, card = PredictionsReader(self.store.make(recipe).folder), self.reader.card
-        reader.check_fits(trace=self._key, n_experts=card.n_experts, n_layers=card.n_layers)
-        return reader
+        return config.locate(self.cfg.makers["predictions"])(asked, 0)
 
     def budget(self, capacity: Any, predictor_bytes: int = 0, landing: int = 0) -> Budget:
-        """With `memory=`, of what that leaves."""
-        memory, split = self.cfg.memory, self.prior.split()
+        """Of a cache as it is written, or of what a memory leaves."""
+        is_memory = isinstance(capacity, OfMemory)
         return self._budget(
-            cache=None if memory is not None else capacity,
-            memory=memory,
+            cache=None if is_memory else capacity,
+            memory=capacity.amount if is_memory else None,
             predictor_bytes=predictor_bytes,
             staging=self.simulator.staging + landing,
-            split=split,
+            split=self.prior.split(),
         )
 
     def share(self, share: float, predictor_bytes: int = 0, landing: int = 0) -> Budget:
@@ -242,8 +279,6 @@ class Bench:
 
     def as_large(self, capacity: Any, more_bytes: int) -> Budget:
         """Of cells without guesses that may use as much memory as one whose guesses take so many bytes."""
-        if self.cfg.memory is not None:
-            return self.budget(capacity)
         staging, split = self.simulator.staging, self.prior.split()
         return self._budget(cache=capacity, staging=staging, split=split, more_bytes=more_bytes)
 

@@ -40,7 +40,7 @@ class Beside:
 UNKNOWN = Beside()
 
 
-def beside_of(architecture: Architecture) -> Beside:
+def beside_of(architecture: Architecture, matrix_precision: str | None = None) -> Beside:
     """Of a shipped card. Layers whose cache does not grow have no attention that does; the width is a layer's mean."""
     attention = architecture.attention
     if isinstance(attention, LatentAttention):  # keys and values differ in size: the mean of both
@@ -50,7 +50,7 @@ def beside_of(architecture: Architecture) -> Beside:
     embeddings = architecture.vocab_size * architecture.hidden_size
     looked_up = 0 if architecture.tied_embeddings else embeddings
     return Beside(
-        precision=architecture.matrix_precision,
+        precision=matrix_precision or architecture.matrix_precision,
         attention_width=attention.heads * head / architecture.full_attention_every,
         lookup_bytes=stored_bytes(looked_up, architecture.rest_precision),
     )

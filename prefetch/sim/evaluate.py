@@ -17,11 +17,11 @@ from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.sim import grid, summary
 from prefetch.sim.bench import Bench
-from prefetch.sim.cell import REFUSALS, Cell, Refused, refused_row
+from prefetch.sim.cell import Cell, Refused, refused_row
 from prefetch.sim.compiled import engine
 from prefetch.sim.curves import hit_rate_curves
 from prefetch.sim.needed import MOST_STEPS, required_recall
-from prefetch.sim.sweep import Job, Kept, run_all
+from prefetch.sim.sweep import Kept, run_all
 from prefetch.sim.timeline import timeline_of, write_chrome_trace
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept)
     able = {i: cell for i, cell in enumerate(cells) if isinstance(cell, Cell)}
     for cell in able.values():
         engine(cell.policy.rules, "timed")  # made once, before several ask for it at the same time
-    jobs = [_job(bench, cell, must_run=i == main) for i, cell in able.items()]
+    jobs = [bench.job(cell, must_run=i == main) for i, cell in able.items()]
     found = dict(zip(able, run_all(jobs, kept, workers=bench.cfg.evaluate.workers), strict=True))
     for i, one in enumerate(cells):
         if isinstance(one, Refused):
@@ -97,19 +97,6 @@ def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept)
     table = table.fillna({"bound": "", "interval_over": ""})
     table["gap_closed"] = summary.gap_closed(table)
     return table
-
-
-def _job(bench: Bench, cell: Cell, *, must_run: bool) -> Job:
-    def run() -> dict[str, Any]:
-        try:
-            return bench.row(cell)
-        except REFUSALS as reason:
-            if must_run:
-                raise
-            return refused_row(cell.names, reason)
-
-    beside = (bench.work, bench.hardware, bench.full_ns, bench.units, bench.cfg.seed)
-    return Job(run, ("cell", cell, *beside))
 
 
 def _needed(bench: Bench, chosen: pd.Series, kept: Kept) -> pd.DataFrame:

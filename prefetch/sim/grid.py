@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from prefetch.sim.bench import SEMANTICS, Bench
 from prefetch.sim.cell import CHEATS, REFUSALS, Cell, Refused
 from prefetch.sim.machine import Guesses
+from prefetch.sim.memory import OfMemory
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import EMPTY
@@ -28,6 +29,12 @@ log = logging.getLogger(__name__)
 # shares of all experts, at which savings are looked for
 CURVE = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375)
 CHOSEN, ALONE, OPTIMUM, ORACLE = "chosen", "no prefetch", "optimum", "oracle prefetch"
+SPLIT = "static split by layer"
+TODAY = {  # policy, and what is done about a miss
+    SPLIT: ("static", "host"),
+    "host compute": ("static", "host"),
+    "host compute and uploads": ("lru", "both"),
+}
 
 
 def cells(bench: Bench) -> Iterator[Cell | Refused]:
@@ -36,23 +43,23 @@ def cells(bench: Bench) -> Iterator[Cell | Refused]:
         bench.policies, bench.predictors, bench.capacities, bench.horizons
     ):
         if name != "none" or horizon == first:
-            yield _of_grid(bench, CHOSEN, policy, name, capacity, horizon)
+            yield of_grid(bench, CHOSEN, policy, name, capacity, horizon)
     for capacity in bench.capacities:
         for policy in bench.policies:
             if "none" not in bench.predictors:
-                yield _of_grid(bench, ALONE, policy, "none", capacity, first)
-        yield _of_grid(bench, "lru", "lru", "none", capacity, first)
-        yield _of_grid(bench, OPTIMUM, "belady", "none", capacity, first)
+                yield of_grid(bench, ALONE, policy, "none", capacity, first)
+        yield of_grid(bench, "lru", "lru", "none", capacity, first)
+        yield of_grid(bench, OPTIMUM, "belady", "none", capacity, first)
         if bench.simulator.requests == "test":  # guesses, even true ones, are about these
-            yield _of_grid(bench, ORACLE, bench.policies[0], "oracle", capacity, first)
-        yield from _today(bench, capacity)
+            yield of_grid(bench, ORACLE, bench.policies[0], "oracle", capacity, first)
+        yield from (of_today(bench, way, capacity) for way in TODAY)
         yield from _streaming(bench, capacity)
     yield from _curve(bench)
 
 
 def alone(bench: Bench, policy: str, capacity: str) -> Cell:
     """The cell of this policy without guesses, at a capacity as a table names it."""
-    named = {bench.said(one): one for one in bench.capacities}
+    named = {str(one): one for one in bench.capacities}
     return cell_of(bench, ALONE, policy, "none", named[capacity], bench.horizons[0])
 
 
@@ -61,21 +68,21 @@ def sized(bench: Bench, policy: str, each: int) -> Cell:
     return cell_of(bench, "curve", policy, "none", each, bench.horizons[0], is_curve=True)
 
 
-def _of_grid(
+def of_grid(
     bench: Bench, way: str, policy: str, name: str, capacity: Any, horizon: int
 ) -> Cell | Refused:
-    names = _names(bench, way, policy, capacity, predictor=name, horizon=horizon)
-    return _tried(names, lambda: cell_of(bench, way, policy, name, capacity, horizon))
+    names = names_of(bench, way, policy, capacity, predictor=name, horizon=horizon)
+    return tried(names, lambda: cell_of(bench, way, policy, name, capacity, horizon))
 
 
-def _tried(names: dict[str, Any], make: Callable[[], Cell]) -> Cell | Refused:
+def tried(names: dict[str, Any], make: Callable[[], Cell]) -> Cell | Refused:
     try:
         return make()
     except REFUSALS as reason:
         return Refused(names, reason)
 
 
-def _names(
+def names_of(
     bench: Bench,
     way: str,
     policy: str,
@@ -92,7 +99,7 @@ def _names(
         "predictor": predictor,
         "evicts_by": "",
         "mark": CHEATS if is_cheat else "",
-        "capacity": bench.said(capacity),
+        "capacity": str(capacity),
         "horizon": 0 if predictor == "none" else horizon,
         "misses": misses or bench.simulator.misses,
     }
@@ -115,7 +122,7 @@ def cell_of(
     told_by, guesses, reader = bench.foretells(made, name), None, None
     if told_by != "none":
         guesses, reader = bench.guesses(told_by, horizon)
-    names = _names(bench, way, policy, capacity, predictor=name, horizon=horizon)
+    names = names_of(bench, way, policy, capacity, predictor=name, horizon=horizon)
     if reader is not None and "guesses" in made.needs:
         names["evicts_by"] = f"{told_by}, {horizon} ahead"
     names["mark"] = CHEATS if _cheats(bench, made, reader) else ""
@@ -146,7 +153,7 @@ def nobody(guesses: Guesses) -> Guesses:
     return Guesses(np.full(shape, EMPTY, np.int32), np.zeros(shape, np.int64), guesses.ahead)
 
 
-def _main(bench: Bench) -> tuple[str, str, int]:
+def main_of(bench: Bench) -> tuple[str, str, int]:
     """Policy, predictor and horizon of the cell chosen at the root; of a grid without it, its first."""
     root, ahead = bench.root, bench.simulator.horizon
     return (
@@ -158,7 +165,7 @@ def _main(bench: Bench) -> tuple[str, str, int]:
 
 def _curve(bench: Bench) -> Iterator[Cell]:
     """The main cell at all sizes that it can have, each size once."""
-    seen, (policy, name, horizon) = set[tuple[int, ...]](), _main(bench)
+    seen, (policy, name, horizon) = set[tuple[int, ...]](), main_of(bench)
     for share in CURVE:
         try:
             cell = cell_of(bench, "curve", policy, name, share, horizon, is_curve=True)
@@ -172,7 +179,7 @@ def _curve(bench: Bench) -> Iterator[Cell]:
 
 def guessing_bytes(bench: Bench) -> int:
     """What the main cell's guesses take of the GPU: their predictor, and places beside the cache."""
-    policy, name, horizon = _main(bench)
+    policy, name, horizon = main_of(bench)
     told_by = bench.foretells(bench.policy(policy), name)
     if told_by == "none":
         return 0
@@ -180,26 +187,26 @@ def guessing_bytes(bench: Bench) -> int:
     return landing + bench.guesses(told_by, horizon)[1].card.parameter_bytes
 
 
-def _today(bench: Bench, capacity: Any) -> Iterator[Cell | Refused]:
-    """Experts that always stay on the GPU, the others computed on the host; and the host beside a filling cache."""
-    hottest = bench.popular()  # with requests=all counted on what is replayed, and marked
-    has_seen = bench.simulator.requests == "all"
+def of_today(bench: Bench, way: str, capacity: Any) -> Cell | Refused:
+    """Experts that always stay on the GPU, the others computed on the host; or the host beside a filling cache."""
     by_layer = np.arange(bench.card.n_layers * bench.card.n_experts)
-    for way, policy, misses, warm, is_cheat in (
-        ("static split by layer", "static", "host", by_layer, False),
-        ("host compute", "static", "host", hottest, has_seen),
-        ("host compute and uploads", "lru", "both", hottest, has_seen),
-    ):
-        names = _names(bench, way, policy, capacity, misses=misses, is_cheat=is_cheat)
-        make = partial(_static, bench, names, capacity, warm, is_whole=warm is by_layer)
-        yield _tried(names, make)
+    hottest = bench.popular()  # with requests=all counted on what is replayed, and marked
+    policy, misses = TODAY[way]
+    is_whole = way == SPLIT
+    is_cheat = bench.simulator.requests == "all" and not is_whole
+    names = names_of(bench, way, policy, capacity, misses=misses, is_cheat=is_cheat)
+    warm = by_layer if is_whole else hottest
+    return tried(names, partial(_static, bench, names, capacity, warm, is_whole=is_whole))
 
 
 def _static(
     bench: Bench, names: dict[str, Any], capacity: Any, warm: NDArray[np.int64], *, is_whole: bool
 ) -> Cell:
     """Whatever memory the main cell's guesses take, it has as further experts. `is_whole`: the first layers whole."""
-    budget = bench.as_large(capacity, guessing_bytes(bench))
+    if isinstance(capacity, OfMemory):
+        budget = bench.budget(capacity)
+    else:
+        budget = bench.as_large(capacity, guessing_bytes(bench))
     if is_whole:
         budget = dataclasses.replace(budget, room_G=(sum(budget.room_G),), scope="global")
     machine = bench.machine(names["misses"])
@@ -210,7 +217,7 @@ def _streaming(bench: Bench, capacity: Any) -> Iterator[Cell | Refused]:
     """Prompts by whole layers through two buffers beside an LRU cache, the other steps without guesses."""
     if not (bench.work.prefill_S > 0).any() or bench.simulator.host_cache is not None:
         return
-    names = _names(bench, "layer streaming", "lru", capacity, misses="wait")
+    names = names_of(bench, "layer streaming", "lru", capacity, misses="wait")
 
     def made() -> Cell:
         return Cell(
@@ -222,4 +229,4 @@ def _streaming(bench: Bench, capacity: Any) -> Iterator[Cell | Refused]:
             streams=True,
         )
 
-    yield _tried(names, made)
+    yield tried(names, made)

@@ -29,6 +29,16 @@ LIBRARY_BYTES = 32 * 2**20  # assumed: what a matrix library keeps for itself on
 
 
 @dataclass(frozen=True)
+class OfMemory:
+    """A capacity that is said as all that may be used of the GPU: the cache is what remains of it."""
+
+    amount: int | str
+
+    def __str__(self) -> str:
+        return str(self.amount)
+
+
+@dataclass(frozen=True)
 class Budget:
     """A cache, and everything beside it. Rooms and sizes are in units: experts where sizes are 1, else bytes."""
 
@@ -102,7 +112,8 @@ def budget_of(
 
     cache: a fraction of all experts (0.25, rounded down), experts per layer (16), or bytes (500MiB). `context` is the
     tokens of each of `batch` requests; `step_tokens` those of the largest step, where engines cut prompts. `split`:
-    shares the equal rooms of the layers in another way. `more_bytes` hold further experts: each cache one in turn.
+    shares the equal rooms of the layers in another way. `more_bytes`, and what of a memory equal rooms leave, hold
+    further experts: each cache one in turn.
     """
     need_sizes(card)
     _check(scope, memory, cache, context=context, batch=batch, step_tokens=step_tokens)
@@ -125,6 +136,8 @@ def budget_of(
     if split is not None:
         room_G = split(room_G, size_L)
     unit = sizes_L[0] if size_L != sizes_L else 1
+    if memory is not None:  # what whole experts in every layer leave
+        more_bytes += cache_bytes - sum(room_G) * unit
     room_G = _with_more(room_G, size_L, card.n_experts, more_bytes // unit)
     if staging == 0 and min(_slots(room_G, size_L)) == 0:
         raise ConfigError("an expert has no place: no cache of one expert, and staging=0")

@@ -48,7 +48,7 @@ def required_recall(bench: Bench, chosen: dict[str, Any], kept: Kept) -> pd.Data
             landing = 0 if recall is None else bench.landing
             machine = cell.machine._replace(landing=landing)
             one = dataclasses.replace(cell, guesses=guesses, machine=machine)
-            jobs.append(Job(_timed(one, work), ("required recall", one, work)))
+            jobs.append(Job(tpot_of(one, work), ("required recall", one, work)))
             names.append({"bandwidth_factor": factor, "recall": recall})
     rows = run_all(jobs, kept, workers=bench.cfg.evaluate.workers, title="required recall")
     told = {"policy": chosen["policy"], "capacity": chosen["capacity"], "horizon": horizon}
@@ -75,7 +75,9 @@ def with_link(hardware: Hardware, factor: float) -> Hardware:
     return dataclasses.replace(hardware, link=link)
 
 
-def _timed(cell: Cell, work: Workload) -> Any:
+def tpot_of(cell: Cell, work: Workload) -> Any:
+    """A job's work: milliseconds per generated token."""
+
     def run() -> dict[str, Any]:
         took_ns = int(cell.run(work).time_S[work.is_decode_S].sum())
         return {"tpot_ms": took_ns / max(1, int(work.decode_S.sum())) / NS_PER_MS}

@@ -1,0 +1,302 @@
+"""The page of an advice: what to do, how fast it will be and how sure that is, in words that take a minute to read.
+
+It runs nothing: every number is in the study.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from prefetch.errors import ConfigError
+from prefetch.models.cards import load_architecture
+from prefetch.sim.advising.pays import MATTERS, Pays
+from prefetch.sim.advising.study import GIB, Study, more_of
+from prefetch.sim.advising.ways import AHEAD
+from prefetch.sim.grid import SPLIT
+from prefetch.sim.memory import OfMemory, budget_of, bytes_of, spoken
+from prefetch.sim.settings.engines import settings_of
+from prefetch.sim.settings.placement import ALL, BOTH, CACHE, HOST, Placement, rooms_of
+from prefetch.trace.card import ModelCard
+
+PRECISIONS = ("bf16", "fp8", "q4_k_m", "mxfp4")
+MOST_ROWS = 12
+DOES = {
+    ALL: "keep every expert on the GPU",
+    SPLIT: "keep the experts of the first layers on the GPU and compute the others on the host",
+    HOST: "keep the most used experts on the GPU and compute the others on the host",
+    BOTH: "compute missing experts on the host, and copy some of them into a cache meanwhile",
+    CACHE: "copy experts into a cache as they are needed",
+    AHEAD: "copy experts into a cache, guessed ones ahead of time",
+}
+
+
+def page(study: Study, stand_in: str) -> str:
+    """`stand_in`: what is said of routing that is another model's, or nobody's."""
+    bench = study.bench
+    title = f"{bench.card.name} on {bench.hardware.name} with {_gib(bytes_of(study.memory.amount))} of GPU memory"
+    parts = [
+        f"# {title}",
+        _headline(study),
+        "## Where the memory goes",
+        _memory(study),
+        "## The ways, the fastest first",
+        _ways(study),
+        "## Does prefetch pay?",
+        does_prefetch_pay(study),
+        "## What more memory would buy",
+        _more(study),
+        *_precisions(study),
+        "## What to type",
+        *_engines(study),
+        "## What this stands on",
+        "\n".join(f"* {text}" for text in grounds(study, stand_in)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(study: Study) -> str:
+    best, error = study.best, study.error
+    low, high = _between(best)
+    words = (
+        f"**{best.way.capitalize()}: {DOES[best.way]}.** {best.tpot_ms:.2f} ms per token, {best.tokens_per_s:.1f} "
+        f"tokens/s (simulated). Between {low:.2f} and {high:.2f} ms over requests, and between {low * (1 - error):.2f} "
+        f"and {high * (1 + error):.2f} ms with the machine's error of {error:.0%}. {int(best.slots):,} of "
+        f"{_all_experts(study.bench.card):,} experts on the GPU, {_gib(best.host_bytes)} of them in the host's memory"
+    )
+    if best.way in (CACHE, AHEAD, BOTH):
+        words += f", policy {best.policy}"
+    if best.way == AHEAD:
+        words += f", guesses of {best.predictor} {int(best.horizon)} layers ahead"
+    unused = bytes_of(study.memory.amount) - int(best.whole_model_bytes)
+    words += "."
+    if unused > GIB // 10 and best.way != ALL:
+        words += f" It leaves {_gib(unused)} unused: more of it is no faster."
+    return words
+
+
+def _between(row: pd.Series) -> tuple[float, float]:
+    """Over requests; the value itself where there is no interval."""
+    ends = row.tpot_ms_low, row.tpot_ms_high
+    return ends if np.isfinite(ends).all() else (row.tpot_ms, row.tpot_ms)
+
+
+def _memory(study: Study) -> str:
+    budget = study.bench.budget(study.memory)
+    told = study.bench.simulator
+    parts = {
+        "attention, embeddings, dense layers, routers": budget.dense_bytes,
+        "shared experts": budget.shared_bytes,
+        f"keys and values of {told.context:,} tokens, batch {told.batch}": budget.kv_bytes,
+        "workspace": budget.workspace_bytes,
+        "reserve of driver and display": budget.reserve_bytes,
+        f"{told.staging} experts under way": budget.staging_bytes,
+        f"{budget.experts:,} of {_all_experts(study.bench.card):,} experts": budget.cache_bytes,
+    }
+    rows = [f"| {name} | {size / GIB:.2f} |" for name, size in parts.items() if size]
+    left = bytes_of(study.memory.amount) - budget.whole_model_bytes
+    rows.append(f"| left over | {left / GIB:.2f} |")
+    return "\n".join(["| what | GiB |", "|---|---|", *rows])
+
+
+def _ways(study: Study) -> str:
+    lines = [
+        "| way | policy | guesses | ms per token [95 %] | tokens/s | hits | experts in host memory, GiB |",
+        "|" + "---|" * 7,
+    ]
+    here = study.here
+    for _, row in here.head(MOST_ROWS).iterrows():
+        low, high = _between(row)
+        ahead = f", {int(row.horizon)} ahead" if row.predictor != "none" else ""
+        policy = row.policy if row.way in (CACHE, AHEAD, BOTH) else ""
+        guesses, ms = f"{row.predictor}{ahead}" if ahead else "", f"{row.tpot_ms:.2f}"
+        lines.append(
+            f"| {row.way} | {policy} | {guesses} | {ms} [{low:.2f} {high:.2f}] | {row.tokens_per_s:.1f} "
+            f"| {row.hit_rate:.3f} | {row.host_bytes / GIB:.1f} |"
+        )
+    if len(here) > MOST_ROWS:
+        lines.append(f"\n{len(here) - MOST_ROWS} slower ones stand in ways.csv.")
+    close = here[here.tpot_ms <= study.best.tpot_ms_high].drop_duplicates("way").way.tolist()[1:]
+    if close:
+        lines.append(f"\nWithin the interval of the first: {', '.join(close)}.")
+    return "\n".join(lines)
+
+
+def does_prefetch_pay(study: Study) -> str:
+    found = study.pays
+    if found is None:
+        has_all = (study.here.way == ALL).any()
+        why = (
+            "Every expert is there"
+            if has_all
+            else "No way that copies ahead can run at this memory"
+        )
+        return f"No. {why}."
+    return f"{verdict(study, found)} {_break_evens(found)}"
+
+
+def verdict(study: Study, found: Pays) -> str:
+    """Against the same cache without guesses, and against the fastest way without them."""
+    others = study.here[study.here.way != AHEAD]
+    rival, guesses = others.iloc[0], f"{found.way.predictor} {found.way.horizon} layers ahead"
+    beside = f"{found.ms:.2f} ms with the guesses of {guesses}, {found.without_ms:.2f} ms for the same cache without"
+    if study.best.way == AHEAD and found.gain > MATTERS:
+        return f"**Yes**: {beside}, {rival.tpot_ms:.2f} ms for the fastest way without guesses ({rival.way})."
+    if abs(found.gain) <= MATTERS and abs(found.perfect_ms / found.without_ms - 1) <= MATTERS:
+        return f"**No, it does not matter**: {beside}; true guesses: {found.perfect_ms:.2f} ms."
+    if found.gain > MATTERS:
+        return f"**Only beside the same cache**: {beside}. {rival.way.capitalize()} is faster: {rival.tpot_ms:.2f} ms."
+    if math.isfinite(found.break_even_recall):
+        return f"**Only if guesses are better**: {beside}; true ones: {found.perfect_ms:.2f} ms."
+    return f"**No**: {beside}, and not even true guesses are faster ({found.perfect_ms:.2f} ms)."
+
+
+def _break_evens(found: Pays) -> str:
+    recall, link = found.break_even_recall, found.break_even_gb_s
+    words = [
+        f"These guesses find {found.recall:.0%} of what is needed; "
+        + (
+            f"on this link they pay from {recall:.0%} on."
+            if math.isfinite(recall)
+            else "on this link no recall suffices."
+        )
+    ]
+    slowest = min(found.by_link) * found.link_gb_s
+    fastest = max(found.by_link) * found.link_gb_s
+    if not math.isfinite(link):
+        words.append(f"They win {MATTERS:.0%} on no link from {slowest:.2g} to {fastest:.3g} GB/s.")
+    elif link <= slowest:
+        words.append(
+            f"They win {MATTERS:.0%} even at {slowest:.2g} GB/s (this link: {found.link_gb_s:.3g})."
+        )
+    else:
+        words.append(
+            f"They win {MATTERS:.0%} from {link:.3g} GB/s on (this link: {found.link_gb_s:.3g})."
+        )
+    words.append(
+        f"One copy takes {found.copy_us:.0f} us, a layer with its experts there {found.layer_us:.0f} us: to hide it, "
+        f"guesses must come {found.horizon_needed} layers ahead."
+    )
+    return " ".join(words)
+
+
+def _more(study: Study) -> str:
+    lines = ["| GPU memory | fastest way | ms per token |", "|---|---|---|"]
+    for memory in (study.memory, *more_of(study.bench, study.memory)):
+        row = study.within(bytes_of(memory.amount)).iloc[0]
+        lines.append(f"| {_gib(bytes_of(memory.amount))} | {row.way} | {row.tpot_ms:.2f} |")
+    has = study.bench.hardware.device.memory_bytes
+    if len(more_of(study.bench, study.memory)) < 3:
+        lines.append(f"\nThe GPU has {_gib(has)}.")
+    return "\n".join(lines)
+
+
+def _precisions(study: Study) -> Iterator[str]:
+    """How many experts fit at other precisions: their quality is not judged here."""
+    name = study.bench.simulator.model_card
+    if name is None:
+        return
+    told, lines = study.bench.simulator, list[str]()
+    own = study.bench.card.expert_precision
+    architecture = load_architecture(name)
+    for precision in sorted({*PRECISIONS, str(own)}, key=lambda one: (one != own, one)):
+        card = architecture.card(precision, told.matrix_precision)
+        whole = card.n_experts * sum(card.expert_bytes_L or ())
+        lines.append(f"| {precision} | {whole / GIB:.1f} | {slots_of(study, card)} |")
+    yield "## Precision of the experts"
+    head = f"| precision | all experts, GiB | experts at {_gib(bytes_of(study.memory.amount))} |"
+    yield "\n".join([head, "|---|---|---|", *lines])
+    yield f"Simulated: {own} (simulator.precision). What fewer bits cost in quality is not judged here."
+
+
+def slots_of(study: Study, card: ModelCard) -> str:
+    told = study.bench.simulator
+    try:
+        budget = budget_of(
+            card,
+            study.bench.hardware,
+            memory=study.memory.amount,
+            scope=told.scope,
+            context=told.context,
+            batch=told.batch,
+            staging=told.staging,
+        )
+    except ConfigError:
+        return "not even what stands beside them"
+    return f"{budget.experts:,} of {_all_experts(card):,}"
+
+
+def placement_of(study: Study) -> Placement:
+    """Of the best way, for whoever writes settings."""
+    best, bench = study.best, study.bench
+    card, name = bench.card, bench.simulator.model_card
+    if name is not None:  # the model's own layer numbers, not those of a trace that stands for it
+        told = bench.simulator
+        lent = load_architecture(name).card(told.precision, told.matrix_precision)
+        card = lent if lent.n_layers == card.n_layers else card
+    rooms = rooms_of(bench.card, bench.budget(OfMemory(int(best.memory_bytes))))
+    return Placement(
+        card=card,
+        way=CACHE if best.way == AHEAD else str(best.way),
+        room_G=(sum(rooms),) if best.way == SPLIT else rooms,
+        context=bench.simulator.context,
+        batch=bench.simulator.batch,
+        policy=str(best.policy),
+        predictor=str(best.predictor),
+        horizon=int(best.horizon),
+        width=bench.simulator.width or bench.card.top_k,
+        uses_LE=bench.prior.uses_LE,
+        host_bytes=int(best.host_bytes),
+    )
+
+
+def _engines(study: Study) -> list[str]:
+    blocks = settings_of(placement_of(study))
+    return [f"```sh\n{block.text}\n```" for block in blocks]
+
+
+def grounds(study: Study, stand_in: str) -> Iterator[str]:
+    """What a reader must know before betting on a number."""
+    bench, work = study.bench, study.bench.work
+    provenance = bench.reader.provenance
+    yield stand_in or f"routing: {bench.reader.card.name}, {provenance.kind}, {provenance.source}"
+    yield (
+        f"replayed: the first {work.n_steps:,} steps of requests that nothing was fitted on, "
+        f"{int(work.decode_S.sum()):,} tokens, batch {bench.simulator.batch}; caches start {bench.simulator.start}"
+    )
+    kind = bench.hardware.kind
+    yield (
+        f"{bench.hardware.name} is a {kind}: "
+        + (
+            f"simulated steps were {study.error:.1%} off measured ones"
+            if bench.hardware.measured_error is not None
+            else f"nothing was measured on it, an error of {study.error:.0%} is assumed (advise.datasheet_error)"
+        )
+    )
+    if work.is_teacher_forced:
+        yield "prompts are replayed token by token, as if they had been generated (teacher-forced)"
+    if provenance.kind == "synthetic":
+        yield "the routing is synthetic: no number here is about a model"
+    host = bench.hardware.host.memory_bytes
+    if study.lacks_host:
+        room = bench.simulator.host_cache
+        yield (
+            f"the host's {_gib(host)} cannot hold all experts: what {room} of it do not hold is read from the disk"
+        )
+    elif study.best.host_bytes > host:
+        yield f"{_gib(study.best.host_bytes)} of experts are to lie in the host's memory of {_gib(host)}"
+    cells = study.table[study.table["mark"].str.startswith("cannot run") & (study.table.way != ALL)]
+    for mark in cells["mark"].drop_duplicates().tolist():
+        yield str(mark)
+    yield "energy is not simulated, nor are lossy ways (fewer experts, substitutes, lower precision of some)"
+
+
+def _all_experts(card: ModelCard) -> int:
+    return card.n_layers * card.n_experts
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / GIB:.3g} GiB" if n_bytes >= GIB / 10 else spoken(int(n_bytes))

@@ -1,0 +1,187 @@
+"""What is run for an advice: every way at the memory that was named, and the best of each kind at other memories.
+
+It says nothing in words. A row is that of `evaluate`, with the kind of way, its memory and the host's beside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from prefetch import config
+from prefetch.artifacts import Store
+from prefetch.config import Config
+from prefetch.models.cards import load_architecture
+from prefetch.sim.advising.pays import Pays, pays
+from prefetch.sim.advising.ways import AHEAD, Way, ahead, alone, cell_of, host_bytes, rungs
+from prefetch.sim.bench import Bench
+from prefetch.sim.cell import CANNOT_RUN, CHEATS, Cell, Refused, refused_row
+from prefetch.sim.compiled import engine
+from prefetch.sim.hardware import Hardware
+from prefetch.sim.memory import OfMemory, bytes_of
+from prefetch.sim.settings.placement import ALL, CACHE
+from prefetch.sim.sweep import Kept, run_all
+from prefetch.trace.card import ModelCard
+from prefetch.trace.parquet import TraceReader
+
+GIB = 2**30
+MORE_GIB = (1, 2, 4)
+HOST_RESERVE_BYTES = (
+    4 * GIB
+)  # assumed: what the system and other programs hold of the host's memory
+FIRST_BASELINE = "markov"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    bench: Bench
+    memory: OfMemory
+    table: pd.DataFrame  # a row per way and memory, those that were refused among them
+    error: float  # of a time on this machine, relative
+    pays: Pays | None  # None: nobody copies ahead, or all experts are there
+    lacks_host: bool  # the host's memory cannot hold all experts
+
+    @property
+    def here(self) -> pd.DataFrame:
+        """What can be done at this memory, the fastest first: a way may leave memory unused."""
+        rows = self.within(bytes_of(self.memory.amount))
+        return rows.drop_duplicates(["way", "policy", "predictor", "horizon"])
+
+    def within(self, n_bytes: int) -> pd.DataFrame:
+        ran = self.table[~self.table["mark"].str.startswith(CANNOT_RUN)]
+        ran = ran[(ran["mark"] != CHEATS) & (ran.memory_bytes <= n_bytes) & ran.tpot_ms.notna()]
+        return ran.sort_values(["tpot_ms", "memory_bytes"], kind="stable")
+
+    @property
+    def best(self) -> pd.Series:
+        return self.here.iloc[0]
+
+
+def study(cfg: Config, store: Store) -> Study:
+    hardware: Hardware = config.instantiate(cfg.hardware, "hardware")
+    card = _card(cfg, store)
+    all_bytes = card.n_experts * sum(card.expert_bytes_L or ())
+    lacks_host = all_bytes > hardware.host.memory_bytes
+    if lacks_host and cfg.simulator.host_cache is None:
+        room = max(hardware.host.memory_bytes - HOST_RESERVE_BYTES, hardware.host.memory_bytes // 2)
+        told = {"simulator": {"host_cache": f"{room}B"}}
+        cfg = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), told))
+    whole, kept = Bench(cfg, store), Kept(store.root)
+    memory = _memory(whole)
+    bench = whole.beginning(cfg.advise.steps).at(memory)
+    bench.budget(memory)  # too little says what is missing, before anything is run
+    return _studied(bench, memory, kept, lacks_host=lacks_host)
+
+
+def _card(cfg: Config, store: Store) -> ModelCard:
+    """Sizes, before a bench is made."""
+    told = cfg.simulator
+    if told.model_card is not None:
+        return load_architecture(told.model_card).card(told.precision, told.matrix_precision)
+    made = store.make(config.locate(cfg.makers["trace"])(cfg))
+    return TraceReader(made.folder).card
+
+
+def _memory(bench: Bench) -> OfMemory:
+    """What was named; else what the cache that was named takes with everything beside it."""
+    if bench.cfg.memory is not None:
+        return OfMemory(bytes_of(bench.cfg.memory))
+    return OfMemory(bench.budget(bench.simulator.cache).whole_model_bytes)
+
+
+def _studied(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) -> Study:
+    told, rows = bench.cfg.advise, list[dict[str, Any]]()
+
+    def ran(ways: Sequence[Way], memories: Sequence[OfMemory], title: str) -> pd.DataFrame:
+        rows.extend(_rows(bench, ways, memories, kept, title))
+        return pd.DataFrame(rows)
+
+    table = ran(list(alone(told.policies)), [memory], "ways without guesses")
+    error = bench.hardware.measured_error
+    found = Study(
+        bench=bench,
+        memory=memory,
+        table=table,
+        error=told.datasheet_error if error is None else error,
+        pays=None,
+        lacks_host=lacks_host,
+    )
+    caches = found.here[found.here.way == CACHE]
+    has_all = (found.here.way == ALL).any()
+    if len(caches) and not has_all:
+        horizons = list(told.horizons or bench.cfg.train.horizons)
+        guessing = ahead(str(caches.iloc[0].policy), predictors_of(bench, horizons), horizons)
+        table = ran(list(guessing), [memory], "ways with guesses")
+        found = dataclasses.replace(found, table=table)
+    best = [_way(row) for _, row in found.here.drop_duplicates("way").iterrows()]
+    others = {str(one): one for one in (*rungs(bench), *more_of(bench, memory))}
+    others.pop(str(memory), None)
+    table = ran(_with_all(best), list(others.values()), "other memories")
+    table = table.drop_duplicates(["way", "policy", "predictor", "horizon", "memory_bytes"])
+    found = dataclasses.replace(found, table=table.reset_index(drop=True))
+    chosen = next((way for way in best if way.kind == AHEAD), None)
+    won = None if chosen is None else pays(bench, chosen, memory, kept)
+    return dataclasses.replace(found, pays=won)
+
+
+def _with_all(ways: Sequence[Way]) -> list[Way]:
+    """At a larger memory everything may be there."""
+    return [*(way for way in ways if way.kind != ALL), Way(ALL)]
+
+
+def predictors_of(bench: Bench, horizons: Sequence[int]) -> list[str]:
+    """Those that were named; else one that counts, and whose guesses about these requests are in the store."""
+    if bench.cfg.advise.predictors is not None:
+        return list(bench.cfg.advise.predictors)
+    there = [
+        name
+        for name in config.choices("predictor")
+        if name not in (FIRST_BASELINE, "none")
+        and all(bench.has_guesses(name, horizon) for horizon in horizons)
+        and not bench.cheats(name, horizons[0])
+    ]
+    return [FIRST_BASELINE, *there]
+
+
+def more_of(bench: Bench, memory: OfMemory) -> list[OfMemory]:
+    """The next gibibytes, as far as the GPU has them."""
+    more = (bytes_of(memory.amount) + n * GIB for n in MORE_GIB)
+    return [OfMemory(n) for n in more if n <= bench.hardware.device.memory_bytes]
+
+
+def _way(row: pd.Series) -> Way:
+    return Way(str(row.way), str(row.policy), str(row.predictor), int(row.horizon))
+
+
+def _rows(
+    bench: Bench, ways: Sequence[Way], memories: Sequence[OfMemory], kept: Kept, title: str
+) -> list[dict[str, Any]]:
+    asked = [(way, memory) for memory in memories for way in ways]
+    cells = [cell_of(bench, way, memory) for way, memory in asked]
+    able = {i: cell for i, cell in enumerate(cells) if isinstance(cell, Cell)}
+    for one in able.values():
+        engine(one.policy.rules, "timed")  # made once, before several ask for it at the same time
+    workers = bench.cfg.evaluate.workers
+    done = run_all([bench.job(cell) for cell in able.values()], kept, workers=workers, title=title)
+    found = dict(zip(able, done, strict=True))
+    rows = list[dict[str, Any]]()
+    for i, ((way, memory), cell) in enumerate(zip(asked, cells, strict=True)):
+        row = refused_row(cell.names, cell.reason) if isinstance(cell, Refused) else found[i]
+        rows.append(row | _beside(bench, way, memory, cell))
+    return rows
+
+
+def _beside(bench: Bench, way: Way, memory: OfMemory, cell: Cell | Refused) -> dict[str, Any]:
+    told: dict[str, Any] = {"memory_bytes": bytes_of(memory.amount), "horizon": way.horizon}
+    if isinstance(cell, Refused):
+        return told | {"slots": np.nan, "host_bytes": np.nan}
+    budget = cell.budget
+    return told | {
+        "slots": budget.experts,
+        "host_bytes": host_bytes(bench, way, budget.cache_bytes),
+    }
