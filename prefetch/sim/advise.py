@@ -10,7 +10,7 @@ from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.sim.advising.at_hand import at_hand
-from prefetch.sim.advising.page import page, placement_of
+from prefetch.sim.advising.page import between, page, placement_of
 from prefetch.sim.advising.study import Study, study
 from prefetch.sim.advising.ways import AHEAD, KINDS
 from prefetch.sim.settings.placement import profile
@@ -53,10 +53,11 @@ def _check(cfg: Config) -> None:
 
 def headline(found: Study) -> dict[str, float]:
     best, pays = found.best, found.pays
+    low, high = between(best)
     metrics = {
         "tpot_ms": float(best.tpot_ms),
-        "tpot_ms_low": float(best.tpot_ms_low) * (1 - found.error),
-        "tpot_ms_high": float(best.tpot_ms_high) * (1 + found.error),
+        "tpot_ms_low": low * (1 - found.error),
+        "tpot_ms_high": high * (1 + found.error),
         "tokens_per_s": float(best.tokens_per_s),
         "slots": float(best.slots),
         "host_bytes": float(best.host_bytes),

@@ -61,7 +61,7 @@ class Bench:
         self.policy = cache(self._policy)  # cells share them
         self._check_names()
         made = store.make(config.locate(cfg.makers["trace"])(cfg))
-        self.reader, self._key = TraceReader(made.folder), made.key
+        self.reader, self.key = TraceReader(made.folder), made.key
         self.card, self.beside = self._card()
         if self.simulator.host_cache is None:
             need_host_memory(self.card, self.hardware)
@@ -97,6 +97,13 @@ class Bench:
         """The same for a GPU of which so much may be used."""
         part, told = copy.copy(self), {"memory": memory.amount}
         part.cfg = cast(Config, OmegaConf.merge(cast(DictConfig, self.cfg), told))
+        return part
+
+    def on(self, hardware: Hardware) -> Bench:
+        """The same on another machine."""
+        part = copy.copy(self)
+        part.hardware = hardware
+        part._replays(self.trace, self.work)
         return part
 
     def job(self, cell: Cell, *, must_run: bool = False) -> Job:
@@ -234,7 +241,7 @@ class Bench:
     def _predictions(self, name: str, horizon: int) -> PredictionsReader:
         made = self.store.make(self._asked(name, horizon))
         reader, card = PredictionsReader(made.folder), self.reader.card
-        reader.check_fits(trace=self._key, n_experts=card.n_experts, n_layers=card.n_layers)
+        reader.check_fits(trace=self.key, n_experts=card.n_experts, n_layers=card.n_layers)
         return reader
 
     def has_guesses(self, name: str, horizon: int) -> bool:

@@ -79,6 +79,7 @@ def nearest(wanted: ModelCard, store: Store) -> TraceReader | None:
         reader
         for reader in there
         if reader.provenance.kind == "real"
+        and reader.provenance.source != "trimmed"
         and reader.card.n_experts == wanted.n_experts
         and reader.card.n_layers >= wanted.n_layers
     ]

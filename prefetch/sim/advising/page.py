@@ -5,12 +5,14 @@ It runs nothing: every number is in the study.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
+from prefetch import __version__
 from prefetch.errors import ConfigError
 from prefetch.models.cards import load_architecture
 from prefetch.sim.advising.pays import MATTERS, Pays
@@ -59,26 +61,45 @@ def page(study: Study, stand_in: str) -> str:
 
 
 def _headline(study: Study) -> str:
-    best, error = study.best, study.error
-    low, high = _between(best)
+    best = study.best
     words = (
         f"**{best.way.capitalize()}: {DOES[best.way]}.** {best.tpot_ms:.2f} ms per token, {best.tokens_per_s:.1f} "
-        f"tokens/s (simulated). Between {low:.2f} and {high:.2f} ms over requests, and between {low * (1 - error):.2f} "
-        f"and {high * (1 + error):.2f} ms with the machine's error of {error:.0%}. {int(best.slots):,} of "
-        f"{_all_experts(study.bench.card):,} experts on the GPU, {_gib(best.host_bytes)} of them in the host's memory"
+        f"tokens/s (simulated{_errors(study)}). {int(best.slots):,} of {_all_experts(study.bench.card):,} experts on "
+        f"the GPU, {_gib(best.host_bytes)} of experts in the host's memory"
     )
     if best.way in (CACHE, AHEAD, BOTH):
         words += f", policy {best.policy}"
     if best.way == AHEAD:
         words += f", guesses of {best.predictor} {int(best.horizon)} layers ahead"
-    unused = bytes_of(study.memory.amount) - int(best.whole_model_bytes)
+    unused = bytes_of(study.memory.amount) - int(best.memory_bytes)
     words += "."
-    if unused > GIB // 10 and best.way != ALL:
-        words += f" It leaves {_gib(unused)} unused: more of it is no faster."
-    return words
+    if unused and best.way != ALL:
+        words += f" It leaves {_gib(unused)} unused: with them it is no faster."
+    return f"{words}\n\n{_order(study)}" if study.swings else words
 
 
-def _between(row: pd.Series) -> tuple[float, float]:
+def _errors(study: Study) -> str:
+    best, error = study.best, study.error
+    low, high = between(best)
+    words = f"; {low:.2f} to {high:.2f} ms over requests" if low < high else ""
+    low, high = low * (1 - error), high * (1 + error)
+    return f"{words}; {low:.2f} to {high:.2f} ms with the machine's error of {error:.0%}"
+
+
+def _order(study: Study) -> str:
+    """Does the choice stand on a machine that is not quite the one of the file?"""
+    others = [
+        f"{name}: {way}, {ms:.2f} ms"
+        for name, (way, ms) in study.swings.items()
+        if way != study.best.way
+    ]
+    tried = ", ".join(study.swings)
+    if not others:
+        return f"It stays the fastest with each of: {tried}."
+    return f"It is not the fastest with {'; '.join(others)} (tried: {tried})."
+
+
+def between(row: pd.Series) -> tuple[float, float]:
     """Over requests; the value itself where there is no interval."""
     ends = row.tpot_ms_low, row.tpot_ms_high
     return ends if np.isfinite(ends).all() else (row.tpot_ms, row.tpot_ms)
@@ -103,23 +124,23 @@ def _memory(study: Study) -> str:
 
 
 def _ways(study: Study) -> str:
-    lines = [
-        "| way | policy | guesses | ms per token [95 %] | tokens/s | hits | experts in host memory, GiB |",
-        "|" + "---|" * 7,
-    ]
+    head = "way | policy | guesses | ms per token [95 % over requests] | tokens/s | hits | host memory, GiB"
+    lines = [f"| {head} |", "|" + "---|" * 7]
     here = study.here
     for _, row in here.head(MOST_ROWS).iterrows():
-        low, high = _between(row)
+        low, high = between(row)
+        over = f" [{low:.2f} {high:.2f}]" if low < high else ""
         ahead = f", {int(row.horizon)} ahead" if row.predictor != "none" else ""
         policy = row.policy if row.way in (CACHE, AHEAD, BOTH) else ""
         guesses, ms = f"{row.predictor}{ahead}" if ahead else "", f"{row.tpot_ms:.2f}"
         lines.append(
-            f"| {row.way} | {policy} | {guesses} | {ms} [{low:.2f} {high:.2f}] | {row.tokens_per_s:.1f} "
+            f"| {row.way} | {policy} | {guesses} | {ms}{over} | {row.tokens_per_s:.1f} "
             f"| {row.hit_rate:.3f} | {row.host_bytes / GIB:.1f} |"
         )
     if len(here) > MOST_ROWS:
         lines.append(f"\n{len(here) - MOST_ROWS} slower ones stand in ways.csv.")
-    close = here[here.tpot_ms <= study.best.tpot_ms_high].drop_duplicates("way").way.tolist()[1:]
+    reach = between(study.best)[1]
+    close = here[here.tpot_ms <= reach].drop_duplicates("way").way.tolist()[1:]
     if close:
         lines.append(f"\nWithin the interval of the first: {', '.join(close)}.")
     return "\n".join(lines)
@@ -203,7 +224,11 @@ def _precisions(study: Study) -> Iterator[str]:
     own = study.bench.card.expert_precision
     architecture = load_architecture(name)
     for precision in sorted({*PRECISIONS, str(own)}, key=lambda one: (one != own, one)):
-        card = architecture.card(precision, told.matrix_precision)
+        try:
+            card = architecture.card(precision, told.matrix_precision)
+        except ConfigError:  # its rows cannot be packed so
+            continue
+        card = dataclasses.replace(card, top_k=study.bench.card.top_k)
         whole = card.n_experts * sum(card.expert_bytes_L or ())
         lines.append(f"| {precision} | {whole / GIB:.1f} | {slots_of(study, card)} |")
     yield "## Precision of the experts"
@@ -267,6 +292,9 @@ def grounds(study: Study, stand_in: str) -> Iterator[str]:
         f"replayed: the first {work.n_steps:,} steps of requests that nothing was fitted on, "
         f"{int(work.decode_S.sum()):,} tokens, batch {bench.simulator.batch}; caches start {bench.simulator.start}"
     )
+    if bench.units.name != "requests" or len(np.unique(bench.units.place_S)) < 2:
+        few = "there is one request" if bench.units.name == "requests" else bench.units.name
+        yield f"intervals: {few}"
     kind = bench.hardware.kind
     yield (
         f"{bench.hardware.name} is a {kind}: "
@@ -291,6 +319,7 @@ def grounds(study: Study, stand_in: str) -> Iterator[str]:
     cells = study.table[study.table["mark"].str.startswith("cannot run") & (study.table.way != ALL)]
     for mark in cells["mark"].drop_duplicates().tolist():
         yield str(mark)
+    yield f"trace {bench.key}, prefetch {__version__}, seed {bench.cfg.seed}"
     yield "energy is not simulated, nor are lossy ways (fewer experts, substitutes, lower precision of some)"
 
 

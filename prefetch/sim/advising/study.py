@@ -6,7 +6,7 @@ It says nothing in words. A row is that of `evaluate`, with the kind of way, its
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ from prefetch.sim.cell import CANNOT_RUN, CHEATS, Cell, Refused, refused_row
 from prefetch.sim.compiled import engine
 from prefetch.sim.hardware import Hardware
 from prefetch.sim.memory import OfMemory, bytes_of
+from prefetch.sim.needed import with_link
 from prefetch.sim.settings.placement import ALL, CACHE
 from prefetch.sim.sweep import Kept, run_all
 from prefetch.trace.card import ModelCard
@@ -45,6 +46,8 @@ class Study:
     error: float  # of a time on this machine, relative
     pays: Pays | None  # None: nobody copies ahead, or all experts are there
     lacks_host: bool  # the host's memory cannot hold all experts
+    swings: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+    # on a machine that differs so: the fastest kind of way, and its milliseconds
 
     @property
     def here(self) -> pd.DataFrame:
@@ -126,7 +129,44 @@ def _studied(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) ->
     found = dataclasses.replace(found, table=table.reset_index(drop=True))
     chosen = next((way for way in best if way.kind == AHEAD), None)
     won = None if chosen is None else pays(bench, chosen, memory, kept)
-    return dataclasses.replace(found, pays=won)
+    return dataclasses.replace(found, pays=won, swings=_swings(found, best, kept))
+
+
+def _swings(study: Study, ways: Sequence[Way], kept: Kept) -> dict[str, tuple[str, float]]:
+    """Who is the fastest where one of the machine's numbers is off by its error, either way."""
+    bench, error, found = study.bench, study.error, dict[str, tuple[str, float]]()
+    if error == 0 or len(ways) < 2:
+        return found
+    for name, change in CHANGES.items():
+        for factor in (1 - error, 1 + error):
+            other = bench.on(change(bench.hardware, factor))
+            rows = pd.DataFrame(_rows(other, ways, [study.memory], kept, f"{name} x{factor:.2g}"))
+            first = rows.sort_values("tpot_ms", kind="stable").iloc[0]
+            found[f"{name} x {factor:.2g}"] = str(first.way), float(first.tpot_ms)
+    return found
+
+
+def _host_at(hardware: Hardware, factor: float) -> Hardware:
+    host = hardware.host
+    rate = max(1, round(host.bytes_per_s * factor))
+    return dataclasses.replace(hardware, host=dataclasses.replace(host, bytes_per_s=rate))
+
+
+def _device_at(hardware: Hardware, factor: float) -> Hardware:
+    device = hardware.device
+    rate, fixed = (
+        max(1, round(device.bytes_per_s * factor)),
+        round(device.fixed_ns_per_layer / factor),
+    )
+    changed = dataclasses.replace(device, bytes_per_s=rate, fixed_ns_per_layer=fixed)
+    return dataclasses.replace(hardware, device=changed)
+
+
+CHANGES: dict[str, Callable[[Hardware, float], Hardware]] = {
+    "link": with_link,
+    "host memory": _host_at,
+    "GPU": _device_at,
+}
 
 
 def _with_all(ways: Sequence[Way]) -> list[Way]:
