@@ -65,19 +65,27 @@ class ActivationMatrix:
         return self
 
     def scores(self, past: Past) -> NDArray[np.float32]:
-        n_layers = past.card.n_layers
+        unit_LEN, shares_NLE = self.compared()
         best_TL = np.full(past.shape[:2], -1, np.int64)
         _match(
             past.here(), past.before(), past.first_T, past.horizon, past.nobody,
-            _unit_rows(self.counts_NLE_), self.variant == "paper", best_TL,
+            unit_LEN, self.variant == "paper", best_TL,
         )  # fmt: skip
         if self.variant == "code":
             best_TL = np.maximum(best_TL, 0)
-        ahead_L = np.minimum(past.horizon, np.arange(n_layers) + 1)
-        decay_L = (1 - ahead_L / (n_layers + 1)).astype(np.float32)
-        shares_NLE = np.concatenate([self._shares(), self.share_LE_[None]])  # at -1 the average
-        matched_TLE = shares_NLE[best_TL, np.arange(n_layers)]
-        return (matched_TLE + np.float32(TINY)) * decay_L[:, None]
+        matched_TLE = shares_NLE[best_TL, np.arange(past.card.n_layers)]
+        return matched_TLE * self.decay(past.horizon)[:, None]
+
+    def compared(self) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """[L, E, N] what a request is compared with, and [N + 1, L, E] what is guessed then; at -1 the average."""
+        shares_NLE = np.concatenate([self._shares(), self.share_LE_[None]])
+        return _unit_rows(self.counts_NLE_), shares_NLE + np.float32(TINY)
+
+    def decay(self, horizon: int) -> NDArray[np.float32]:
+        """[L]: the farther ahead, the less."""
+        n_layers = len(self.share_LE_)
+        ahead_L = np.minimum(horizon, np.arange(n_layers) + 1)
+        return (1 - ahead_L / (n_layers + 1)).astype(np.float32)
 
     def _shares(self) -> NDArray[np.float32]:
         """Of every matrix, so that long requests weigh like short ones; the average where a layer never ran."""

@@ -53,16 +53,23 @@ class GateLookahead:
         inputs_TLD = past.gate_inputs()
         _check_width(inputs_TLD, self.routers_LED_)
         scores_TLE = np.tile(self.popular_LE_, (past.n_tokens, 1, 1))
+        routers_LED = self.routers(past.horizon)
         for layer in range(past.horizon, past.card.n_layers):
-            router_ED = self.routers_LED_[layer]
+            router_ED = routers_LED[layer]
             if not router_ED.any():
                 continue  # not recorded
-            if self.rescale:
-                router_ED = router_ED * (self.rms_LD_[layer] / self.rms_LD_[layer - past.horizon])
             x_TD = finite(inputs_TLD[:, layer])
             known_T = x_TD.any(axis=1)
             scores_TLE[known_T, layer] = (x_TD @ router_ED.T)[known_T]
         return scores_TLE
+
+    def routers(self, horizon: int) -> NDArray[np.float32]:
+        """[L, E, D]: of inputs that are so many layers old; the first layers have none."""
+        if not self.rescale:
+            return self.routers_LED_
+        grown_LD = np.ones_like(self.rms_LD_)
+        grown_LD[horizon:] = self.rms_LD_[horizon:] / self.rms_LD_[:-horizon]
+        return self.routers_LED_ * grown_LD[:, None]
 
 
 def _routers(trace: Traceable) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ Z = N + E: what goes to the hidden units, then what goes straight to the scores.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +105,26 @@ def arranged(weights: Weights, sizes: Sizes, decays: tuple[float, ...]) -> Float
         weights.shift_N, weights.inner_bias_N, weights.outer_bias_N, weights.inner_NN, weights.outer_NN,
     )  # fmt: skip
     return aligned(np.concatenate([part.ravel() for part in parts]))
+
+
+def taken_apart(network: Float) -> dict[str, Float]:
+    """The parts of such an array by their names, which end in their axes."""
+    sizes = _sizes(network)
+    n, pairs = sizes.hidden, (sizes.layers, sizes.experts)
+    width = n + sizes.experts
+    shapes = {
+        "told_LEX": (*pairs, _told(sizes)[0]),
+        "near_LEZ": (*pairs, width),
+        "start_LZ": (sizes.layers, width),
+        "out_LNE": (sizes.layers, n, sizes.experts),
+        **{name: (n,) for name in ("gain_N", "shift_N", "inner_bias_N", "outer_bias_N")},
+        **{name: (n, n) for name in ("inner_NN", "outer_NN")},
+    }
+    first_of = _network(sizes)._asdict()
+    return {
+        name: network[first_of[name] : first_of[name] + math.prod(shape)].reshape(shape)
+        for name, shape in shapes.items()
+    }
 
 
 def aligned(numbers: Float) -> Float:

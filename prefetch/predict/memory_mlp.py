@@ -136,7 +136,7 @@ class MemoryMlp:
     def scores(self, past: Past) -> NDArray[np.float32]:
         import torch
 
-        net = self._fitted(past.horizon)
+        net = self.fitted(past.horizon)
         told_TLFE, sure_TL2 = self.memory().told(past, is_remembered=False)
         sure_22 = self.sure_H22_[self.horizons.index(past.horizon)]
         known_TLK = np.full((*past.shape[:2], past.card.top_k), past.nobody, np.int64)
@@ -154,7 +154,7 @@ class MemoryMlp:
                 out_TLE[window] = torch.sigmoid(net(*batch[:-1])).numpy()
         return out_TLE
 
-    def _fitted(self, horizon: int) -> MemoryNet:
+    def fitted(self, horizon: int) -> MemoryNet:
         if horizon not in self._nets:
             net = self._net(horizon)
             fill(net, getattr(self, f"network_h{horizon}_"))

@@ -28,6 +28,7 @@ SHARPNESS = (0.4, 0.8, 1.6)  # tried in each memory
 WEIGHTS = (0.25, 1.0, 4.0)  # of the training requests, tried beside 1 for the same request
 TUNING_TOKENS, TUNING_BLOCK = 800, 128  # of the validation requests: enough to tell mixtures apart
 FEWEST_TOLD = 4  # training requests that a network can be told of: of fewer, one left out would change too much
+LEAST_WEIGHT = 1e-5  # of an earlier token of the request: under it nobody hears it
 N_TOLD = 4  # what a network is told: by the request, its share of both, by the training requests, by both
 SHARP_INSIDE, SHARP_OUTSIDE, SHARP_BOTH = 1.5, 0.4, 0.5  # of that
 STRIDE = 128  # remembered tokens that are looked at together
@@ -425,7 +426,7 @@ def _ask_request(layer, nobody, running, sharp, out_E):  # type: ignore[no-untyp
         weights += running.weight_S[s]
     for s in range(n):
         weight = running.weight_S[s] / weights
-        if weight > 1e-5:
+        if weight > LEAST_WEIGHT:
             _vote(running.ids_SLK[s, layer], weight, nobody, out_E)
 
 
@@ -500,7 +501,7 @@ def _ask_both(layer, nobody, memory, running, near, who, sharp, inside_E, both_E
         weights += np.exp(sharp * (near[i] - best))
     for s in range(n):
         weight = running.weight_S[s] / weights
-        if weight > 1e-5:
+        if weight > LEAST_WEIGHT:
             _vote(running.ids_SLK[s, layer], weight, nobody, inside_E)
     both_E += inside_E
     for i in range(len(near)):

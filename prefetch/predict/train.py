@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,11 +17,11 @@ from rich.text import Text
 from prefetch.artifacts import Store
 from prefetch.config import Config, choices
 from prefetch.errors import ConfigError, MissingData
-from prefetch.predict import cards, results
+from prefetch.predict import cards, export, results
 from prefetch.predict.estimates import ENOUGH_UNITS
 from prefetch.predict.held_out import HeldOut, held_out_elsewhere, held_out_folds
 from prefetch.predict.measures import Counts, count
-from prefetch.predict.predictor import ABOUT, FIT, PROBABILITY, cheats, declared
+from prefetch.predict.predictor import ABOUT, FIT, PROBABILITY, cheats, declared, restore
 from prefetch.predict.recipes import (
     asked_part,
     is_ours,
@@ -29,6 +30,7 @@ from prefetch.predict.recipes import (
     n_folds,
     name_of,
     predictions_recipe,
+    predictor_recipe,
     tested_recipe,
     trace_recipe,
     with_predictor,
@@ -56,7 +58,7 @@ NO_BASELINES = ("none", "imported", "ensemble", *LEARNED)  # chosen by name, nev
 
 def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
     """The chosen predictor first, then the baselines; tables, figures, and the headline numbers out."""
-    made(cfg)  # a wrong setting is said before anything is made
+    _check_predictor(cfg)
     elsewhere = tested_recipe(cfg) if cfg.train.test_trace is not None else None
     reader = TraceReader(store.make(trace_recipe(cfg)).folder)
     tested = reader
@@ -78,7 +80,24 @@ def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
             if name == chosen:
                 raise MissingData(f"predictor={name_of(cfg)}: {error}") from error
             left_out[name] = str(error)
+    if cfg.train.export:
+        _export(cfg, store, outputs.folder / "exported")
     return _write(cfg, reader, tested, scored, said, left_out, outputs)
+
+
+def _check_predictor(cfg: Config) -> None:
+    """A wrong setting is said before anything is made."""
+    predictor = made(cfg)
+    if cfg.train.export:
+        export.check_exportable(predictor, name_of(cfg))
+
+
+def _export(cfg: Config, store: Store, folder: Path) -> None:
+    """The predictor of the first fold, which the simulator asks as well."""
+    recipe, predictor = predictor_recipe(cfg), made(cfg)
+    about = restore(predictor, store.make(recipe).folder)
+    path = export.write(predictor, about, recipe.upstream["trace"].key, folder)
+    log.info("exported: %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
 
 def _label(cfg: Config) -> str:

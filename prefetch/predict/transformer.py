@@ -174,12 +174,16 @@ class Transformer:
     def scores(self, past: Past) -> NDArray[np.float32]:
         from prefetch.predict.sequences import answers, known_ids
 
-        if past.horizon not in self._nets:
-            net = self._net(past.horizon)
-            fill(net, getattr(self, f"network_h{past.horizon}_"))
-            self._nets[past.horizon] = net.eval()
+        net = self.fitted(past.horizon)
         everything = np.ones(past.n_tokens, bool)
         told = self._told(past, known_ids(past), everything, is_remembered=False)
         if self.memory:
             told = self._scaled(told, past.horizon)
-        return answers(self._nets[past.horizon], told, chunk=CHUNK, window=self.window + 1)
+        return answers(net, told, chunk=CHUNK, window=self.window + 1)
+
+    def fitted(self, horizon: int) -> TransformerNet:
+        if horizon not in self._nets:
+            net = self._net(horizon)
+            fill(net, getattr(self, f"network_h{horizon}_"))
+            self._nets[horizon] = net.eval()
+        return self._nets[horizon]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefetch.artifacts import Outside
 from prefetch.errors import ConfigError
@@ -79,12 +80,17 @@ class Trimmed(Source):
 
 def trimmed(block: RoutingTrace, card: ModelCard) -> RoutingTrace:
     """The rows of a block as a smaller model's."""
-    n_layers, top_k, weights_TLK = card.n_layers, card.top_k, block.weights_TLK
-    ids_TLK = block.ids_TLK[:, :n_layers]
-    if weights_TLK is not None:
-        order_TLK = np.argsort(-weights_TLK[:, :n_layers].astype(np.float32), axis=2, kind="stable")
-        ids_TLK = np.take_along_axis(ids_TLK, order_TLK, axis=2)
-        weights_TLK = np.take_along_axis(weights_TLK[:, :n_layers], order_TLK, axis=2)
-        weights_TLK = np.ascontiguousarray(weights_TLK[..., :top_k])
-    ids_TLK = np.ascontiguousarray(ids_TLK[..., :top_k])
-    return dataclasses.replace(block, card=card, ids_TLK=ids_TLK, weights_TLK=weights_TLK)
+    ids_TLK: NDArray[Any] = block.ids_TLK[:, : card.n_layers]
+    if block.weights_TLK is None:
+        return dataclasses.replace(block, card=card, ids_TLK=_first(ids_TLK, card.top_k))
+    weights_TLK = block.weights_TLK[:, : card.n_layers]
+    order_TLK = np.argsort(-weights_TLK.astype(np.float32), axis=2, kind="stable")
+    ids_TLK, weights = (
+        _first(np.take_along_axis(of, order_TLK, axis=2), card.top_k)
+        for of in (ids_TLK, weights_TLK)
+    )
+    return dataclasses.replace(block, card=card, ids_TLK=ids_TLK, weights_TLK=weights)
+
+
+def _first(of_TLK: NDArray[Any], top_k: int) -> NDArray[Any]:
+    return np.ascontiguousarray(of_TLK[..., :top_k])

@@ -18,7 +18,7 @@ from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.models.cards import load_architecture
 from prefetch.sim.advising.pays import Pays, pays
-from prefetch.sim.advising.ways import AHEAD, Way, ahead, alone, cell_of, host_bytes, rungs
+from prefetch.sim.advising.ways import AHEAD, KINDS, Way, ahead, alone, cell_of, host_bytes, rungs
 from prefetch.sim.bench import Bench
 from prefetch.sim.cell import CANNOT_RUN, CHEATS, Cell, Refused, refused_row
 from prefetch.sim.compiled import engine
@@ -58,7 +58,10 @@ class Study:
     def within(self, n_bytes: int) -> pd.DataFrame:
         ran = self.table[~self.table["mark"].str.startswith(CANNOT_RUN)]
         ran = ran[(ran["mark"] != CHEATS) & (ran.memory_bytes <= n_bytes) & ran.tpot_ms.notna()]
-        return ran.sort_values(["tpot_ms", "memory_bytes"], kind="stable")
+        ran = ran.assign(place=ran.way.map(KINDS.index))  # of equals the simplest is first
+        return ran.sort_values(["tpot_ms", "place", "memory_bytes"], kind="stable").drop(
+            columns="place"
+        )
 
     @property
     def best(self) -> pd.Series:
@@ -70,15 +73,25 @@ def study(cfg: Config, store: Store) -> Study:
     card = _card(cfg, store)
     all_bytes = card.n_experts * sum(card.expert_bytes_L or ())
     lacks_host = all_bytes > hardware.host.memory_bytes
+    told: dict[str, Any] = {"evaluate": _grid(cfg)}
     if lacks_host and cfg.simulator.host_cache is None:
         room = max(hardware.host.memory_bytes - HOST_RESERVE_BYTES, hardware.host.memory_bytes // 2)
-        told = {"simulator": {"host_cache": f"{room}B"}}
-        cfg = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), told))
+        told["simulator"] = {"host_cache": f"{room}B"}
+    cfg = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), told))
     whole, kept = Bench(cfg, store), Kept(store.root)
     memory = _memory(whole)
     bench = whole.beginning(cfg.advise.steps).at(memory)
     bench.budget(memory)  # too little says what is missing, before anything is run
     return _studied(bench, memory, kept, lacks_host=lacks_host)
+
+
+def _grid(cfg: Config) -> dict[str, list[Any]]:
+    """What a bench is to know of: whoever does not exist is refused before anything is made."""
+    return {
+        "policies": list(cfg.advise.policies),
+        "predictors": list(cfg.advise.predictors or [FIRST_BASELINE]),
+        "horizons": list(cfg.advise.horizons or cfg.train.horizons),
+    }
 
 
 def _card(cfg: Config, store: Store) -> ModelCard:
@@ -117,8 +130,8 @@ def _studied(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) ->
     caches = found.here[found.here.way == CACHE]
     has_all = (found.here.way == ALL).any()
     if len(caches) and not has_all:
-        horizons = list(told.horizons or bench.cfg.train.horizons)
-        guessing = ahead(str(caches.iloc[0].policy), predictors_of(bench, horizons), horizons)
+        names, horizons = predictors_of(bench, bench.horizons), bench.horizons
+        guessing = ahead(str(caches.iloc[0].policy), names, horizons)
         table = ran(list(guessing), [memory], "ways with guesses")
         found = dataclasses.replace(found, table=table)
     best = [_way(row) for _, row in found.here.drop_duplicates("way").iterrows()]

@@ -38,5 +38,5 @@ def test_more_than_there_is_is_refused(collect, name, value):
 
 
 def test_a_path_must_be_given():
-    with pytest.raises(ConfigError, match="source.path"):
+    with pytest.raises(ConfigError, match=r"source\.path"):
         Trimmed()
