@@ -101,6 +101,7 @@ class AdviseConfig:
     horizons: list[int] | None = None  # layers ahead; None = train.horizons
     steps: int = 2000  # of the first requests that are replayed
     datasheet_error: float = 0.3  # of a time on a machine that nobody calibrated: assumed
+    cases: Any = None  # a list of cases: predicts what each changes, instead of an advice
     figures: bool = True
 
 

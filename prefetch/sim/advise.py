@@ -10,6 +10,7 @@ from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.sim.advising.at_hand import at_hand
+from prefetch.sim.advising.cases import cases_of, predicted
 from prefetch.sim.advising.page import between, page, placement_of
 from prefetch.sim.advising.study import Study, study
 from prefetch.sim.advising.ways import AHEAD, KINDS
@@ -20,7 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
-    """The page, one figure, the full table, and who should lie on the GPU."""
+    """The page, one figure, the full table, and who should lie on the GPU; or predictions of an experiment's cases."""
+    if cfg.advise.cases is not None:
+        return _cases(cfg, store, outputs)
     _check(cfg)
     hand = at_hand(cfg, store)
     if hand.words:
@@ -40,6 +43,16 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
             if path.suffix == ".png":
                 outputs.figure(path)
     print(text)
+    return metrics
+
+
+def _cases(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
+    table = predicted(cfg, store, cases_of(cfg.advise.cases))
+    outputs.table("predictions", table)
+    changes = zip(table.case, table.change_of_tokens_per_s, strict=True)
+    metrics = {f"change_of_tokens_per_s/{name}": float(change) for name, change in changes}
+    outputs.metrics(metrics)
+    print(table.to_string(index=False, float_format="%.3f"))
     return metrics
 
 

@@ -138,7 +138,7 @@ def _ways(study: Study) -> str:
             f"| {row.hit_rate:.3f} | {row.host_bytes / GIB:.1f} |"
         )
     if len(here) > MOST_ROWS:
-        lines.append(f"\n{len(here) - MOST_ROWS} slower ones stand in ways.csv.")
+        lines.append(f"\nSlower ones: {len(here) - MOST_ROWS} (ways.csv).")
     reach = between(study.best)[1]
     close = here[here.tpot_ms <= reach].drop_duplicates("way").way.tolist()[1:]
     if close:
@@ -169,7 +169,9 @@ def verdict(study: Study, found: Pays) -> str:
     if abs(found.gain) <= MATTERS and abs(found.perfect_ms / found.without_ms - 1) <= MATTERS:
         return f"**No, it does not matter**: {beside}; true guesses: {found.perfect_ms:.2f} ms."
     if found.gain > MATTERS:
-        return f"**Only beside the same cache**: {beside}. {rival.way.capitalize()} is faster: {rival.tpot_ms:.2f} ms."
+        is_even = found.ms <= rival.tpot_ms * (1 + MATTERS)
+        word = "as fast" if is_even else "faster"
+        return f"**Only beside the same cache**: {beside}. {rival.way.capitalize()} is {word}: {rival.tpot_ms:.2f} ms."
     if math.isfinite(found.break_even_recall):
         return f"**Only if guesses are better**: {beside}; true ones: {found.perfect_ms:.2f} ms."
     return f"**No**: {beside}, and not even true guesses are faster ({found.perfect_ms:.2f} ms)."

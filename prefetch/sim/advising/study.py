@@ -17,6 +17,7 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.models.cards import load_architecture
+from prefetch.sim.advising.cases import host_at
 from prefetch.sim.advising.pays import Pays, pays
 from prefetch.sim.advising.ways import AHEAD, KINDS, Way, ahead, alone, cell_of, host_bytes, rungs
 from prefetch.sim.bench import Bench
@@ -159,12 +160,6 @@ def _swings(study: Study, ways: Sequence[Way], kept: Kept) -> dict[str, tuple[st
     return found
 
 
-def _host_at(hardware: Hardware, factor: float) -> Hardware:
-    host = hardware.host
-    rate = max(1, round(host.bytes_per_s * factor))
-    return dataclasses.replace(hardware, host=dataclasses.replace(host, bytes_per_s=rate))
-
-
 def _device_at(hardware: Hardware, factor: float) -> Hardware:
     device = hardware.device
     rate, fixed = (
@@ -177,7 +172,7 @@ def _device_at(hardware: Hardware, factor: float) -> Hardware:
 
 CHANGES: dict[str, Callable[[Hardware, float], Hardware]] = {
     "link": with_link,
-    "host memory": _host_at,
+    "host memory": host_at,
     "GPU": _device_at,
 }
 
