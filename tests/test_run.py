@@ -81,6 +81,7 @@ def test_all_runs_every_stage_in_folders_of_their_own(tmp_path):
     assert used in json.loads((folder / "lineage.json").read_text())
     assert (folder / "analyze" / "summary.md").exists()
     assert (folder / "evaluate" / "results.csv").exists()
+    assert "## What to type" in (folder / "advise" / "advice.md").read_text()
 
 
 def test_artifacts_lists_and_removes(tmp_path):

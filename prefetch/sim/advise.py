@@ -69,8 +69,8 @@ def headline(found: Study) -> dict[str, float]:
     low, high = between(best)
     metrics = {
         "tpot_ms": float(best.tpot_ms),
-        "tpot_ms_low": low * (1 - found.error),
-        "tpot_ms_high": high * (1 + found.error),
+        "tpot_ms_low": low * (1 - found.error[0]),
+        "tpot_ms_high": high * (1 + found.error[1]),
         "tokens_per_s": float(best.tokens_per_s),
         "slots": float(best.slots),
         "host_bytes": float(best.host_bytes),

@@ -82,8 +82,11 @@ def _errors(study: Study) -> str:
     best, error = study.best, study.error
     low, high = between(best)
     words = f"; {low:.2f} to {high:.2f} ms over requests" if low < high else ""
-    low, high = low * (1 - error), high * (1 + error)
-    return f"{words}; {low:.2f} to {high:.2f} ms with the machine's error of {error:.0%}"
+    low, high = low * (1 - error[0]), high * (1 + error[1])
+    kind = (
+        "measured error" if study.bench.hardware.measured_error is not None else "datasheet's error"
+    )
+    return f"{words}; {low:.2f} to {high:.2f} ms with the machine's {kind}"
 
 
 def _order(study: Study) -> str:
@@ -290,6 +293,14 @@ def grounds(study: Study, stand_in: str) -> Iterator[str]:
     bench, work = study.bench, study.bench.work
     provenance = bench.reader.provenance
     yield stand_in or f"routing: {bench.reader.card.name}, {provenance.kind}, {provenance.source}"
+    own, name = bench.reader.card, bench.simulator.model_card
+    if name is not None and not stand_in:
+        model = load_architecture(name).card(None, None)
+        if (own.n_layers, own.top_k) != (model.n_layers, model.top_k):
+            yield (
+                f"{model.name} has {model.n_layers} layers and takes {model.top_k} experts; the {own.n_layers} layers "
+                f"and {own.top_k} of the routing are simulated, with its sizes: slots and times are of a model so large"
+            )
     yield (
         f"replayed: the first {work.n_steps:,} steps of requests that nothing was fitted on, "
         f"{int(work.decode_S.sum()):,} tokens, batch {bench.simulator.batch}; caches start {bench.simulator.start}"
@@ -301,9 +312,10 @@ def grounds(study: Study, stand_in: str) -> Iterator[str]:
     yield (
         f"{bench.hardware.name} is a {kind}: "
         + (
-            f"simulated steps were {study.error:.1%} off measured ones"
+            f"simulated steps were {study.error[0]:.1%} off measured ones"
             if bench.hardware.measured_error is not None
-            else f"nothing was measured on it, an error of {study.error:.0%} is assumed (advise.datasheet_error)"
+            else f"nothing was measured on it, and a real engine may take {study.error[0]:.0%} less or "
+            f"{study.error[1]:.0%} longer (advise.datasheet_error, from predictions of what others measured)"
         )
     )
     if work.is_teacher_forced:

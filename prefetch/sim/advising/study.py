@@ -44,7 +44,7 @@ class Study:
     bench: Bench
     memory: OfMemory
     table: pd.DataFrame  # a row per way and memory, those that were refused among them
-    error: float  # of a time on this machine, relative
+    error: tuple[float, float]  # by how much a time may be shorter on this machine, and longer
     pays: Pays | None  # None: nobody copies ahead, or all experts are there
     lacks_host: bool  # the host's memory cannot hold all experts
     swings: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
@@ -124,7 +124,9 @@ def _studied(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) ->
         bench=bench,
         memory=memory,
         table=table,
-        error=told.datasheet_error if error is None else error,
+        error=(told.datasheet_error[0], told.datasheet_error[1])
+        if error is None
+        else (error, error),
         pays=None,
         lacks_host=lacks_host,
     )
@@ -147,12 +149,13 @@ def _studied(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) ->
 
 
 def _swings(study: Study, ways: Sequence[Way], kept: Kept) -> dict[str, tuple[str, float]]:
-    """Who is the fastest where one of the machine's numbers is off by its error, either way."""
-    bench, error, found = study.bench, study.error, dict[str, tuple[str, float]]()
-    if error == 0 or len(ways) < 2:
+    """Who is the fastest where one of the machine's numbers is another, either way."""
+    bench, found = study.bench, dict[str, tuple[str, float]]()
+    swing = bench.cfg.advise.swing
+    if swing == 0 or len(ways) < 2:
         return found
     for name, change in CHANGES.items():
-        for factor in (1 - error, 1 + error):
+        for factor in (1 - swing, 1 + swing):
             other = bench.on(change(bench.hardware, factor))
             rows = pd.DataFrame(_rows(other, ways, [study.memory], kept, f"{name} x{factor:.2g}"))
             first = rows.sort_values("tpot_ms", kind="stable").iloc[0]
