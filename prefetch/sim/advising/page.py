@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from prefetch import __version__
 from prefetch.errors import ConfigError
 from prefetch.models.cards import load_architecture
+from prefetch.sim.advising.grounds import grounds
 from prefetch.sim.advising.pays import MATTERS, Pays
 from prefetch.sim.advising.study import GIB, Study, more_of
 from prefetch.sim.advising.ways import AHEAD
@@ -286,55 +286,6 @@ def placement_of(study: Study) -> Placement:
 def _engines(study: Study) -> list[str]:
     blocks = settings_of(placement_of(study))
     return [f"```sh\n{block.text}\n```" for block in blocks]
-
-
-def grounds(study: Study, stand_in: str) -> Iterator[str]:
-    """What a reader must know before betting on a number."""
-    bench, work = study.bench, study.bench.work
-    provenance = bench.reader.provenance
-    yield stand_in or f"routing: {bench.reader.card.name}, {provenance.kind}, {provenance.source}"
-    own, name = bench.reader.card, bench.simulator.model_card
-    if name is not None and not stand_in:
-        model = load_architecture(name).card(None, None)
-        if (own.n_layers, own.top_k) != (model.n_layers, model.top_k):
-            yield (
-                f"{model.name} has {model.n_layers} layers and takes {model.top_k} experts; the {own.n_layers} layers "
-                f"and {own.top_k} of the routing are simulated, with its sizes: slots and times are of a model so large"
-            )
-    yield (
-        f"replayed: the first {work.n_steps:,} steps of requests that nothing was fitted on, "
-        f"{int(work.decode_S.sum()):,} tokens, batch {bench.simulator.batch}; caches start {bench.simulator.start}"
-    )
-    if bench.units.name != "requests" or len(np.unique(bench.units.place_S)) < 2:
-        few = "there is one request" if bench.units.name == "requests" else bench.units.name
-        yield f"intervals: {few}"
-    kind = bench.hardware.kind
-    yield (
-        f"{bench.hardware.name} is a {kind}: "
-        + (
-            f"simulated steps were {study.error[0]:.1%} off measured ones"
-            if bench.hardware.measured_error is not None
-            else f"nothing was measured on it, and a real engine may take {study.error[0]:.0%} less or "
-            f"{study.error[1]:.0%} longer (advise.datasheet_error, from predictions of what others measured)"
-        )
-    )
-    if work.is_teacher_forced:
-        yield "prompts are replayed token by token, as if they had been generated (teacher-forced)"
-    if provenance.kind == "synthetic":
-        yield "the routing is synthetic: no number here is about a model"
-    host = bench.hardware.host.memory_bytes
-    if study.lacks_host:
-        room = bench.simulator.host_cache
-        yield (
-            f"the host's {_gib(host)} cannot hold all experts: what {room} of it do not hold is read from the disk"
-        )
-    elif study.best.host_bytes > host:
-        yield f"{_gib(study.best.host_bytes)} of experts are to lie in the host's memory of {_gib(host)}"
-    cells = study.table[study.table["mark"].str.startswith("cannot run") & (study.table.way != ALL)]
-    for mark in cells["mark"].drop_duplicates().tolist():
-        yield str(mark)
-    yield f"trace {bench.key}, prefetch {__version__}, seed {bench.cfg.seed}"
-    yield "energy is not simulated, nor are lossy ways (fewer experts, substitutes, lower precision of some)"
 
 
 def _all_experts(card: ModelCard) -> int:

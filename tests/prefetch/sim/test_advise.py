@@ -155,7 +155,7 @@ def test_without_a_memory_it_is_that_of_the_cache(store):
 
 def test_a_host_that_cannot_hold_all_experts_reads_them_from_its_disk(store):
     found = studied(store, "memory=8GiB", "hardware.host.memory_bytes=9000000000")
-    assert found.lacks_host and "is read from the disk" in page(found, "")
+    assert found.lacks_host and "lacks is read from the disk" in page(found, "")
     assert (found.here[found.here.way == CACHE].disk_bytes_per_token > 0).all()
     plenty = studied(store, "memory=8GiB")
     assert found.best.tpot_ms > plenty.best.tpot_ms and not plenty.lacks_host
