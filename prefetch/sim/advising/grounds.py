@@ -47,8 +47,12 @@ def _other_shape(bench: Bench) -> Iterator[str]:
 
 def _replayed(bench: Bench) -> Iterator[str]:
     work, told, units = bench.work, bench.simulator, bench.units
+    both_R = np.intersect1d(bench.trace.request_T, bench.others.request_T)
+    of = "the end of requests on whose beginning counts and guesses were fitted"
+    if not len(both_R):
+        of = "requests that nothing was fitted on"
     yield (
-        f"replayed: the first {work.n_steps:,} steps of requests that nothing was fitted on, "
+        f"replayed: the first {work.n_steps:,} steps of {of}, "
         f"{int(work.decode_S.sum()):,} tokens, batch {told.batch}; every way begins with the experts on the GPU that "
         "other requests use most"
     )

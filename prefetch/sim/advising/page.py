@@ -83,10 +83,8 @@ def _errors(study: Study) -> str:
     low, high = between(best)
     words = f"; {low:.2f} to {high:.2f} ms over requests" if low < high else ""
     low, high = low * (1 - error[0]), high * (1 + error[1])
-    kind = (
-        "measured error" if study.bench.hardware.measured_error is not None else "datasheet's error"
-    )
-    return f"{words}; {low:.2f} to {high:.2f} ms with the machine's {kind}"
+    of = "this machine" if study.bench.hardware.measured_error is not None else "a datasheet"
+    return f"{words}; {low:.2f} to {high:.2f} ms with the error of {of}"
 
 
 def _order(study: Study) -> str:
@@ -168,7 +166,14 @@ def verdict(study: Study, found: Pays) -> str:
     rival, guesses = others.iloc[0], f"{found.way.predictor} {found.way.horizon} layers ahead"
     beside = f"{found.ms:.2f} ms with the guesses of {guesses}, {found.without_ms:.2f} ms for the same cache without"
     if study.best.way == AHEAD and found.gain > MATTERS:
-        return f"**Yes**: {beside}, {rival.tpot_ms:.2f} ms for the fastest way without guesses ({rival.way})."
+        beside += f", {rival.tpot_ms:.2f} ms for the fastest way without guesses ({rival.way})"
+        is_sure = all(way == AHEAD for way, _ in study.swings.values())
+        word = (
+            "Yes" if is_sure else "Barely: on a machine that differs a little another way is faster"
+        )
+        return (
+            f"**{word}**: {beside}." if is_sure else f"**{word}.** {beside[0].upper()}{beside[1:]}."
+        )
     if abs(found.gain) <= MATTERS and abs(found.perfect_ms / found.without_ms - 1) <= MATTERS:
         return f"**No, it does not matter**: {beside}; true guesses: {found.perfect_ms:.2f} ms."
     if found.gain > MATTERS:
