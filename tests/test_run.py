@@ -151,14 +151,14 @@ def test_a_sweep_of_predictors_stands_on_one_trace(tmp_path, words, names):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("stage=colect",), 2, "Available options in 'stage': all analyze artifacts"),
+        (("stage=colect",), 2, "Available options in 'stage': advise all analyze artifacts"),
         (
             ("sed=1",),
             2,
-            "Key 'sed' not in 'Config' full_key: sed ; the root has: analyze, artifacts, collect",
+            "Key 'sed' not in 'Config' full_key: sed ; the root has: advise, analyze, artifacts, collect",
         ),
         (("+seeed=1",), 2, "nothing reads an added key"),
-        (("experiment=nosuch",), 2, "Available options in 'experiment': quick"),
+        (("experiment=nosuch",), 2, "Available options in 'experiment': published_ab quick"),
         ((*QUICK, "stage=collect", "seed=-1"), 2, "seed=-1: must not be negative"),
         ((*QUICK, "stage=collect", "collect.max_dropped=7"), 2, "must be a share from 0 to 1"),
         ((*QUICK, "stage=collect", "hydra.run.dir=/proc/x"), 1, "/proc/x"),

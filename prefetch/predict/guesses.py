@@ -20,7 +20,7 @@ from prefetch.predict.predictor import Predictor, cheats, declared
 from prefetch.predict.timing import UNTIMED, EventTime
 from prefetch.progress import Progress
 from prefetch.trace.predictions import Predictions, PredictionsCard, PredictionsWriter
-from prefetch.trace.routing import id_dtype, no_expert
+from prefetch.trace.routing import RoutingTrace, id_dtype, no_expert
 
 HALF_MAX = float(np.finfo(np.float16).max)
 
@@ -61,16 +61,17 @@ def _rank(scores_TLE, ids_TLP, best_TLP):  # type: ignore[no-untyped-def]
 
 def guess_part(
     predictor: Predictor, part: Part, width: int
-) -> Iterator[tuple[Past, NDArray[Any], NDArray[np.float16]]]:
-    """(past, ids_THLP, scores_THLP) of every block."""
+) -> Iterator[tuple[RoutingTrace, NDArray[Any], NDArray[np.float16]]]:
+    """(rows, ids_THLP, scores_THLP) of every block, of the rows that count: what was before is known, not asked."""
     view = Answered if cheats(predictor) else Past
-    for block, _ in part.blocks(*predictor.needs, max_rows=PART_ROWS):
+    for block, counted_T in part.blocks(*predictor.needs, max_rows=PART_ROWS):
         guesses = []
         for horizon in predictor.horizons:
-            past = view(block, horizon)
-            guesses.append(ranked(scores_of(predictor, past), width))
+            scores_TLE = scores_of(predictor, view(block, horizon))
+            guesses.append(ranked(scores_TLE[counted_T], width))
         ids_THLP = np.stack([ids for ids, _ in guesses], axis=1)
-        yield past, ids_THLP, np.stack([scores for _, scores in guesses], axis=1)
+        scores_THLP = np.stack([scores for _, scores in guesses], axis=1)
+        yield block.rows(counted_T), ids_THLP, scores_THLP
 
 
 def scores_of(predictor: Predictor, past: Past) -> NDArray[np.float32]:
@@ -119,7 +120,7 @@ def write_guesses(
     )
     writer = PredictionsWriter(folder, card)
     with Progress(f"guessing: {name}", None, "tokens") as progress:
-        for past, ids_THLP, scores_THLP in guess_part(predictor, part, width):
-            writer.append(Predictions(card, past.request_T, past.position_T, ids_THLP, scores_THLP))
-            progress.advance(past.n_tokens)
+        for rows, ids_THLP, scores_THLP in guess_part(predictor, part, width):
+            writer.append(Predictions(card, rows.request_T, rows.position_T, ids_THLP, scores_THLP))
+            progress.advance(rows.n_tokens)
     writer.close()

@@ -100,6 +100,7 @@ class Imported:
         place_T = self._places(past)
         h = self.horizons.index(past.horizon)
         ids, scores = self.ids_THLP_[place_T, h].astype(np.int64), self.scores_THLP_[place_T, h]
+        ids[place_T < 0] = past.nobody
         self._check(ids, past)
         n_experts = past.card.n_experts
         beyond = np.where(ids == past.nobody, n_experts, ids)
@@ -108,18 +109,21 @@ class Imported:
         return scores_TLE[:, :, :n_experts]
 
     def _places(self, past: Past) -> NDArray[np.int64]:
-        """Where each row's guesses stand."""
+        """Where each row's guesses stand; -1 before the first row of a request, where it is split in time."""
         keys = self.row_T2_[:, 0] << 32 | self.row_T2_[:, 1]
         wanted = past.request_T.astype(np.int64) << 32 | past.position_T
         place_T = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        absent = np.flatnonzero(keys[place_T] != wanted)
+        is_next_T = keys[place_T] >> 32 == past.request_T
+        is_first_T = is_next_T & ((place_T == 0) | (keys[place_T - 1] >> 32 != past.request_T))
+        is_before_T = is_first_T & (keys[place_T] > wanted)
+        absent = np.flatnonzero((keys[place_T] != wanted) & ~is_before_T)
         if len(absent):
             t = int(absent[0])
             raise FormatError(
                 f"{self.path}: no guesses for request {past.request_T[t]}, position {past.position_T[t]}; every "
                 "request that is tested must be covered (train.folds=1 tests a fifth of them)"
             )
-        return place_T
+        return np.where(is_before_T, -1, place_T)
 
     def _check(self, ids_TLP: NDArray[np.int64], past: Past) -> None:
         n_layers, n_experts = past.card.n_layers, past.card.n_experts

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from prefetch.errors import FormatError
 from prefetch.predict.held_out import HeldOut
 from prefetch.trace.predictions import Predictions, PredictionsReader
-from prefetch.trace.routing import no_expert
+from prefetch.trace.routing import RoutingTrace, no_expert
 
 CACHE_SHARE = 4  # the stated cache holds one of so many experts of every layer
 BINS = 20  # of the reliability curve
@@ -79,7 +79,7 @@ def count(guesses: PredictionsReader, tested: HeldOut, *, is_foreign: bool = Fal
     is_probability, longest = about.score == "probability", 0
     rows = _Aligned(guesses)
     for block, counted_T in part.blocks():
-        mine = rows.take(block.request_T, block.position_T)
+        mine = rows.take(block, counted_T)
         request_T = np.searchsorted(part.requests, block.request_T)
         row_T = np.where(tested.is_copy_R[request_T], COPIES, NEW)
         row_T[tested.shared.rows(block)] = TEMPLATE
@@ -106,6 +106,19 @@ class _Aligned:
         self._row, self._end = 0, guesses.n_tokens
 
     def take(
+        self, block: RoutingTrace, asked_T: NDArray[np.bool_]
+    ) -> tuple[NDArray[Any], NDArray[np.float16]]:
+        """About the rows that are asked; of the others, which come before them, nobody is guessed."""
+        ids_AHLP, scores_AHLP = self._asked(block.request_T[asked_T], block.position_T[asked_T])
+        if asked_T.all():
+            return ids_AHLP, scores_AHLP
+        shape = (block.n_tokens, *ids_AHLP.shape[1:])
+        ids_THLP = np.full(shape, no_expert(block.card.n_experts), ids_AHLP.dtype)
+        scores_THLP = np.zeros(shape, scores_AHLP.dtype)
+        ids_THLP[asked_T], scores_THLP[asked_T] = ids_AHLP, scores_AHLP
+        return ids_THLP, scores_THLP
+
+    def _asked(
         self, request_T: NDArray[np.int32], position_T: NDArray[np.int32]
     ) -> tuple[NDArray[Any], NDArray[np.float16]]:
         wanted = len(request_T)

@@ -62,6 +62,15 @@ def _check(cfg: Config) -> None:
             f"simulator.misses={cfg.simulator.misses}, simulator.semantics={cfg.simulator.semantics}: stage=advise "
             "tries every way by itself; leave them out"
         )
+    if cfg.simulator.requests != "test":
+        raise ConfigError(
+            f"simulator.requests={cfg.simulator.requests}: stage=advise counts on some requests and times others; "
+            "leave it out"
+        )
+    if cfg.advise.predictors is not None and not len(cfg.advise.predictors):
+        raise ConfigError(
+            "advise.predictors=[]: names nobody; advise.predictors=null is the default"
+        )
 
 
 def headline(found: Study) -> dict[str, float]:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prefetch.errors import ConfigError
 from prefetch.sim.bench import SEMANTICS, Bench
 from prefetch.sim.cell import CHEATS, REFUSALS, Cell, Refused
 from prefetch.sim.machine import Guesses
-from prefetch.sim.memory import OfMemory
+from prefetch.sim.memory import Budget, OfMemory
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import EMPTY
@@ -129,6 +130,8 @@ def cell_of(
     budget = size_of(capacity, reader.card.parameter_bytes if reader else 0, landing)
     event_us = reader.card.event_us if reader else None
     machine = bench.machine(bench.simulator.misses, event_us or 0.0)
+    pinned = bench.prior.pinned(made, budget if is_curve else None)
+    _need_passage(bench, budget, made, pinned)
     return Cell(
         names=names,
         policy=made,
@@ -138,8 +141,23 @@ def cell_of(
         semantics=SEMANTICS[bench.simulator.semantics],
         told=bench.prior.told(made, len(budget.room_G), reader, horizon),
         warm=bench.prior.warm(made),
-        pinned=bench.prior.pinned(made, budget if is_curve else None),
+        pinned=pinned,
     )
+
+
+def _need_passage(bench: Bench, budget: Budget, policy: Policy, pinned: NDArray[np.int64]) -> None:
+    """Where no expert leaves a cache, those that miss it go through staging."""
+    n_layers, n_experts = bench.card.n_layers, bench.card.n_experts
+    if bench.simulator.misses != "wait" or bench.simulator.staging:
+        return
+    layers = pinned // n_experts * (len(budget.slots_G) > 1)
+    pinned_G = np.bincount(layers, minlength=len(budget.slots_G))
+    are_full = (pinned_G >= budget.slots_G).any() or "counts" in policy.needs
+    if are_full and budget.experts < n_layers * n_experts:
+        raise ConfigError(
+            "simulator.staging=0: no expert ever leaves a cache here (policy=static, or simulator.pinned fills it), so "
+            "that one that is missing has no place; give simulator.staging=1 or more"
+        )
 
 
 def _cheats(bench: Bench, policy: Policy, reader: PredictionsReader | None) -> bool:

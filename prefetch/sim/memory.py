@@ -185,14 +185,16 @@ def spoken(n_bytes: int) -> str:
 def _what_remains(memory: int | str, parts: dict[str, int], hardware: Hardware) -> int:
     given, needed, has = bytes_of(memory), sum(parts.values()), hardware.device.memory_bytes
     if given > has:
-        raise ConfigError(f"memory={memory}: {hardware.name} has {spoken(has)}")
+        raise ConfigError(
+            f"memory={memory}: {hardware.name} has {spoken(has)}; memory={has // 2**20}MiB is all of it"
+        )
     if given < needed:
         each = ", ".join(
             f"{name.removesuffix('_bytes')} {spoken(size)}" for name, size in parts.items() if size
         )
         raise ConfigError(
             f"memory={memory} is less than what must stand beside the cache: {each}; together {spoken(needed)}, "
-            f"shortfall {spoken(needed - given)}. Give more memory, or a shorter context or a smaller batch"
+            f"shortfall {(needed - given) / 2**30:.2f} GiB. Give more memory, or a shorter context or a smaller batch"
         )
     return given - needed
 

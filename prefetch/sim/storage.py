@@ -66,13 +66,13 @@ def _unlink(memory, entry):  # type: ignore[no-untyped-def]
 
 @njit(**CALLED)
 def read_ahead(until, run, machine):  # type: ignore[no-untyped-def]
-    """Chunks of guesses, as long as they begin before `until`; whether any guess can be copied from now on."""
-    disk, reads, has_joined = run.disk, run.reads, False
+    """Chunks of guesses that begin before `until`, to the end of one; whether it can be copied from now on."""
+    disk, reads = run.disk, run.reads
     while choose(disk, reads, np.bool_(False)):
         head = disk[HEAD]
         begin = max(disk[FREE_NS], reads[head, ISSUED])
         if begin >= until:
-            break
+            return False
         layer, expert = reads[head, LAYER], reads[head, EXPERT]
         took = machine.disk.chunk_ns_LX[layer, reads[head, DONE]]
         reads[head, DONE] += 1
@@ -86,8 +86,8 @@ def read_ahead(until, run, machine):  # type: ignore[no-untyped-def]
             join(run.link, run.queue, layer, expert, target, disk[FREE_NS], score, rank)
             disk[QUEUED] -= 1
             disk[HEAD] = head + 1 if disk[QUEUED] else 0
-            has_joined = True
-    return has_joined
+            return True  # its copy may begin before the next is read
+    return False
 
 
 @njit(**CALLED)
@@ -138,7 +138,8 @@ def fetch(now, asked, layer, ids_A, missing, n_missing, there, run, machine):  #
     First who is there, then who arrives, then who is being read, then the others, read one after the other.
     """
     disk, memory, base = run.disk, run.memory, layer * run.queued_LE.shape[1]
-    read_ahead(asked, run, machine)
+    while read_ahead(asked, run, machine):
+        pass
     for m in range(n_missing):
         entry = base + np.int64(ids_A[missing[m]])
         there[m] = max(now, memory[THERE_NS, entry])

@@ -70,13 +70,12 @@ class Storage:
             self.left -= size
         self.there[entry] = there_ns
 
-    def read_ahead(self, until: int) -> list[Copy]:
-        """Chunks of guesses, as long as they begin before `until`; those that can be copied from now on."""
-        read = list[Copy]()
+    def read_ahead(self, until: int) -> Copy | None:
+        """Chunks of guesses that begin before `until`, to the end of one: it can be copied from now on."""
         while copy := next_of(self.queue, self.free, self.rank):
             begin = max(self.free, copy.issued_ns)
             if begin >= until:
-                break
+                return None
             self._read(begin, copy.entry[0], range(copy.chunks_done, copy.chunks_done + 1))
             copy.chunks_done += 1
             if copy.chunks_done == self._n_chunks(copy.entry[0]):
@@ -84,8 +83,8 @@ class Storage:
                 self._count(copy.entry[0])
                 self.remember(copy.entry, self.free)
                 copy.chunks_done, copy.issued_ns = 0, self.free
-                read.append(copy)
-        return read
+                return copy  # it may be copied before the next is read
+        return None
 
     def take_over(self, needed: Collection[Entry]) -> None:
         """A guess that is being read is needed: what is left of it is read first, for whoever needs it."""

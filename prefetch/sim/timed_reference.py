@@ -137,7 +137,8 @@ class TimedReplay:
             compute(a, arrival[a], "late_stall_ns")
         asked, in_memory = self.host, dict.fromkeys(missing, 0)
         if self.storage.is_limited and missing:
-            self.queue += self.storage.read_ahead(asked)
+            while read := self.storage.read_ahead(asked):
+                self.queue.append(read)
             in_memory = self.storage.fetch(now, asked, {a: entries[a] for a in missing})
             missing = list(in_memory)
         self.missing = missing
@@ -206,7 +207,7 @@ class TimedReplay:
             copy = self._next()
             begin = max(self.link_free, copy.issued_ns) if copy else NEVER_STALE
             if read := self.storage.read_ahead(min(begin, until)):
-                self.queue += read
+                self.queue.append(read)
                 continue
             if copy is None or begin >= until:
                 return
@@ -326,7 +327,9 @@ class TimedReplay:
             if not self._is_there(entry) and all(copy.entry != entry for copy in queue):
                 self.host += self.machine.issue_ns
                 joined = self.queue if self.storage.has(entry) else self.storage.queue
-                joined.append(Copy(entry, target, self.host, score))
+                # its last chunk may still be read
+                may = max(self.host, self.storage.there.get(entry, 0))
+                joined.append(Copy(entry, target, may, score))
 
     def _upload(self, entry: Entry, in_memory: int) -> None:
         """An expert that the host computes is copied behind everything else, for its next use."""

@@ -321,7 +321,10 @@ def _enqueue(target, host, first_event, guesses, pool, run, machine):  # type: i
                 score = guesses.score_VW[r, np.uint64(i)]
                 rank = score if machine.by_score else -target
                 if is_in_memory(layer, expert, run, machine):
-                    join(run.link, run.queue, layer, expert, target, host, score, rank)
+                    may = host
+                    if machine.disk.room_bytes < NEVER:  # its last chunk may still be read
+                        may = max(may, run.memory[THERE_NS, layer * len(run.brought_E) + expert])
+                    join(run.link, run.queue, layer, expert, target, may, score, rank)
                 else:
                     join(run.disk, run.reads, layer, expert, target, host, score, rank)
                 run.queued_LE[x, e] = 1

@@ -15,6 +15,18 @@ from prefetch.sim.memory import bytes_of, spoken
 from prefetch.sim.settings.placement import ALL
 
 
+def first_of_all(study: Study, stand_in: str) -> Iterator[str]:
+    """What nobody may overlook: it stands above every number."""
+    if stand_in:
+        yield stand_in
+    elif study.bench.reader.provenance.kind == "synthetic":
+        yield "the routing is synthetic: no number here is about a model"
+    if not study.bench.prior.uses_LE.any():
+        yield (
+            "no request is left to count uses on: the most used experts are not known, those of small numbers are taken"
+        )
+
+
 def grounds(study: Study, stand_in: str) -> Iterator[str]:
     """`stand_in`: what is said of routing that is another model's, or nobody's."""
     bench = study.bench
@@ -26,7 +38,14 @@ def grounds(study: Study, stand_in: str) -> Iterator[str]:
         yield "the routing is synthetic: no number here is about a model"
     yield from _replayed(bench)
     yield from _machine(study)
-    is_refused = study.table["mark"].str.startswith(CANNOT_RUN) & (study.table.way != ALL)
+    guessing = sorted({*study.table.predictor} - {"none"})
+    if guessing:
+        yield (
+            f"guesses tried: {', '.join(guessing)} (advise.predictors names others); policies, predictors and horizons "
+            "were chosen on the requests that they are timed on"
+        )
+    is_here = study.table.memory_bytes == bytes_of(study.memory.amount)
+    is_refused = study.table["mark"].str.startswith(CANNOT_RUN) & (study.table.way != ALL) & is_here
     yield from map(str, study.table[is_refused]["mark"].drop_duplicates())
     yield "energy is not simulated, nor are lossy ways (fewer experts, substitutes, lower precision of some)"
     yield f"trace {bench.key}, prefetch {__version__}, seed {bench.cfg.seed}"
@@ -56,11 +75,16 @@ def _replayed(bench: Bench) -> Iterator[str]:
         f"{int(work.decode_S.sum()):,} tokens, batch {told.batch}; every way begins with the experts on the GPU that "
         "other requests use most"
     )
-    if work.is_decode_S.any():
-        attended = work.context_S[work.is_decode_S].mean() / told.batch
+    tokens, steps = int(work.decode_S.sum()), int(work.is_decode_S.sum())
+    attended = work.context_S[work.is_decode_S].sum() / tokens
+    yield (
+        f"attention reads what these requests hold, {attended:,.0f} tokens in the mean; memory is kept for "
+        f"{told.context:,}"
+    )
+    if told.batch > 1:
         yield (
-            f"attention reads what these requests hold, {attended:,.0f} tokens in the mean; memory is kept for "
-            f"{told.context:,}"
+            f"a step makes {tokens / steps:.1f} tokens in the mean, and a request waits for the whole step: so many "
+            "times the time per token"
         )
     if work.is_teacher_forced:
         yield "prompts are replayed token by token, as if they had been generated (teacher-forced)"
@@ -80,6 +104,10 @@ def _machine(study: Study) -> Iterator[str]:
             f"{hardware.name} is a {hardware.kind}, nothing was calibrated on it: a real engine may take {less:.0%} "
             f"less or {more:.0%} longer (advise.datasheet_error, from predictions of what others measured)"
         )
+    yield (
+        f"of the host it is taken that it has {spoken(hardware.host.memory_bytes)} of memory at "
+        f"{hardware.host.bytes_per_s / 1e9:.3g} GB/s (hardware.host.*)"
+    )
     if study.lacks_host:
         has, room = hardware.host.memory_bytes, str(bench.simulator.host_cache)
         kept = spoken(bytes_of(room)) if room.lower().endswith("b") else room

@@ -14,12 +14,13 @@ import pandas as pd
 
 from prefetch.errors import ConfigError
 from prefetch.models.cards import load_architecture
-from prefetch.sim.advising.grounds import grounds
+from prefetch.sim.advising.grounds import first_of_all, grounds
 from prefetch.sim.advising.pays import MATTERS, Pays
 from prefetch.sim.advising.study import GIB, Study, more_of
 from prefetch.sim.advising.ways import AHEAD
+from prefetch.sim.cell import CHEATS
 from prefetch.sim.grid import SPLIT
-from prefetch.sim.memory import OfMemory, budget_of, bytes_of, spoken
+from prefetch.sim.memory import budget_of, bytes_of, spoken
 from prefetch.sim.settings.engines import settings_of
 from prefetch.sim.settings.placement import ALL, BOTH, CACHE, HOST, Placement, rooms_of
 from prefetch.trace.card import ModelCard
@@ -42,6 +43,7 @@ def page(study: Study, stand_in: str) -> str:
     title = f"{bench.card.name} on {bench.hardware.name} with {_gib(bytes_of(study.memory.amount))} of GPU memory"
     parts = [
         f"# {title}",
+        *(f"> {text[0].upper()}{text[1:]}." for text in first_of_all(study, stand_in)),
         _headline(study),
         "## Where the memory goes",
         _memory(study),
@@ -65,12 +67,12 @@ def _headline(study: Study) -> str:
     words = (
         f"**{best.way.capitalize()}: {DOES[best.way]}.** {best.tpot_ms:.2f} ms per token, {best.tokens_per_s:.1f} "
         f"tokens/s (simulated{_errors(study)}). {int(best.slots):,} of {_all_experts(study.bench.card):,} experts on "
-        f"the GPU, {_gib(best.host_bytes)} of experts in the host's memory"
+        f"the GPU, {_on_host(study, float(best.host_bytes))}"
     )
     if best.way in (CACHE, AHEAD, BOTH):
         words += f", policy {best.policy}"
     if best.way == AHEAD:
-        words += f", guesses of {best.predictor} {int(best.horizon)} layers ahead"
+        words += f", guesses of {best.predictor} {_layers(int(best.horizon))} ahead"
     unused = bytes_of(study.memory.amount) - int(best.memory_bytes)
     words += "."
     if unused and best.way != ALL:
@@ -78,10 +80,18 @@ def _headline(study: Study) -> str:
     return f"{words}\n\n{_order(study)}" if study.swings else words
 
 
+def _on_host(study: Study, n_bytes: float) -> str:
+    room = study.bench.machine("wait").disk.room_bytes
+    if n_bytes <= room:
+        return f"{_gib(n_bytes)} of experts in the host's memory"
+    return f"{_gib(room)} of experts in the host's memory, {_gib(n_bytes - room)} on its disk"
+
+
 def _errors(study: Study) -> str:
     best, error = study.best, study.error
     low, high = between(best)
-    words = f"; {low:.2f} to {high:.2f} ms over requests" if low < high else ""
+    is_made_up = study.bench.reader.provenance.kind == "synthetic"
+    words = f"; {low:.2f} to {high:.2f} ms over requests" if low < high and not is_made_up else ""
     low, high = low * (1 - error[0]), high * (1 + error[1])
     of = "this machine" if study.bench.hardware.measured_error is not None else "a datasheet"
     return f"{words}; {low:.2f} to {high:.2f} ms with the error of {of}"
@@ -107,21 +117,20 @@ def between(row: pd.Series) -> tuple[float, float]:
 
 
 def _memory(study: Study) -> str:
-    budget = study.bench.budget(study.memory)
-    told = study.bench.simulator
+    budget, told = study.budget, study.bench.simulator
     parts = {
         "attention, embeddings, dense layers, routers": budget.dense_bytes,
         "shared experts": budget.shared_bytes,
         f"keys and values of {told.context:,} tokens, batch {told.batch}": budget.kv_bytes,
         "workspace": budget.workspace_bytes,
         "reserve of driver and display": budget.reserve_bytes,
-        f"{told.staging} experts under way": budget.staging_bytes,
+        "experts under way": budget.staging_bytes,
+        "the predictor": budget.predictor_bytes,
         f"{budget.experts:,} of {_all_experts(study.bench.card):,} experts": budget.cache_bytes,
+        "left over": bytes_of(study.memory.amount) - budget.whole_model_bytes,
     }
-    rows = [f"| {name} | {size / GIB:.2f} |" for name, size in parts.items() if size]
-    left = bytes_of(study.memory.amount) - budget.whole_model_bytes
-    rows.append(f"| left over | {left / GIB:.2f} |")
-    return "\n".join(["| what | GiB |", "|---|---|", *rows])
+    rows = [f"| {name} | {_gib(size)} |" for name, size in parts.items() if size]
+    return "\n".join(["| what | size |", "|---|---|", *rows])
 
 
 def _ways(study: Study) -> str:
@@ -140,9 +149,9 @@ def _ways(study: Study) -> str:
         )
     if len(here) > MOST_ROWS:
         lines.append(f"\nSlower ones: {len(here) - MOST_ROWS} (ways.csv).")
-    reach = between(study.best)[1]
-    close = here[here.tpot_ms <= reach].drop_duplicates("way").way.tolist()[1:]
-    if close:
+    low, high = between(study.best)
+    close = here[here.tpot_ms <= high].drop_duplicates("way").way.tolist()[1:]
+    if close and low < high:
         lines.append(f"\nWithin the interval of the first: {', '.join(close)}.")
     return "\n".join(lines)
 
@@ -150,20 +159,20 @@ def _ways(study: Study) -> str:
 def does_prefetch_pay(study: Study) -> str:
     found = study.pays
     if found is None:
-        has_all = (study.here.way == ALL).any()
-        why = (
-            "Every expert is there"
-            if has_all
-            else "No way that copies ahead can run at this memory"
-        )
-        return f"No. {why}."
+        if (study.here.way == ALL).any():
+            return "No. Every expert is there."
+        asked = study.table[study.table.way == AHEAD]
+        if (asked["mark"] == CHEATS).any():
+            return "Not asked: those that copied ahead know the answer (they cheat). Name others: advise.predictors."
+        why = asked["mark"].iloc[0] if len(asked) else "no cache can run at this memory"
+        return f"Not asked: {why}."
     return f"{verdict(study, found)} {_break_evens(found)}"
 
 
 def verdict(study: Study, found: Pays) -> str:
     """Against the same cache without guesses, and against the fastest way without them."""
     others = study.here[study.here.way != AHEAD]
-    rival, guesses = others.iloc[0], f"{found.way.predictor} {found.way.horizon} layers ahead"
+    rival, guesses = others.iloc[0], f"{found.way.predictor}, {_layers(found.way.horizon)} ahead"
     beside = f"{found.ms:.2f} ms with the guesses of {guesses}, {found.without_ms:.2f} ms for the same cache without"
     if study.best.way == AHEAD and found.gain > MATTERS:
         beside += f", {rival.tpot_ms:.2f} ms for the fastest way without guesses ({rival.way})"
@@ -188,11 +197,12 @@ def verdict(study: Study, found: Pays) -> str:
 def _break_evens(found: Pays) -> str:
     recall, link = found.break_even_recall, found.break_even_gb_s
     words = [
-        f"These guesses find {found.recall:.0%} of what is needed; "
+        f"These guesses find {found.recall:.0%} of what the cache misses without them. "
         + (
-            f"on this link they pay from {recall:.0%} on."
+            f"Drawn ones, right or wrong by chance, pay from {recall:.0%} on (a predictor's errors cost less: it is "
+            "often wrong about experts that are there)."
             if math.isfinite(recall)
-            else "on this link no recall suffices."
+            else "Drawn ones, right or wrong by chance, pay at no recall on this link."
         )
     ]
     slowest = min(found.by_link) * found.link_gb_s
@@ -209,20 +219,23 @@ def _break_evens(found: Pays) -> str:
         )
     words.append(
         f"One copy takes {found.copy_us:.0f} us, a layer with its experts there {found.layer_us:.0f} us: to hide it, "
-        f"guesses must come {found.horizon_needed} layers ahead."
+        f"guesses must come {_layers(found.horizon_needed)} ahead."
     )
     return " ".join(words)
 
 
 def _more(study: Study) -> str:
-    lines = ["| GPU memory | fastest way | ms per token |", "|---|---|---|"]
-    for memory in (study.memory, *more_of(study.bench, study.memory)):
-        row = study.within(bytes_of(memory.amount)).iloc[0]
-        lines.append(f"| {_gib(bytes_of(memory.amount))} | {row.way} | {row.tpot_ms:.2f} |")
-    has = study.bench.hardware.device.memory_bytes
-    if len(more_of(study.bench, study.memory)) < 3:
-        lines.append(f"\nThe GPU has {_gib(has)}.")
-    return "\n".join(lines)
+    if study.best.way == ALL:
+        return "Nothing: every expert is there."
+    has, lines = study.bench.hardware.device.memory_bytes, list[str]()
+    for memory in (study.memory, *more_of(study.memory)):
+        n_bytes = bytes_of(memory.amount)
+        row = study.within(n_bytes).iloc[0]
+        beyond = " (more than this GPU has)" if n_bytes > has else ""
+        lines.append(f"| {_gib(n_bytes)}{beyond} | {row.way} | {row.tpot_ms:.2f} |")
+        if row.way == ALL:
+            break
+    return "\n".join(["| GPU memory | fastest way | ms per token |", "|---|---|---|", *lines])
 
 
 def _precisions(study: Study) -> Iterator[str]:
@@ -272,7 +285,7 @@ def placement_of(study: Study) -> Placement:
         told = bench.simulator
         lent = load_architecture(name).card(told.precision, told.matrix_precision)
         card = lent if lent.n_layers == card.n_layers else card
-    rooms = rooms_of(bench.card, bench.budget(OfMemory(int(best.memory_bytes))))
+    rooms = rooms_of(bench.card, study.budget)
     return Placement(
         card=card,
         way=CACHE if best.way == AHEAD else str(best.way),
@@ -295,6 +308,10 @@ def _engines(study: Study) -> list[str]:
 
 def _all_experts(card: ModelCard) -> int:
     return card.n_layers * card.n_experts
+
+
+def _layers(n: int) -> str:
+    return f"{n} layer{'s' * (n != 1)}"
 
 
 def _gib(n_bytes: float) -> str:

@@ -16,6 +16,7 @@ from prefetch.sim.bench import Bench
 from prefetch.sim.cell import Cell, Refused
 from prefetch.sim.memory import OfMemory
 from prefetch.sim.needed import required_recall, tpot_of, with_link
+from prefetch.sim.pool import MISS
 from prefetch.sim.settings.placement import CACHE
 from prefetch.sim.sweep import Job, Kept, run_all
 
@@ -34,7 +35,7 @@ class Pays:
     break_even_recall: float
     break_even_gb_s: float
     link_gb_s: float
-    recall: float  # of the guesses that are copied
+    recall: float  # of what the cache without guesses misses
     copy_us: float  # of one expert
     layer_us: float  # of a layer with all experts there
     by_link: dict[float, tuple[float, float]]  # factor: without guesses, with them
@@ -73,9 +74,9 @@ def pays(bench: Bench, way: Way, memory: OfMemory, kept: Kept) -> Pays | None:
         break_even_recall=float(here.break_even_recall.iloc[0]),
         break_even_gb_s=gb_s * slowest_that_pays(by_link),
         link_gb_s=gb_s,
-        recall=recall_of(bench, cell),
+        recall=miss_recall(bench, cell, alone),
         copy_us=copy_ns / 1e3,
-        layer_us=bench.full_ns / 1e3 / bench.card.n_layers,
+        layer_us=bench.full_ns * tokens_of_a_step(bench) / 1e3 / bench.card.n_layers,
         by_link=by_link,
     )
 
@@ -112,12 +113,21 @@ def slowest_that_pays(by_link: dict[float, tuple[float, float]]) -> float:
     return math.exp(low + (high - low) * share)
 
 
-def recall_of(bench: Bench, cell: Cell) -> float:
-    """Of the experts that events need, as far as anybody guesses about them, the share that is guessed."""
+def miss_recall(bench: Bench, cell: Cell, alone: Cell) -> float:
+    """Of what the cache without guesses misses, as far as anybody guesses about it, the share that is guessed.
+
+    That is what copies ahead can win. Guesses that are drawn find as much of it as of anything else.
+    """
     if cell.guesses is None:
         return math.nan
     work, ids_VW = bench.work, cell.guesses.ids_VW
-    event_A = np.repeat(np.arange(len(ids_VW)), np.diff(work.start_V))
+    is_miss_A = alone.run(work).outcome_A == MISS
+    event_A = np.repeat(np.arange(len(ids_VW)), np.diff(work.start_V))[is_miss_A]
     is_asked_A = (ids_VW[event_A] >= 0).any(axis=1)
-    is_guessed_A = (ids_VW[event_A] == work.ids_A[:, None]).any(axis=1)
-    return float(is_guessed_A.sum() / max(1, is_asked_A.sum()))
+    is_guessed_A = (ids_VW[event_A] == work.ids_A[is_miss_A, None]).any(axis=1)
+    return float(is_guessed_A.sum() / is_asked_A.sum()) if is_asked_A.any() else math.nan
+
+
+def tokens_of_a_step(bench: Bench) -> float:
+    work = bench.work
+    return float(work.decode_S[work.is_decode_S].mean()) if work.is_decode_S.any() else 1.0

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from prefetch.figures import (
-    BLACK,
     BLUE,
     GREEN,
     GREY,
@@ -26,10 +25,9 @@ from prefetch.sim.advising.study import GIB, Study
 from prefetch.sim.advising.ways import AHEAD, KINDS
 from prefetch.sim.grid import SPLIT
 from prefetch.sim.memory import bytes_of
-from prefetch.sim.settings.placement import ALL, BOTH, CACHE, HOST
+from prefetch.sim.settings.placement import BOTH, CACHE, HOST
 
 LOOKS: dict[str, tuple[str, Dash]] = {
-    ALL: (BLACK, ":"),
     SPLIT: (ORANGE, "-"),
     HOST: (PURPLE, "-"),
     BOTH: (SKY, "-"),
@@ -44,7 +42,7 @@ def tpot_by_memory(study: Study, folder: Path, note: str) -> list[Path]:
     """A way may leave memory unused: its line never rises."""
     table = study.within(study.bench.hardware.device.memory_bytes)
     lines, most = list[Line](), 0.0
-    for kind in KINDS:
+    for kind in KINDS[1:]:  # with all experts resident no memory changes the time: that is a mark
         rows = _falling(table[table.way == kind])
         if not len(rows):
             continue

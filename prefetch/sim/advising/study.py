@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
+from prefetch.errors import ConfigError
 from prefetch.models.cards import load_architecture
 from prefetch.sim.advising.cases import host_at
 from prefetch.sim.advising.pays import Pays, pays
@@ -24,7 +25,7 @@ from prefetch.sim.bench import Bench
 from prefetch.sim.cell import CANNOT_RUN, CHEATS, Cell, Refused, refused_row
 from prefetch.sim.compiled import engine
 from prefetch.sim.hardware import Hardware
-from prefetch.sim.memory import OfMemory, bytes_of
+from prefetch.sim.memory import Budget, OfMemory, budget_of, bytes_of
 from prefetch.sim.needed import with_link
 from prefetch.sim.settings.placement import ALL, CACHE
 from prefetch.sim.sweep import Kept, run_all
@@ -68,12 +69,22 @@ class Study:
     def best(self) -> pd.Series:
         return self.here.iloc[0]
 
+    @property
+    def budget(self) -> Budget:
+        """Of the best way: what its guesses take stands beside its cache."""
+        best = self.best
+        cell = cell_of(self.bench, way_of(best), OfMemory(int(best.memory_bytes)))
+        assert isinstance(cell, Cell)
+        return cell.budget
+
 
 def study(cfg: Config, store: Store) -> Study:
     hardware: Hardware = config.instantiate(cfg.hardware, "hardware")
     card = _card(cfg, store)
     all_bytes = card.n_experts * sum(card.expert_bytes_L or ())
-    lacks_host = all_bytes > hardware.host.memory_bytes
+    if cfg.memory is not None:  # too little says what is missing, before anything is made
+        _least(cfg, card, hardware)
+    lacks_host = all_bytes > hardware.host.memory_bytes - HOST_RESERVE_BYTES
     # as experts that stay are there from the first token on, caches begin with the most used
     told: dict[str, Any] = {"evaluate": _grid(cfg), "simulator": {"start": "warm"}}
     if lacks_host and cfg.simulator.host_cache is None:
@@ -83,8 +94,20 @@ def study(cfg: Config, store: Store) -> Study:
     whole, kept = Bench(cfg, store), Kept(store.root)
     memory = _memory(whole)
     bench = whole.beginning(cfg.advise.steps).at(memory)
-    bench.budget(memory)  # too little says what is missing, before anything is run
     return _studied(bench, memory, kept, lacks_host=lacks_host)
+
+
+def _least(cfg: Config, card: ModelCard, hardware: Hardware) -> None:
+    told = cfg.simulator
+    budget_of(
+        card,
+        hardware,
+        memory=cfg.memory,
+        scope=told.scope,
+        context=told.context,
+        batch=told.batch,
+        staging=told.staging,
+    )
 
 
 def _grid(cfg: Config) -> dict[str, list[Any]]:
@@ -108,7 +131,7 @@ def _card(cfg: Config, store: Store) -> ModelCard:
 def _memory(bench: Bench) -> OfMemory:
     """What was named; else what the cache that was named takes with everything beside it."""
     if bench.cfg.memory is not None:
-        return OfMemory(bytes_of(bench.cfg.memory))
+        return OfMemory(bench.cfg.memory)
     return OfMemory(bench.budget(bench.simulator.cache).whole_model_bytes)
 
 
@@ -131,6 +154,11 @@ def _studied(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) ->
         pays=None,
         lacks_host=lacks_host,
     )
+    if not len(found.here):
+        raise ConfigError(
+            f"simulator.phase={bench.simulator.phase}: no step of the replayed requests makes a token, so that no way "
+            "has a time per token; leave simulator.phase out, or choose a trace with generated tokens"
+        )
     caches = found.here[found.here.way == CACHE]
     has_all = (found.here.way == ALL).any()
     if len(caches) and not has_all:
@@ -138,10 +166,13 @@ def _studied(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) ->
         guessing = ahead(str(caches.iloc[0].policy), names, horizons)
         table = ran(list(guessing), [memory], "ways with guesses")
         found = dataclasses.replace(found, table=table)
-    best = [_way(row) for _, row in found.here.drop_duplicates("way").iterrows()]
-    others = {str(one): one for one in (*rungs(bench), *more_of(bench, memory))}
-    others.pop(str(memory), None)
-    table = ran(_with_all(best), list(others.values()), "other memories")
+    best = [way_of(row) for _, row in found.here.drop_duplicates("way").iterrows()]
+    others = {bytes_of(one.amount): one for one in (*rungs(bench), *more_of(memory))}
+    others.pop(bytes_of(memory.amount), None)
+    most = max([bench.hardware.device.memory_bytes, *others])
+    larger = bench.on(_with_memory(bench.hardware, most))
+    rows.extend(_rows(larger, _with_all(best), list(others.values()), kept, "other memories"))
+    table = pd.DataFrame(rows)
     table = table.drop_duplicates(["way", "policy", "predictor", "horizon", "memory_bytes"])
     found = dataclasses.replace(found, table=table.reset_index(drop=True))
     chosen = next((way for way in best if way.kind == AHEAD), None)
@@ -176,7 +207,7 @@ def _device_at(hardware: Hardware, factor: float) -> Hardware:
 
 CHANGES: dict[str, Callable[[Hardware, float], Hardware]] = {
     "link": with_link,
-    "host memory": host_at,
+    "host bandwidth": host_at,
     "GPU": _device_at,
 }
 
@@ -200,13 +231,17 @@ def predictors_of(bench: Bench, horizons: Sequence[int]) -> list[str]:
     return [FIRST_BASELINE, *there]
 
 
-def more_of(bench: Bench, memory: OfMemory) -> list[OfMemory]:
-    """The next gibibytes, as far as the GPU has them."""
-    more = (bytes_of(memory.amount) + n * GIB for n in MORE_GIB)
-    return [OfMemory(n) for n in more if n <= bench.hardware.device.memory_bytes]
+def more_of(memory: OfMemory) -> list[OfMemory]:
+    """The next gibibytes, also of a GPU that is the same but larger."""
+    return [OfMemory(bytes_of(memory.amount) + n * GIB) for n in MORE_GIB]
 
 
-def _way(row: pd.Series) -> Way:
+def _with_memory(hardware: Hardware, n_bytes: int) -> Hardware:
+    device = dataclasses.replace(hardware.device, memory_bytes=n_bytes)
+    return dataclasses.replace(hardware, device=device)
+
+
+def way_of(row: pd.Series) -> Way:
     return Way(str(row.way), str(row.policy), str(row.predictor), int(row.horizon))
 
 

@@ -72,9 +72,9 @@ def _everything(bench: Bench, memory: OfMemory) -> Cell | Refused:
 
 def rungs(bench: Bench) -> list[OfMemory]:
     """Memories at which a curve is drawn, and below which a way may stay: shares of all experts, all, the whole GPU."""
-    whole = {bench.share(share).whole_model_bytes for share in (*CURVE, 1.0)}
+    whole = [bench.share(share).whole_model_bytes for share in (*CURVE, 1.0)]
     most = bench.hardware.device.memory_bytes
-    return [OfMemory(n) for n in sorted({*whole, most}) if n <= most]
+    return [OfMemory(n) for n in [*whole, *[most] * (max(whole) > most)] if n <= most]
 
 
 def host_bytes(bench: Bench, way: Way, on_gpu: int) -> int:

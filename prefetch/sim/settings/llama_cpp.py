@@ -83,6 +83,8 @@ def _reach(placement: Placement) -> tuple[bool, str]:
         return (False, why) if left else (True, "As simulated.")
     why = f"Whole layers only, so not '{placement.told}'; nearest: as many layers as fit."
     slots = placement.room_bytes // sum(placement.size_L)
+    if not slots:
+        return False, why
     if way == HOST:
         why += (
             f" The most used experts alone (--moe-cache-slots {slots} beside --cpu-moe) are {FORK}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,18 @@ def test_guesses_are_written_in_the_order_of_the_trace(tmp_path: Path) -> None:
     made = np.concatenate([ids for _, ids, _ in guess_part(markov, part, 5)])
     np.testing.assert_array_equal(read, made)
     assert read.shape == (1200, 2, 4, 5)
+
+
+def test_of_a_request_that_is_split_in_time_the_end_is_guessed_and_no_more(tmp_path: Path) -> None:
+    """What was fitted on is known to the guesses, and not among them."""
+    trace = random_trace(0, n_requests=1, tokens=100)
+    part = dataclasses.replace(whole(trace), first=70)
+    markov = Markov((1,)).fit(dataclasses.replace(whole(trace), stop=70), part)
+    write_guesses(markov, part, tmp_path, name="m", trace="t", width=2, fitted=(0,), n_bytes=8)
+    (block,) = PredictionsReader(tmp_path).batches()
+    assert block.position_T.tolist() == trace.position_T[70:].tolist()
+    (all_of_it,) = (ids for _, ids, _ in guess_part(markov, whole(trace), 2))
+    np.testing.assert_array_equal(block.ids_THLP, all_of_it[70:])
 
 
 def test_nothing_is_a_guess_too(tmp_path: Path) -> None:

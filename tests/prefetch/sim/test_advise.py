@@ -18,7 +18,7 @@ from prefetch.sim.advising.cases import cases_of, predicted
 from prefetch.sim.advising.page import page, placement_of
 from prefetch.sim.advising.pays import slowest_that_pays
 from prefetch.sim.advising.study import Study, study
-from prefetch.sim.advising.ways import KINDS, ON_HOST
+from prefetch.sim.advising.ways import AHEAD, KINDS, ON_HOST
 from prefetch.sim.settings.placement import ALL, CACHE
 from prefetch.tracking import NoTracker, Outputs
 
@@ -108,9 +108,7 @@ def test_with_room_for_everything_nothing_is_elsewhere(store):
 
 
 def test_too_little_memory_says_what_is_missing(store):
-    with pytest.raises(
-        ConfigError, match=r"memory=\d+ is less than .*shortfall \d+\.\d+ (GiB|MiB)"
-    ):
+    with pytest.raises(ConfigError, match=r"memory=2GiB is less than .*shortfall \d+\.\d+ GiB"):
         studied(store, "memory=2GiB")
 
 
@@ -254,7 +252,13 @@ def test_a_made_up_walk_where_no_chain_can_be(tmp_path):
     [
         (["memory=8GiB", "simulator.misses=host"], "tries every way by itself"),
         (["memory=8GiB", "advise.policies=[nobody]"], "nobody"),
-        (["memory=100GiB"], "rtx4090_pcie4 has 23.99 GiB"),
+        (["memory=100GiB"], "rtx4090_pcie4 has 23.99 GiB; memory=24564MiB is all of it"),
+        (["memory=8GiB", "simulator.requests=all"], "counts on some requests"),
+        (
+            ["memory=8GiB", "simulator.phase=prefill"],
+            "no step of the replayed requests makes a token",
+        ),
+        (["memory=8GiB", "advise.predictors=[]"], "names nobody"),
         (["memory=8GiB", "simulator.precision=int3"], "no precision 'int3'"),
     ],
 )
@@ -323,3 +327,34 @@ def test_the_published_cases_come_to_what_the_page_says(store, real_data, monkey
     assert found.case.tolist() == told.case.tolist()
     for name in ("before_tokens_per_s", "after_tokens_per_s", "change_of_tokens_per_s"):
         np.testing.assert_allclose(found[name], told[name], rtol=0.02, err_msg=name)
+
+
+def test_when_guesses_win_the_page_and_the_settings_are_of_their_cell(store):
+    """What the predictor takes of the memory is counted, and told."""
+    slow = "hardware.host.bytes_per_s=2000000000", "hardware.device.fixed_ns_per_layer=1000000"
+    found = studied(store, "memory=8GiB", "advise.predictors=[markov]", *slow)
+    assert found.best.way == AHEAD
+    placed = placement_of(found)
+    assert sum(placed.room_G) == found.best.slots * placed.size_L[0]
+    text = page(found, "")
+    assert "| the predictor |" in text and f"| {int(found.best.slots)} of 768 experts |" in text
+    assert found.pays is not None and 0 < found.pays.recall <= 1
+
+
+def test_who_cheats_is_never_the_advice(store):
+    found = studied(store, "memory=8GiB", "advise.predictors=[oracle]")
+    assert found.best.way != AHEAD and found.pays is None
+    assert "they cheat" in page(found, "")
+
+
+def test_of_one_request_the_beginning_is_counted_and_the_end_is_timed(store):
+    found = studied(store, "memory=8GiB", "source.n_requests=1", "source.new_tokens=60")
+    assert found.bench.prior.uses_LE.sum(axis=1).tolist() == [4 * (64 - 20)] * 24
+    assert found.bench.work.n_steps == 20
+    text = page(found, "")
+    assert "the end of requests on whose beginning" in text and "none, there is one request" in text
+
+
+def test_several_requests_at_once_are_said(store):
+    found = studied(store, "memory=8GiB", "simulator.batch=3")
+    assert "a request waits for the whole step" in page(found, "")

@@ -149,6 +149,8 @@ def test_guesses_that_are_true_leave_fewer_misses_than_none(tmp_path):
         (("memory=20GiB", "evaluate.capacities=[0.5]"), "the memory leaves one capacity"),
         (("predictor=markov2", "simulator.threshold=0.5"), "no probabilities"),
         (("train.test_trace=elsewhere",), "guesses would be about that trace"),
+        (("policy=static", "simulator.staging=0"), "no expert ever leaves a cache here"),
+        (("simulator.pinned=4", "simulator.staging=0"), "no expert ever leaves a cache here"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path, words, said):
@@ -180,6 +182,17 @@ def test_copies_of_what_is_replayed_are_no_other_requests(tmp_path):
     asked = {int(request) % 10 for request in bench.trace.request_T}
     others = {int(request) % 10 for request in bench.others.request_T}
     assert asked and others and not asked & others
+
+
+def test_of_one_request_the_end_is_replayed_and_its_beginning_counted(tmp_path):
+    """Nothing that was fitted on is replayed, and what is not replayed is there to be counted."""
+    words = "source.n_requests=1", "source.new_tokens=94", "predictor=markov"
+    bench = bench_of(tmp_path, *words)
+    last, first = bench.trace.position_T, bench.others.position_T
+    assert len(last) == 30 and last.min() == 70 and first.tolist() == list(range(70))
+    assert bench.prior.uses_LE.sum() == 70 * 4 * 2
+    guesses, _ = bench.guesses("markov", 2)
+    assert len(guesses.ids_VW) == 30 * 4
 
 
 def test_steps_of_several_prompts_tell_no_time_to_the_first_token(tmp_path):

@@ -8,7 +8,6 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefetch.sim.machine import NO_DISK, WAIT
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru
@@ -17,7 +16,7 @@ from prefetch.sim.run import timed_replay
 from prefetch.sim.timed_reference import TimedReplay
 from prefetch.sim.workload import Workload
 from tests.prefetch.sim.test_replay import drawn
-from tests.prefetch.sim.test_timed import disk_of, guesses_of, machine_of
+from tests.prefetch.sim.test_timed import guesses_of, machine_of
 
 # caches, whether what is stale is dropped; every second a cache per layer that drops it, where nobody is marked
 NEAR = [(False, True), (True, True), (False, True), (False, False)]
@@ -49,23 +48,22 @@ def with_holes(work: Workload, seed: int) -> Workload:
     recall=st.sampled_from([0.0, 0.5, 1.0]),
     landing=st.sampled_from([0, 0, 3]),
     by_score=st.booleans(),
-    memory=st.sampled_from([None, None, 9000]),
     slow=st.sampled_from([1, 8]),
+    heavy=st.sampled_from([1, 20, 20]),
 )
 def test_compiled_equals_plain_whether_who_is_in_use_is_marked_or_not(
-    seed, policy, room, batch, semantics, near, ahead, width, recall, memory, slow, **options
+    seed, policy, room, batch, semantics, near, ahead, width, recall, slow, heavy, **options
 ):
-    """Horizons up to beyond the three layers, events that need nobody, a link that is always behind."""
+    """Horizons up to beyond the three layers, events that need nobody or take long, a link that is always behind."""
     work, (is_global, cancels) = with_holes(drawn(seed, n_tokens=40, batch=batch), seed), near
-    options |= {"disk": NO_DISK if memory is None else disk_of(memory, seed), "cancels": cancels}
-    machine = machine_of(work, seed, miss_way=WAIT, staging=1 + seed % 2, **options)
+    machine = machine_of(work, seed, cancels=cancels, staging=1 + seed % 2, **options)
     machine = machine._replace(
-        chunk_ns_LX=slow * machine.chunk_ns_LX, whole_ns_L=slow * machine.whole_ns_L
+        chunk_ns_LX=slow * machine.chunk_ns_LX,
+        whole_ns_L=slow * machine.whole_ns_L,
+        weight_ns_L=heavy * machine.weight_ns_L,
     )
-    guesses, rooms = (
-        guesses_of(work, seed, ahead, width, recall),
-        [3 * room] if is_global else [room] * 3,
-    )
+    guesses = guesses_of(work, seed, ahead, width, recall)
+    rooms = [2 * room] if is_global else [room] * 3
     plain = TimedReplay(work, policy, rooms, [1] * 3, machine, guesses, semantics).run()
     fast = timed_replay(work, policy, rooms, [1] * 3, machine, guesses, semantics)
     assert fast.outcome_A.tolist() == plain.outcome

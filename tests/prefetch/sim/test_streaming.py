@@ -14,6 +14,9 @@ from prefetch.sim.policies.lru import Lru
 from prefetch.sim.pool import HIT, MISS
 from prefetch.sim.run import timed_replay
 from prefetch.sim.streaming import BUFFERS, pipeline_ns, streamed_replay, without
+from prefetch.sim.workload import workload_of
+from prefetch.trace.card import plain_card
+from prefetch.trace.routing import trace_of
 from tests.prefetch.sim.test_replay import drawn
 from tests.prefetch.sim.test_timed import disk_of, machine_of
 
@@ -101,6 +104,39 @@ def test_the_first_prompt_by_hand():
     timed = streamed_replay(work, Lru(), [4] * 3, [1] * 3, machine)
     assert timed.time_S[0] == pipeline_ns([before] * 3, experts, copies)
     assert (timed.outcome_A[: work.start_V[3]] == MISS).all()
+
+
+def test_a_prompt_and_what_follows_on_paper():
+    """A prompt of two tokens, then two generated; later the same again. 4 experts, 100 ns before a layer's, 10 each.
+
+    First copies are the bottleneck, 160 ns a layer: arrivals at 160, 320, 480, and the last expert's 16 ns. Then only
+    the last layer's are slow: 40, 40, 400 ns. Layer 0 leaves its buffer at 116, so that they end at 516, not 480.
+    """
+    ids_TLK = np.array([[[0], [1], [2]], [[0], [3], [2]], [[1], [1], [1]], [[1], [1], [1]]] * 2)
+    card = plain_card("paper", n_experts=4, top_k=1, layer_numbers=(0, 1, 2))
+    work = workload_of(
+        trace_of(
+            card,
+            ids_TLK,
+            request_T=np.repeat([0, 1], 4),
+            phase_T=np.array([0, 0, 1, 1] * 2, np.uint8),
+        )
+    )
+    assert work.n_steps == 6
+    each_L, took = np.ones(3, np.int64), []
+    for chunks in ([40, 40, 40], [10, 10, 100]):
+        machine = machine_of(
+            work, before_S=np.full(6, 100), weight_ns_L=10 * each_L, token_ns_L=8 * each_L,
+            chunk_ns_LX=np.array([[ns] for ns in chunks]), n_chunks_L=each_L, bytes_L=900 * each_L,
+            issue_ns=0,
+        )  # fmt: skip
+        timed = streamed_replay(work, Lru(), [2] * 3, [1] * 3, machine)
+        took.append(timed.time_S.tolist())
+    # generated: three misses, then three hits; a second prompt copies three of four, and leaves them hits
+    assert took[0] == [496, 3 * 150, 330, 3 * 120 + 16, 330, 330]
+    # second prompt: copies of 30, 30 and 300; layer 1 copied to 60, layer 2 from 116 to 416, then its 16 ns
+    assert took[1] == [532, 330 + 10 + 10 + 100, 330, 432, 330, 330]
+    assert timed.counts["demand_loads"] == 12 + 3 + 9
 
 
 def test_an_expert_that_is_there_is_not_streamed():
