@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError, MissingData
 from prefetch.sim.compiled import engine
-from prefetch.sim.machine import COUNTS, Guesses, Machine, no_guesses, running_of
+from prefetch.sim.machine import COUNTS, Guesses, Machine, Running, no_guesses, running_of
 from prefetch.sim.policy import ROWS, Policy
 from prefetch.sim.pool import (
     AFTER_USE,
@@ -51,6 +51,33 @@ def replay(
     outcome_A = np.zeros(work.n_accesses, np.uint8)
     engine(policy.rules).replay(events, pool, semantics, outcome_A)
     return outcome_A
+
+
+def replay_parts(
+    works: Iterable[Workload],
+    policy: Policy,
+    room_G: Sequence[int],
+    size_L: Sequence[int],
+    semantics: int = ATOMIC,
+) -> Iterator[NDArray[np.uint8]]:
+    """Of a workload that comes in parts of whole steps: as if it were one, in the memory of a part."""
+    pool: Pool | None = None
+    for work in works:
+        if pool is None:
+            _need_nothing_told(policy)
+            pool, semantics = prepared(work, policy, room_G, size_L, semantics)
+            fill(pool, policy, first_uses_of(work, policy))
+        outcome_A = np.zeros(work.n_accesses, np.uint8)
+        engine(policy.rules).replay(events_of(work, policy), pool, semantics, outcome_A)
+        yield outcome_A
+
+
+def _need_nothing_told(policy: Policy) -> None:
+    """Whoever knows the future, or rows beside the choices, must have the whole workload."""
+    if needs := [need for need in policy.needs if need == "future" or need in ROWS]:
+        raise ConfigError(
+            f"{type(policy).__name__} needs {needs[0]} of the whole workload: replay it in one part"
+        )
 
 
 def prepared(
@@ -127,6 +154,40 @@ def timed_replay(
     events, first_LE = events_of(work, policy, told), first_uses_of(work, policy)
     fill(pool, policy, first_LE, warm=warm, pinned=pinned)
     run = running_of(pool, first_LE, machine, guesses)
+    return _timed(work, events, policy, pool, semantics, machine, guesses, run)
+
+
+def timed_parts(
+    parts: Iterable[tuple[Workload, Machine]],
+    policy: Policy,
+    room_G: Sequence[int],
+    size_L: Sequence[int],
+    semantics: int = ATOMIC,
+) -> Iterator[Timed]:
+    """`replay_parts` with a clock, each part with its costs; without guesses. Counts are of all parts until then."""
+    pool: Pool | None = None
+    run: Running | None = None
+    for work, machine in parts:
+        if pool is None or run is None:
+            _need_nothing_told(policy)
+            pool, semantics = prepared(work, policy, room_G, size_L, semantics)
+            first_LE = first_uses_of(work, policy)
+            fill(pool, policy, first_LE)
+            run = running_of(pool, first_LE, machine, no_guesses())
+        events = events_of(work, policy)
+        yield _timed(work, events, policy, pool, semantics, machine, no_guesses(), run)
+
+
+def _timed(
+    work: Workload,
+    events: Events,
+    policy: Policy,
+    pool: Pool,
+    semantics: int,
+    machine: Machine,
+    guesses: Guesses,
+    run: Running,
+) -> Timed:
     time_S, outcome_A = np.zeros(work.n_steps, np.int64), np.zeros(work.n_accesses, np.uint8)
     engine(policy.rules, "timed").timed(
         events, pool, semantics, machine, guesses, run, time_S, outcome_A

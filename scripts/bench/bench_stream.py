@@ -1,4 +1,5 @@
 """LRU hit curves of a trace larger than memory, at every capacity of every layer at once: rates, shares, peak memory.
+The last row of each size is a cache of 16 per layer, replayed part by part as any policy would be.
 
     python scripts/bench/bench_stream.py [choices] [folder]       default 1e9, which takes 1 GB of disk meanwhile
 
@@ -23,7 +24,11 @@ from typing import Any
 import numpy as np
 from machine import describe
 
+from prefetch.sim.policies.lru import Lru
+from prefetch.sim.pool import HIT
+from prefetch.sim.run import replay_parts
 from prefetch.sim.stacks import LruStacks
+from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import plain_card
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.provenance import Provenance
@@ -32,6 +37,7 @@ from prefetch.trace.writer import TraceWriter
 
 N_LAYERS, N_EXPERTS, TOP_K, REQUEST, N_REQUESTS = 27, 64, 6, 512, 48
 CARD = plain_card("bench", n_experts=N_EXPERTS, top_k=TOP_K, layer_numbers=tuple(range(N_LAYERS)))
+SIXTEEN = 16
 MAX_ROWS = 1 << 14  # a batch of 2.6 million choices
 
 
@@ -77,6 +83,30 @@ def replay(folder: Path, n_threads: int, n_parts: int) -> str:
         parts[0].merge(later)
     took = time.perf_counter() - began, time.process_time() - began_cpu
     return _cells(parts[0], rows, took, seconds, before)
+
+
+def replay_one(folder: Path) -> str:
+    """The same of one cache per layer: events, policy, outcomes."""
+    seconds, before = dict.fromkeys(("read", "replay"), 0.0), peak_mb()
+    reader, accesses, hits = TraceReader(folder), 0, 0
+    at = began = time.perf_counter()
+    began_cpu = time.process_time()
+
+    def works() -> Iterator[Workload]:
+        nonlocal at
+        for block in reader.batches(max_rows=MAX_ROWS):
+            at = _lap(seconds, "read", at)
+            yield workload_of(block, phase="decode")
+
+    for outcome_A in replay_parts(works(), Lru(), [SIXTEEN] * N_LAYERS, [1] * N_LAYERS):
+        accesses, hits = accesses + len(outcome_A), hits + int((outcome_A == HIT).sum())
+        at = _lap(seconds, "replay", at)
+    wall, cpu = time.perf_counter() - began, time.process_time() - began_cpu
+    shares = " | ".join(f"{100 * part / wall:.0f} %" for part in seconds.values())
+    return (
+        f"{accesses:.3g} | {wall:.1f} | {accesses / wall / 1e6:.0f} | {accesses / cpu / 1e6:.0f} | "
+        f"{shares} | {before:.0f} | {peak_mb():.0f} | {100 * hits / accesses:.3f} |"
+    )
 
 
 def add(stacks: LruStacks, block: RoutingTrace, pool: ThreadPoolExecutor, n_threads: int) -> None:
@@ -125,6 +155,9 @@ def measure(folder: str, n_threads: int, n_parts: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-n_threads:])
     warm_up(folder)
+    if n_parts == 0:
+        print(f"| 1, one cache | {replay_one(Path(folder))}", flush=True)
+        return
     parts = "" if n_parts == 1 else f", {n_parts} halves"
     print(f"| {n_threads}{parts} | {replay(Path(folder), n_threads, n_parts)}", flush=True)
 
@@ -146,7 +179,10 @@ def main(choices: int, base: str | None) -> None:
         "peak MB | hits % at 16, 32 |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    for n_choices, ways in ((choices // 10, ((1, 1),)), (choices, ((1, 1), (2, 1), (1, 2)))):
+    for n_choices, ways in (
+        (choices // 10, ((1, 1), (1, 0))),
+        (choices, ((1, 1), (2, 1), (1, 2), (1, 0))),
+    ):
         with tempfile.TemporaryDirectory(dir=base) as folder:
             write(Path(folder), n_choices)
             for n_threads, n_parts in ways:
