@@ -65,7 +65,7 @@ def page(study: Study, stand_in: str) -> str:
 def _headline(study: Study) -> str:
     best = study.best
     words = (
-        f"**{best.way.capitalize()}: {DOES[best.way]}.** {best.tpot_ms:.2f} ms per token, {best.tokens_per_s:.1f} "
+        f"**{best.way.capitalize()}: {DOES[best.way]}.** {_ms(best.tpot_ms)} ms per token, {best.tokens_per_s:.1f} "
         f"tokens/s (simulated{_errors(study)}). {int(best.slots):,} of {_all_experts(study.bench.card):,} experts on "
         f"the GPU, {_on_host(study, float(best.host_bytes))}"
     )
@@ -91,16 +91,16 @@ def _errors(study: Study) -> str:
     best, error = study.best, study.error
     low, high = between(best)
     is_made_up = study.bench.reader.provenance.kind == "synthetic"
-    words = f"; {low:.2f} to {high:.2f} ms over requests" if low < high and not is_made_up else ""
+    words = f"; {_ms(low)} to {_ms(high)} ms over requests" if low < high and not is_made_up else ""
     low, high = low * (1 - error[0]), high * (1 + error[1])
     of = "this machine" if study.bench.hardware.measured_error is not None else "a datasheet"
-    return f"{words}; {low:.2f} to {high:.2f} ms with the error of {of}"
+    return f"{words}; {_ms(low)} to {_ms(high)} ms with the error of {of}"
 
 
 def _order(study: Study) -> str:
     """Does the choice stand on a machine that is not quite the one of the file?"""
     others = [
-        f"{name}: {way}, {ms:.2f} ms"
+        f"{name}: {way}, {_ms(ms)} ms"
         for name, (way, ms) in study.swings.items()
         if way != study.best.way
     ]
@@ -134,18 +134,18 @@ def _memory(study: Study) -> str:
 
 
 def _ways(study: Study) -> str:
-    head = "way | policy | guesses | ms per token [95 % over requests] | tokens/s | hits | host memory, GiB"
+    head = "way | policy | guesses | ms per token [95 % over requests] | tokens/s | hits | experts in host memory"
     lines = [f"| {head} |", "|" + "---|" * 7]
     here = study.here
     for _, row in here.head(MOST_ROWS).iterrows():
         low, high = between(row)
-        over = f" [{low:.2f} {high:.2f}]" if low < high else ""
+        over = f" [{_ms(low)} {_ms(high)}]" if low < high else ""
         ahead = f", {int(row.horizon)} ahead" if row.predictor != "none" else ""
         policy = row.policy if row.way in (CACHE, AHEAD, BOTH) else ""
-        guesses, ms = f"{row.predictor}{ahead}" if ahead else "", f"{row.tpot_ms:.2f}"
+        guesses, ms = f"{row.predictor}{ahead}" if ahead else "", f"{_ms(row.tpot_ms)}"
         lines.append(
             f"| {row.way} | {policy} | {guesses} | {ms}{over} | {row.tokens_per_s:.1f} "
-            f"| {row.hit_rate:.3f} | {row.host_bytes / GIB:.1f} |"
+            f"| {row.hit_rate:.3f} | {_gib(row.host_bytes)} |"
         )
     if len(here) > MOST_ROWS:
         lines.append(f"\nSlower ones: {len(here) - MOST_ROWS} (ways.csv).")
@@ -173,9 +173,9 @@ def verdict(study: Study, found: Pays) -> str:
     """Against the same cache without guesses, and against the fastest way without them."""
     others = study.here[study.here.way != AHEAD]
     rival, guesses = others.iloc[0], f"{found.way.predictor}, {_layers(found.way.horizon)} ahead"
-    beside = f"{found.ms:.2f} ms with the guesses of {guesses}, {found.without_ms:.2f} ms for the same cache without"
+    beside = f"{_ms(found.ms)} ms with the guesses of {guesses}, {_ms(found.without_ms)} ms for the same cache without"
     if study.best.way == AHEAD and found.gain > MATTERS:
-        beside += f", {rival.tpot_ms:.2f} ms for the fastest way without guesses ({rival.way})"
+        beside += f", {_ms(rival.tpot_ms)} ms for the fastest way without guesses ({rival.way})"
         is_sure = all(way == AHEAD for way, _ in study.swings.values())
         word = (
             "Yes" if is_sure else "Barely: on a machine that differs a little another way is faster"
@@ -184,14 +184,14 @@ def verdict(study: Study, found: Pays) -> str:
             f"**{word}**: {beside}." if is_sure else f"**{word}.** {beside[0].upper()}{beside[1:]}."
         )
     if abs(found.gain) <= MATTERS and abs(found.perfect_ms / found.without_ms - 1) <= MATTERS:
-        return f"**No, it does not matter**: {beside}; true guesses: {found.perfect_ms:.2f} ms."
+        return f"**No, it does not matter**: {beside}; true guesses: {_ms(found.perfect_ms)} ms."
     if found.gain > MATTERS:
         is_even = found.ms <= rival.tpot_ms * (1 + MATTERS)
         word = "as fast" if is_even else "faster"
-        return f"**Only beside the same cache**: {beside}. {rival.way.capitalize()} is {word}: {rival.tpot_ms:.2f} ms."
+        return f"**Only beside the same cache**: {beside}. {rival.way.capitalize()} is {word}: {_ms(rival.tpot_ms)} ms."
     if math.isfinite(found.break_even_recall):
-        return f"**Only if guesses are better**: {beside}; true ones: {found.perfect_ms:.2f} ms."
-    return f"**No**: {beside}, and not even true guesses are faster ({found.perfect_ms:.2f} ms)."
+        return f"**Only if guesses are better**: {beside}; true ones: {_ms(found.perfect_ms)} ms."
+    return f"**No**: {beside}, and not even true guesses are faster ({_ms(found.perfect_ms)} ms)."
 
 
 def _break_evens(found: Pays) -> str:
@@ -232,7 +232,7 @@ def _more(study: Study) -> str:
         n_bytes = bytes_of(memory.amount)
         row = study.within(n_bytes).iloc[0]
         beyond = " (more than this GPU has)" if n_bytes > has else ""
-        lines.append(f"| {_gib(n_bytes)}{beyond} | {row.way} | {row.tpot_ms:.2f} |")
+        lines.append(f"| {_gib(n_bytes)}{beyond} | {row.way} | {_ms(row.tpot_ms)} |")
         if row.way == ALL:
             break
     return "\n".join(["| GPU memory | fastest way | ms per token |", "|---|---|---|", *lines])
@@ -308,6 +308,11 @@ def _engines(study: Study) -> list[str]:
 
 def _all_experts(card: ModelCard) -> int:
     return card.n_layers * card.n_experts
+
+
+def _ms(value: float) -> str:
+    """So many digits that the ways of a small model differ."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _layers(n: int) -> str:

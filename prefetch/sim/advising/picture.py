@@ -40,7 +40,9 @@ MARGIN = 1.15  # of the axis, beyond the slowest
 
 def tpot_by_memory(study: Study, folder: Path, note: str) -> list[Path]:
     """A way may leave memory unused: its line never rises."""
-    table = study.within(study.bench.hardware.device.memory_bytes)
+    whole = study.bench.share(1.0).whole_model_bytes  # beyond it nothing changes
+    most_bytes = min(whole, study.bench.hardware.device.memory_bytes)
+    table = study.within(max(most_bytes, bytes_of(study.memory.amount)))
     lines, most = list[Line](), 0.0
     for kind in KINDS[1:]:  # with all experts resident no memory changes the time: that is a mark
         rows = _falling(table[table.way == kind])
@@ -55,7 +57,7 @@ def tpot_by_memory(study: Study, folder: Path, note: str) -> list[Path]:
         most = max(most, float(y.max()))
     mine = bytes_of(study.memory.amount) / GIB
     lines.append(
-        Line([mine, mine], [0, most * MARGIN], f"your {mine:.3g} GiB", GREY, "--", dots=False)
+        Line([mine, mine], [0, most * MARGIN], f"your {mine:.4g} GiB", GREY, "--", dots=False)
     )
     full_ms = study.bench.full_ns / 1e6
     marks = (Mark(full_ms, "all experts resident", ":"),)
