@@ -215,7 +215,7 @@ def test_what_is_no_size(text):
         ({"cache": 0.5, "memory": "12GiB"}, "found memory=12GiB, cache=0.5"),
         (
             {"memory": "4GB"},
-            r"less than .* dense 2.87 GiB, kv 384.00 MiB, .*shortfall 8\d\d.\d\d MiB",
+            r"less than .* dense 2.87 GiB, kv 384.00 MiB, .*shortfall 0\.8\d GiB",
         ),
         ({"memory": 12}, "memory=12 is less than"),
         ({"memory": "48GiB"}, "memory=48GiB: rtx4090_pcie4 has 23.99 GiB"),
