@@ -112,8 +112,9 @@ def guarded(main: Callable[[], Any]) -> int:
         return 0
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
-    for stop in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(stop, _interrupt)
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        if signal.getsignal(stop) != signal.SIG_IGN:  # nohup's children ignore Ctrl-C
+            signal.signal(stop, _interrupt)
     try:
         _refuse_words(sys.argv[1:])
         main()
@@ -131,10 +132,12 @@ def guarded(main: Callable[[], Any]) -> int:
 
 
 def _interrupt(*_: Any) -> None:
-    """What Slurm, `timeout` and `docker stop` send: ends like Ctrl-C, so that nothing half-made stays.
+    """What Slurm, `timeout` and `docker stop` send ends like Ctrl-C, so that nothing half-made stays.
 
-    Raised inside a callback of a library it is lost: so it is raised again until the run has ended.
+    Raised inside a callback of a library it is lost: so it is raised again until the run has ended. Objects that it
+    left half-made may fail as they are thrown away, which says nothing to whoever interrupted.
     """
+    sys.unraisablehook = lambda _: None
     signal.setitimer(signal.ITIMER_REAL, SAY_AGAIN_S)
     raise KeyboardInterrupt
 
