@@ -127,8 +127,8 @@ class Recorder(TimedReplay):
         for place, expert in zip(places, experts, strict=True):
             self.spans[place] = dataclasses.replace(self.spans[place], expert=expert)
 
-    def _next(self) -> Copy | None:
-        self._moving = super()._next()
+    def _next(self, link_free: int) -> Copy | None:
+        self._moving = super()._next(link_free)
         return self._moving
 
     def _run_link(self, *given: Any) -> None:

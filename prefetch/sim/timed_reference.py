@@ -1,66 +1,36 @@
 """What a timed replay is, in plain Python: slow, and the definition that the compiled engine is held to.
 
-Copies are objects, the link is stepped chunk by chunk, the caches are those of `reference`. Read this to know what a
-stall is.
+Copies are objects, the link is stepped chunk by chunk; what is decided stands in `ahead`, the caches in `reference`.
+Read this to know what a stall is.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
-from prefetch.sim.machine import BOTH, COUNTS, WAIT, Guesses, Machine
-from prefetch.sim.policy import Policy
-from prefetch.sim.pool import AFTER_USE, ATOMIC, EMPTY, HIT, LATE, MISS, OVERSHOOT
-from prefetch.sim.reference import Caches, Entry
-from prefetch.sim.storage_reference import NEVER_STALE, Copy, Storage, next_of
-from prefetch.sim.workload import Workload
+from prefetch.sim.ahead import Ahead, Pinned
+from prefetch.sim.machine import BOTH, WAIT
+from prefetch.sim.pool import AFTER_USE, HIT, MISS, OVERSHOOT
+from prefetch.sim.reference import Entry
+from prefetch.sim.storage_reference import NEVER_STALE, Copy
 
 
-class TimedReplay:
+class TimedReplay(Ahead):
     """Runs a workload event by event; afterwards `outcome`, `time_S` and `counts` say what happened."""
 
-    def __init__(
-        self,
-        work: Workload,
-        policy: Policy,
-        room_G: Sequence[int],
-        size_L: Sequence[int],
-        machine: Machine,
-        guesses: Guesses,
-        semantics: int = ATOMIC,
-        **start: Any,
-    ) -> None:
-        """`start`: rows that the policy is told, and who is there from the start, as `Caches` takes them."""
-        self.work, self.machine, self.guesses = work, machine, guesses
-        self.caches = Caches(work, policy, room_G, size_L, semantics, **start)
-        self.caches.on_leave = self._left
-        self.outcome, self.time_S = [MISS] * work.n_accesses, [0] * work.n_steps
-        self.counts = Counter(dict.fromkeys(COUNTS, 0))
-        self.now = self.host = self.link_free = 0
-        self.queue: list[Copy] = []  # first come first
-        self.most_waiting = (guesses.ahead + 1) * self.guesses.ids_VW.shape[1] + machine.uploads
-        self.arrives: dict[
-            Entry, int | None
-        ] = {}  # copied ahead, not landed; None: chunks are missing
-        self.unused: set[Entry] = set()  # copied ahead and not used since
-        self.beside: dict[
-            Entry, int
-        ] = {}  # copied ahead and not in the cache yet: the event that it is meant for
-        self.storage = Storage(machine, self.counts, self._rank)
+    def __init__(self, *told: Any, **start: Any) -> None:
+        super().__init__(*told, **start)
+        self.outcome, self.time_S = [MISS] * self.work.n_accesses, [0] * self.work.n_steps
+        self.now = self.link_free = 0
         self.missing = list[int]()  # of the event, as they are loaded or computed
-        self.spent = 0  # bytes that guesses have moved in this step
 
     def run(self) -> TimedReplay:
         n_layers = self.work.card.n_layers
         for event in range(len(self.work.start_V) - 1):
             (step, layer), began = divmod(event, n_layers), self.now
-            self.spent = 0 if layer == 0 else self.spent
-            if layer == 0 and self._guesses():
-                self.host = max(self.host, self.now)
-                for target in range(event, event + min(self.guesses.ahead, n_layers)):
-                    self._enqueue(target)
+            if layer == 0:
+                self.host = max(self.host, self.now) if self.width else self.host
+                self._begin_step(event)
             accesses = range(self.work.start_V[event], self.work.start_V[event + 1])
             if accesses:
                 self._event(event, step, layer, accesses)
@@ -70,8 +40,8 @@ class TimedReplay:
         self.counts["now_ns"] = self.now
         return self
 
-    def _guesses(self) -> bool:
-        return self.guesses.ids_VW.shape[1] > 0
+    def _outcome(self, a: int, outcome: int) -> None:
+        self.outcome[a] = outcome
 
     def _event(self, event: int, step: int, layer: int, accesses: range) -> None:
         caches, before = self.caches, int(self.machine.before_S[step])
@@ -85,35 +55,10 @@ class TimedReplay:
             a: self._promote(entry, now) for a, entry in entries.items() if entry in self.arrives
         }
         self.storage.take_over({e for e in entries.values() if not self._is_there(e)})
-        if self.machine.cancels:
-            self._drop_stale(event)
-        caches.tell(event)
-
-        brought = {a for a, entry in entries.items() if entry in self.beside}
-        order, missing, at_once = list[int](), list[int](), 0
-        is_big = caches.is_big(accesses, layer)
-        for number, wave in enumerate(caches.waves(accesses, layer)):
-            order += wave
-            for a in wave:
-                is_there = caches.has(entries[a]) or a in brought
-                self.outcome[a] = LATE if a in arrival else HIT if is_there else MISS
-                missing += [] if is_there else [a]
-                if is_there and entries[a] in self.unused:
-                    self.unused.discard(entries[a])
-                    self.counts["prefetch_used"] += 1
-            placed = caches.run(
-                wave,
-                step,
-                layer,
-                pinned=set(self.arrives),
-                loads=self.machine.miss_way == WAIT,
-                brought={entries[a] for a in brought},
-            )
-            if number == 0:
-                at_once = sum(entries[a] in placed for a in missing)
-        for a in brought:
-            del self.beside[entries[a]]
-        self._drop_beside(event, now)
+        needed = self._need(event, accesses, entries, arrival)
+        order, missing, at_once = needed.order, needed.missing, needed.at_once
+        if self.machine.landing:  # no guess that waited for a place begins before
+            self.link_free = max(self.link_free, now)
 
         pinned = set(entries.values())
         gpu, done = now, list[int]()
@@ -147,10 +92,9 @@ class TimedReplay:
         elif self.machine.miss_way == BOTH:
             for a in missing:
                 self._upload(entries[a], in_memory[a])
-        if self._guesses() and layer + self.guesses.ahead < self.work.card.n_layers:
-            self._enqueue(event + self.guesses.ahead)
+        self._enqueue_next(event, layer)
         if self.machine.miss_way == WAIT:
-            if is_big or caches.semantics == AFTER_USE:
+            if needed.is_big or caches.semantics == AFTER_USE:
                 room = caches.of(layer).room // caches.size_L[layer]
                 at_once = max(0, min(at_once, room - len(done)))
             at_once += self.machine.staging
@@ -187,24 +131,15 @@ class TimedReplay:
         self.link_free = begin + took
         return self.link_free
 
-    def _left(self, entry: Entry) -> None:
-        self.arrives.pop(entry, None)
-        if entry in self.unused:
-            self.unused.discard(entry)
-            self.counts["prefetch_unused"] += 1
-            self.counts["wasted_bytes"] += int(self.machine.bytes_L[entry[0]])
-
     def _land(self, now: int) -> None:
         landed = [entry for entry, at in self.arrives.items() if at is not None and at <= now]
         for entry in landed:
             del self.arrives[entry]
 
-    def _run_link(
-        self, until: int, step: int, pinned: Sequence[Entry] | set[Entry] | tuple[()]
-    ) -> None:
+    def _run_link(self, until: int, step: int, pinned: Pinned) -> None:
         """Chunks of queued copies, as long as they begin before `until`."""
         while True:
-            copy = self._next()
+            copy = self._next(self.link_free)
             begin = max(self.link_free, copy.issued_ns) if copy else NEVER_STALE
             if read := self.storage.read_ahead(min(begin, until)):
                 self.queue.append(read)
@@ -224,57 +159,6 @@ class TimedReplay:
                 self.counts["moved_bytes"] += int(self.machine.bytes_L[layer])
                 self.queue.remove(copy)
 
-    def _next(self) -> Copy | None:
-        is_full = 0 < self.machine.landing == len(self.beside)  # guesses wait for a place
-        waiting = [copy for copy in self.queue if not (copy.is_guess and is_full)]
-        begun = [copy for copy in self.queue if copy.chunks_done]
-        return next_of(begun or waiting, self.link_free, self._rank)
-
-    def _rank(self, copy: Copy) -> int:
-        if not copy.is_guess:
-            return -NEVER_STALE
-        return copy.score if self.machine.by_score else -copy.target
-
-    def _start(
-        self, copy: Copy, step: int, pinned: Sequence[Entry] | set[Entry] | tuple[()]
-    ) -> bool:
-        """It takes its place when its first chunk moves: in the cache, or beside it."""
-        size = int(self.machine.bytes_L[copy.entry[0]]) if copy.is_guess else 0
-        if self._is_there(copy.entry):
-            return False  # came on demand meanwhile
-        if self.spent + size > self.machine.budget_bytes:
-            return False
-        if not self.storage.has(copy.entry):
-            return False  # the host has forgotten it
-        if copy.is_guess and self.machine.landing:
-            self.beside[copy.entry] = copy.target
-        elif not self._take_place(copy, step, pinned):
-            return False
-        self.storage.remember(copy.entry, 0)
-        self.spent += size
-        self.arrives[copy.entry] = None
-        self.unused.add(copy.entry)
-        self.counts["prefetch_loads"] += 1
-        return True
-
-    def _is_there(self, entry: Entry) -> bool:
-        return self.caches.has(entry) or entry in self.beside
-
-    def _take_place(
-        self, copy: Copy, step: int, pinned: Sequence[Entry] | set[Entry] | tuple[()]
-    ) -> bool:
-        """In the cache, in the place of others, where anybody may leave for it."""
-        caches, layer = self.caches, copy.entry[0]
-        meant_for = min(step + 1, copy.target // self.work.card.n_layers)
-        seen = caches.seen(copy.entry, meant_for, score=copy.score)
-        held = set[Entry]()
-        if self.machine.protects and copy.target < len(self.guesses.ids_VW):
-            held = {(layer, expert) for expert in self.guesses.ids_VW[copy.target].tolist()}
-        if not caches.make_room(copy.entry, {*pinned, *self.arrives, *held}, seen):
-            return False
-        caches.of(layer).fill(copy.entry, caches.size_L[layer], seen)
-        return True
-
     def _promote(self, entry: Entry, now: int) -> int:
         """A copy under way is needed: what is left of it goes before all others. When it is there."""
         arrival = self.arrives.pop(entry)
@@ -286,50 +170,6 @@ class TimedReplay:
         self.counts["moved_bytes"] += int(self.machine.bytes_L[layer])
         chunks = range(copy.chunks_done, self._n_chunks(layer))
         return self._move(max(now, self.link_free), layer, chunks)
-
-    def _drop_stale(self, event: int) -> None:
-        """The routing of this event is known: what is queued for it is not needed, or is wanted at once."""
-        self.storage.drop_stale(event)
-        for copy in [copy for copy in self.queue if copy.target <= event]:
-            self.queue.remove(copy)
-            if not copy.chunks_done:
-                self.counts["prefetch_dropped"] += 1
-                continue
-            whole = int(self.machine.bytes_L[copy.entry[0]])
-            moved = min(whole, copy.chunks_done * self.machine.chunk_bytes)
-            self.counts["moved_bytes"] += moved
-            self.counts["wasted_bytes"] += moved - whole  # `_left` counts all of it
-            if self.beside.pop(copy.entry, None) is None:
-                self.caches.of(copy.entry[0]).remove(copy.entry)
-            self._left(copy.entry)
-
-    def _drop_beside(self, event: int, now: int) -> None:
-        """What lies beside the cache and was meant for an event that did not ask for it; unless it is still copied."""
-        for entry, target in [*self.beside.items()]:
-            if target <= event and self.arrives.get(entry, 0) is not None:
-                del self.beside[entry]
-                self._left(entry)
-        if self.machine.landing:  # no guess that waited for a place begins before
-            self.link_free = max(self.link_free, now)
-
-    def _enqueue(self, target: int) -> None:
-        """Guesses about an event join the queue, where they are neither there nor queued."""
-        self.host += self.machine.predict_ns
-        if target >= len(self.guesses.ids_VW):
-            return
-        layer = target % self.work.card.n_layers
-        scores = self.guesses.score_VW[target].tolist()
-        for expert, score in zip(self.guesses.ids_VW[target].tolist(), scores, strict=True):
-            queue = [*self.queue, *self.storage.queue]
-            if expert == EMPTY or len(queue) == self.most_waiting:
-                return
-            entry = (layer, expert)
-            if not self._is_there(entry) and all(copy.entry != entry for copy in queue):
-                self.host += self.machine.issue_ns
-                joined = self.queue if self.storage.has(entry) else self.storage.queue
-                # its last chunk may still be read
-                may = max(self.host, self.storage.there.get(entry, 0))
-                joined.append(Copy(entry, target, may, score))
 
     def _upload(self, entry: Entry, in_memory: int) -> None:
         """An expert that the host computes is copied behind everything else, for its next use."""
