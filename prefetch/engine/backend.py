@@ -1,0 +1,61 @@
+"""What the engine asks of a device: two streams, copies, launches, and events between them. It decides nothing.
+
+What stands on a stream runs in its order; between streams only what was said with `after` holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from prefetch.errors import PrefetchError
+from prefetch.sim.reference import Entry
+
+COPY, COMPUTE = "copy", "compute"
+Done = Any  # a moment on a stream, as the backend writes it
+
+
+class EngineError(PrefetchError):
+    """The engine, or the device under it, did what it must not do."""
+
+
+class Backend(Protocol):
+    """Calls return at once, but for the two that wait."""
+
+    waited_ns: Mapping[str, int]  # of the compute stream, by the reason that was given
+
+    def now_ns(self) -> int: ...
+    def before(self, step: int, layer: int) -> None:
+        """On the compute stream: everything up to the layer's routing."""
+        ...
+
+    def copy(self, entry: Entry, slot: int) -> None:
+        """On the copy stream: an expert's block, from the host into a slot."""
+        ...
+
+    def publish(self, layer: int, slots: Mapping[int, int]) -> None:
+        """On the compute stream: the slot table that the next launch reads, for these experts."""
+        ...
+
+    def launch(self, layer: int, tokens: Mapping[int, int]) -> None:
+        """On the compute stream: these experts, each for so many tokens of the event."""
+        ...
+
+    def record(self, stream: str) -> Done:
+        """What stands on the stream so far."""
+        ...
+
+    def after(self, stream: str, done: Done, reason: str = "") -> None:
+        """Whatever comes next on the stream begins after that."""
+        ...
+
+    def is_done(self, done: Done) -> bool: ...
+    def wait(self, any_of: Sequence[Done]) -> None:
+        """The host, until one of them is done."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def names(entries: Collection[Entry]) -> str:
+    return ", ".join(f"layer {layer} expert {expert}" for layer, expert in sorted(entries))

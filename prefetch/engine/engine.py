@@ -1,0 +1,182 @@
+"""The engine: decisions of the simulator, carried out by a backend. One event after the other, on one host thread.
+
+It knows no weights and no device. Copies of what is missing are given first, then the experts that are there are
+launched, then each of the others behind its copy. A slot is written again only behind its last reader.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from prefetch.engine.backend import COMPUTE, COPY, Backend, Done, EngineError, names
+from prefetch.sim.ahead import Ahead, Needed
+from prefetch.sim.pool import HIT, LATE
+from prefetch.sim.recorded import BEGIN, EVENT, LAND, TRY, Record
+from prefetch.sim.reference import Entry
+from prefetch.sim.storage_reference import NEVER_STALE
+
+IN_FLIGHT = 2  # copies that the stream holds: one that runs, and one that follows without a gap
+REASONS = {HIT: "", LATE: "late_stall_ns"}
+
+
+class Engine(Ahead):
+    """`outcome` says of every access what it was; `record` in which order copies began, landed, and were needed."""
+
+    def __init__(
+        self, backend: Backend, n_slots: int, *told: Any, in_flight: int = IN_FLIGHT, **start: Any
+    ) -> None:
+        super().__init__(*told, **start)
+        self.in_flight = in_flight
+        self.backend = backend
+        self.slot_of: dict[Entry, int] = {}
+        self.free = deque(range(n_slots))  # the one that was left first, first
+        self.last_use: dict[int, Done] = {}  # of a slot
+        self.ready: dict[Entry, Done] = {}  # of a copy that no launch has waited for
+        self.flying: deque[tuple[Entry, Done]] = deque()
+        self.outcome: dict[int, int] = {}
+        self.record: Record = []
+        self.step = 0
+        self.in_use: set[Entry] = set()  # by the event that was run last
+        self.is_running = False  # its experts are not all launched
+        self.over: Done = None  # ... and when they are
+        self.copied_bytes = 0
+        self._fill()
+
+    def _fill(self) -> None:
+        """Who is there from the start is copied before anything runs."""
+        for cache in self.caches.caches:
+            for entry in cache.slot:
+                self._copy(entry)
+        if self.flying:
+            self.backend.wait([self.flying[-1][1]])
+        self._land()
+        self.copied_bytes, self.record = 0, []
+
+    def begin(self, event: int) -> None:
+        """A step begins with this event."""
+        self.step = event // self.work.card.n_layers
+        self.record.append((BEGIN, event))
+        self._begin_step(event)
+
+    def wait_for(self, routing: Done) -> None:
+        """The host has nothing else to do than to keep the link busy."""
+        while not self.backend.is_done(routing):
+            self.pump()
+            under_way = [self.flying[0][1]] if self.flying and self.queue else []
+            self.backend.wait([routing, *under_way])
+        self.pump()
+
+    def event(self, event: int, accesses: range, tokens: Sequence[int]) -> None:
+        """`tokens`: of the event, for each of its accesses."""
+        layer = event % self.work.card.n_layers
+        self._land()
+        self.record.append((EVENT, event))
+        entries = {a: self.caches.entry(a, layer) for a in accesses}
+        late = {a for a, entry in entries.items() if entry in self.arrives}
+        for a in late:
+            del self.arrives[entries[a]]
+        self.in_use, self.is_running = set(entries.values()), True
+        is_there = {entry for entry in self.in_use if entry in self.slot_of}
+        needed = self._need(event, accesses, entries, late)
+        self._check(is_there, {entries[a] for a in needed.missing})
+        self._run(layer, needed, entries, dict(zip(accesses, tokens, strict=True)))
+        self.over, self.is_running = self.backend.record(COMPUTE), False
+        self._enqueue_next(event, layer)
+        self.pump()
+
+    def nothing_needed(self, event: int) -> None:
+        """No token of the step went to an expert of this layer."""
+        self.caches.tell(event)
+
+    def pump(self) -> None:
+        """Starts the next copies that wait, as long as few are under way."""
+        self._land()
+        while len(self.flying) < self.in_flight and (copy := self._next(NEVER_STALE)):
+            is_busy = self.over is not None and not self.backend.is_done(self.over)
+            self.queue.remove(copy)
+            self.record.append((TRY, (copy.entry, is_busy)))
+            if not self._start(copy, self.step, self.in_use if is_busy else ()):
+                self.counts["prefetch_dropped"] += 1
+                continue
+            self._copy(copy.entry)
+
+    def _run(
+        self, layer: int, needed: Needed, entries: dict[int, Entry], tokens: dict[int, int]
+    ) -> None:
+        """Launches wait in the order in which their experts are there; a copy that finds no slot has them go first."""
+        there = [a for a in needed.order if self.outcome[a] == HIT]
+        late = [a for a in needed.order if self.outcome[a] == LATE]
+        ready = list(self.ready)
+        late.sort(key=lambda a: ready.index(entries[a]))
+        waiting = deque([there] * bool(there) + [[a] for a in late])
+
+        def launch() -> None:
+            group = waiting.popleft()
+            self._launch(layer, {entries[a]: tokens[a] for a in group}, self.outcome[group[0]])
+
+        for a in needed.missing:
+            while not self.free and waiting:
+                launch()
+            self._copy(entries[a])
+            self.counts["demand_loads"] += 1
+            waiting.append([a])
+        while waiting:
+            launch()
+
+    def _launch(self, layer: int, tokens: dict[Entry, int], outcome: int) -> None:
+        slots = {expert: self.slot_of[layer, expert] for _, expert in tokens}
+        for entry in tokens:
+            if (copied := self.ready.pop(entry, None)) is not None:
+                self.backend.after(COMPUTE, copied, REASONS.get(outcome, "stall_ns"))
+        self.backend.publish(layer, slots)
+        self.backend.launch(layer, {expert: n for (_, expert), n in tokens.items()})
+        done = self.backend.record(COMPUTE)
+        for entry in tokens:
+            self.last_use[self.slot_of[entry]] = done
+            if not self._is_there(entry):  # it was used, and is not kept
+                self._let_go(entry)
+
+    def _copy(self, entry: Entry) -> None:
+        """Into the slot that was left first, behind whoever read it last."""
+        if not self.free:
+            raise EngineError(
+                f"no slot is left for {names([entry])}: {len(self.slot_of)} hold {names(self.slot_of)}; "
+                "the caches and their staging are larger than the pool"
+            )
+        slot = self.slot_of[entry] = self.free.popleft()
+        if (reader := self.last_use.pop(slot, None)) is not None:
+            self.backend.after(COPY, reader)
+        self.backend.copy(entry, slot)
+        done = self.ready[entry] = self.backend.record(COPY)
+        self.flying.append((entry, done))
+        size = int(self.machine.bytes_L[entry[0]])
+        self.copied_bytes += size
+        self.counts["moved_bytes"] += size
+
+    def _land(self) -> None:
+        while self.flying and self.backend.is_done(self.flying[0][1]):
+            entry, _ = self.flying.popleft()
+            if entry in self.arrives:
+                self.record.append((LAND, entry))
+                del self.arrives[entry]
+
+    def _left(self, entry: Entry) -> None:
+        super()._left(entry)
+        if not (self.is_running and entry in self.in_use):
+            self._let_go(entry)
+
+    def _let_go(self, entry: Entry) -> None:
+        self.ready.pop(entry, None)
+        self.free.append(self.slot_of.pop(entry))
+
+    def _outcome(self, a: int, outcome: int) -> None:
+        self.outcome[a] = outcome
+
+    def _check(self, is_there: set[Entry], missing: set[Entry]) -> None:
+        """What the pool holds is what the policy believes that it holds."""
+        if is_there & missing or self.in_use - is_there - missing:
+            raise EngineError(
+                f"the pool holds {names(is_there)} of {names(self.in_use)}, and the policy loads {names(missing)}"
+            )
