@@ -22,7 +22,10 @@ class EngineError(PrefetchError):
 class Backend(Protocol):
     """Calls return at once, but for the two that wait."""
 
-    waited_ns: Mapping[str, int]  # of the compute stream, by the reason that was given
+    @property
+    def waited_ns(self) -> Mapping[str, int]:
+        """By the compute stream, for each reason that was given."""
+        ...
 
     def now_ns(self) -> int: ...
     def before(self, step: int, layer: int) -> None:
@@ -41,6 +44,10 @@ class Backend(Protocol):
         """On the compute stream: these experts, each for so many tokens of the event."""
         ...
 
+    def combine(self, layer: int) -> None:
+        """On the compute stream: what the event's experts gave becomes the layer's output."""
+        ...
+
     def record(self, stream: str) -> Done:
         """What stands on the stream so far."""
         ...
@@ -55,6 +62,17 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Body(Protocol):
+    """What a backend of a real device computes, on the stream that is current."""
+
+    def before(self, step: int, layer: int) -> None: ...
+    def launch(self, layer: int, tokens: Mapping[int, int], slots: Mapping[int, int]) -> None:
+        """`slots`: where these experts lie in the pool."""
+        ...
+
+    def combine(self, layer: int) -> None: ...
 
 
 def names(entries: Collection[Entry]) -> str:

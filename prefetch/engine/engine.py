@@ -37,7 +37,7 @@ class Engine(Ahead):
         self.flying: deque[tuple[Entry, Done]] = deque()
         self.outcome: dict[int, int] = {}
         self.record: Record = []
-        self.step = 0
+        self.at_step = 0
         self.in_use: set[Entry] = set()  # by the event that was run last
         self.is_running = False  # its experts are not all launched
         self.over: Done = None  # ... and when they are
@@ -56,7 +56,7 @@ class Engine(Ahead):
 
     def begin(self, event: int) -> None:
         """A step begins with this event."""
-        self.step = event // self.work.card.n_layers
+        self.at_step = event // self.work.card.n_layers
         self.record.append((BEGIN, event))
         self._begin_step(event)
 
@@ -82,6 +82,7 @@ class Engine(Ahead):
         needed = self._need(event, accesses, entries, late)
         self._check(is_there, {entries[a] for a in needed.missing})
         self._run(layer, needed, entries, dict(zip(accesses, tokens, strict=True)))
+        self.backend.combine(layer)
         self.over, self.is_running = self.backend.record(COMPUTE), False
         self._enqueue_next(event, layer)
         self.pump()
@@ -97,7 +98,7 @@ class Engine(Ahead):
             is_busy = self.over is not None and not self.backend.is_done(self.over)
             self.queue.remove(copy)
             self.record.append((TRY, (copy.entry, is_busy)))
-            if not self._start(copy, self.step, self.in_use if is_busy else ()):
+            if not self._start(copy, self.at_step, self.in_use if is_busy else ()):
                 self.counts["prefetch_dropped"] += 1
                 continue
             self._copy(copy.entry)

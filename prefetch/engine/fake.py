@@ -80,6 +80,8 @@ class FakeBackend:
             self._need_payload((layer, expert), slot, "it is read")
             self.slots[slot].readers.append(now)
 
+    def combine(self, layer: int) -> None: ...
+
     def record(self, stream: str) -> Moment:
         return Moment(self.free_ns[stream], self.known[stream].copy())
 

@@ -132,20 +132,20 @@ def budget_of(
         cache_bytes = _what_remains(memory, parts, hardware)
         room_G, size_L = _rooms_of_bytes(card, scope, cache_bytes)
     else:
-        room_G, size_L = _rooms(card, scope, cache)
+        room_G, size_L = rooms_of(card, scope, cache)
     if split is not None:
         room_G = split(room_G, size_L)
     unit = sizes_L[0] if size_L != sizes_L else 1
     if memory is not None:  # what whole experts in every layer leave
         more_bytes += cache_bytes - sum(room_G) * unit
     room_G = _with_more(room_G, size_L, card.n_experts, more_bytes // unit)
-    if staging == 0 and min(_slots(room_G, size_L)) == 0:
+    if staging == 0 and min(slots_of(room_G, size_L)) == 0:
         raise ConfigError("an expert has no place: no cache of one expert, and staging=0")
     return Budget(
         scope=scope,
         room_G=room_G,
         size_L=size_L,
-        slots_G=_slots(room_G, size_L),
+        slots_G=slots_of(room_G, size_L),
         cache_bytes=sum(room_G) * unit,
         device_bytes=hardware.device.memory_bytes,
         all_expert_bytes=card.n_experts * sum(sizes_L),
@@ -199,7 +199,7 @@ def _what_remains(memory: int | str, parts: dict[str, int], hardware: Hardware) 
     return given - needed
 
 
-def _rooms(
+def rooms_of(
     card: ModelCard, scope: str, cache: float | str | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Units per cache and per expert, for a cache as the user writes it."""
@@ -264,7 +264,7 @@ def _with_more(
     return tuple(rooms)
 
 
-def _slots(room_G: tuple[int, ...], size_L: tuple[int, ...]) -> tuple[int, ...]:
+def slots_of(room_G: tuple[int, ...], size_L: tuple[int, ...]) -> tuple[int, ...]:
     largest = size_L if len(room_G) == len(size_L) else (max(size_L),)
     return tuple(room // size for room, size in zip(room_G, largest, strict=True))
 

@@ -1,0 +1,97 @@
+"""A device that is the host's own memory: a thread copies, the thread that calls computes. Real copies, honest order.
+
+It knows no weights: a pool and the blocks that are copied into it are rows of tensors. The compute stream is the
+caller: what stands on it is done when the call returns, and a wait of it is a wait of the caller.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+
+from torch import Tensor
+
+from prefetch.engine.backend import COMPUTE, COPY, Body, EngineError, names
+from prefetch.sim.reference import Entry
+
+Block = Callable[[Entry], Tensor]  # the host's bytes of an expert
+DONE = 0  # of the compute stream: at once
+
+
+class CpuBackend:
+    """A moment on the copy stream is the number of copies that were given until then."""
+
+    def __init__(self, pool_SN: Tensor, block: Block, body: Body) -> None:
+        self.pool_SN, self.block, self.body = pool_SN, block, body
+        self.table: dict[int, dict[int, int]] = {}
+        self.waited_ns: Counter[str] = Counter()
+        self.given = self.copied = 0
+        self.failed: Exception | None = None
+        self._jobs: SimpleQueue[tuple[Entry, int] | None] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._copy_all, name="copies", daemon=True)
+        self._thread.start()
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def before(self, step: int, layer: int) -> None:
+        self.body.before(step, layer)
+
+    def copy(self, entry: Entry, slot: int) -> None:
+        self.given += 1
+        self._jobs.put((entry, slot))
+
+    def publish(self, layer: int, slots: Mapping[int, int]) -> None:
+        self.table[layer] = dict(slots)
+
+    def launch(self, layer: int, tokens: Mapping[int, int]) -> None:
+        self.body.launch(layer, tokens, self.table[layer])
+
+    def combine(self, layer: int) -> None:
+        self.body.combine(layer)
+
+    def record(self, stream: str) -> int:
+        return self.given if stream == COPY else DONE
+
+    def after(self, stream: str, done: int, reason: str = "") -> None:
+        if stream == COMPUTE and not self.is_done(done):
+            began = time.monotonic_ns()
+            self.wait([done])
+            self.waited_ns[reason] += (time.monotonic_ns() - began) if reason else 0
+
+    def is_done(self, done: int) -> bool:
+        with self._changed:
+            self._raise()
+            return self.copied >= done
+
+    def wait(self, any_of: Sequence[int]) -> None:
+        first = min(any_of)
+        with self._changed:
+            self._changed.wait_for(lambda: self.failed or self.copied >= first)
+            self._raise()
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self.failed is not None:
+            raise EngineError(f"a copy failed: {self.failed}") from self.failed
+
+    def _copy_all(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            entry, slot = job
+            try:
+                self.pool_SN[slot].copy_(self.block(entry))
+            except Exception as error:  # whatever it is, whoever waits must hear of it
+                with self._changed:
+                    self.failed = RuntimeError(f"{names([entry])} into slot {slot}: {error}")
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self.copied += 1
+                self._changed.notify_all()

@@ -1,0 +1,201 @@
+"""Models of several families run from a pool that is too small for their experts, and say the same, bit for bit."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from prefetch.engine.backend import EngineError
+from prefetch.engine.offloaded import OffloadedMoE
+from prefetch.errors import ConfigError
+from prefetch.sim.policies.belady import Belady
+from prefetch.sim.policies.lfu import Lfu
+from prefetch.sim.policies.lru import Lru
+from prefetch.sim.pool import HIT
+from prefetch.sim.run import replay
+from prefetch.sim.workload import workload_of
+from prefetch.trace.routing import DECODE, PREFILL, trace_of
+
+SMALL = {
+    "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 200, "head_dim": 12, "eos_token_id": None,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 20, "num_experts": 12, "num_experts_per_tok": 3},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v2": {
+        "moe_intermediate_size": 20, "n_routed_experts": 12, "num_experts_per_tok": 3, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4, "v_head_dim": 12, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
+    },
+    "olmoe": {"num_experts": 12, "num_experts_per_tok": 3},
+}  # fmt: skip
+CAPACITIES = {"one layer's k": None, "a half": 0.5, "everything": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def model_of(family: str) -> Any:
+    config = transformers.AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def said(model: Any, tokens: int = 10, batch: int = 2) -> tuple[Any, list[Any]]:
+    prompt = torch.randint(200, (batch, 7), generator=torch.Generator().manual_seed(1))
+    out = model.generate(
+        prompt,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences, list(out.logits)
+
+
+@cache
+def untouched(family: str) -> tuple[Any, list[Any]]:
+    return said(model_of(family))
+
+
+def is_same(one: tuple[Any, list[Any]], other: tuple[Any, list[Any]]) -> bool:
+    logits = zip(one[1], other[1], strict=True)
+    return torch.equal(one[0], other[0]) and all(torch.equal(a, b) for a, b in logits)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_are_the_untouched_models_bit_for_bit(family, capacity):
+    top_k = FAMILIES[family]["num_experts_per_tok"]
+    offloaded = OffloadedMoE(model_of(family), capacity=CAPACITIES[capacity] or top_k)
+    assert is_same(said(offloaded), untouched(family))
+    counts, card = offloaded.counts(), offloaded.card
+    each = card.expert_bytes_L[0]
+    assert counts["moved_bytes"] == counts["misses"] * each > 0
+    assert (
+        offloaded.device_bytes
+        == (len(offloaded.engine.slot_of) + len(offloaded.engine.free)) * each
+    )
+    if capacity == "everything":
+        assert counts["misses"] == len(offloaded.engine.slot_of) <= card.n_layers * card.n_experts
+    assert is_same(said(offloaded.restore()), untouched(family))
+
+
+def test_experts_leave_the_model():
+    model = model_of("qwen3_moe")
+    whole = sum(param.numel() for param in model.parameters())
+    offloaded = OffloadedMoE(model, capacity=0.25)
+    left = sum(param.numel() for param in model.parameters())
+    blocks = offloaded.blocks_L[0]
+    assert whole - left == 3 * 12 * (
+        blocks.parts[0].stop + blocks.parts[1].stop - blocks.parts[1].start
+    )
+    assert offloaded.device_bytes == (3 * 3 + 2) * blocks.bytes
+
+
+@pytest.mark.parametrize("policy", [Lru(), Lfu()])
+@pytest.mark.parametrize("scope", ["per_layer", "global"])
+def test_hits_are_the_simulators_on_the_same_routing(policy, scope):
+    offloaded = OffloadedMoE(model_of("qwen3_moe"), capacity=0.5, scope=scope, policy=policy)
+    seen: list[Any] = []
+    told = offloaded.engine.layer
+    offloaded.engine.layer = lambda layer, ids: (seen.append(ids.copy()), told(layer, ids))[1]
+    said(offloaded, batch=1)
+    steps = [np.stack(seen[at : at + 3], axis=1) for at in range(0, len(seen), 3)]
+    ids_TLK = np.concatenate(steps)
+    phase_T = np.where(np.arange(len(ids_TLK)) < len(steps[0]), PREFILL, DECODE)
+    work = workload_of(trace_of(offloaded.card, ids_TLK, phase_T=phase_T))
+    room_G = [18] if scope == "global" else [6, 6, 6]
+    outcome_A = replay(work, policy, room_G, [1, 1, 1])
+    counts = offloaded.counts()
+    assert (counts["hits"], counts["misses"]) == (
+        (outcome_A == HIT).sum(),
+        (outcome_A != HIT).sum(),
+    )
+
+
+class Again:
+    """Guesses what this layer was told last."""
+
+    def __init__(self, n_experts: int) -> None:
+        self.last = np.zeros((3, n_experts), np.float32)
+
+    def start(self) -> None:
+        self.last[:] = 0
+
+    def observe(self, layer: int, ids: Any, gate_input: Any = None) -> None:
+        self.last[layer] = 0
+        self.last[layer, ids] = 1
+
+    def guess(self, layer: int) -> Any:
+        return self.last[layer]
+
+
+class Guesser:
+    def online(self, horizon: int) -> Again:
+        return Again(12)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_guesses_are_copied_ahead_and_change_no_output(batch):
+    model = model_of("qwen3_moe")
+    expected = said(model, batch=batch)
+    offloaded = OffloadedMoE(model, capacity=0.5, predictor=Guesser(), horizon=1)
+    assert is_same(said(offloaded, batch=batch), expected)
+    assert is_same(said(offloaded, batch=batch), expected)
+    counts = offloaded.counts()
+    assert counts["prefetch_loads"] > 0 and counts["prefetch_used"] > 0
+    each = offloaded.card.expert_bytes_L[0]
+    assert counts["moved_bytes"] == (counts["misses"] + counts["prefetch_loads"]) * each
+
+
+def test_a_failing_copy_is_an_error_and_no_hang():
+    offloaded = OffloadedMoE(model_of("mixtral"), capacity=2)
+    offloaded.host_LEM[1] = offloaded.host_LEM[1][:, :-16]
+    with pytest.raises(EngineError, match=r"a copy failed: layer 1 expert \d into slot"):
+        said(offloaded)
+
+
+@pytest.mark.parametrize(
+    ("told", "said_of_it"),
+    [
+        ({"capacity": 0, "staging": 0}, "0 slots of cache and 0 of staging"),
+        ({"capacity": 99}, "has 12 experts in a layer"),
+        ({"policy": Belady()}, "needs future, which a model that runs does not tell"),
+        ({"predictor": object()}, "cannot be asked event by event"),
+        ({"predictor": Guesser(), "horizon": 9}, "expected 1 to 3 layers ahead"),
+    ],
+)
+def test_what_cannot_be_is_said(told, said_of_it):
+    with pytest.raises(ConfigError, match=said_of_it):
+        OffloadedMoE(model_of("qwen3_moe"), **told)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ConfigError, match="no layer holds its experts"):
+        OffloadedMoE(torch.nn.Linear(3, 3))
+    strange = model_of("qwen3_moe")
+    experts = strange.model.layers[0].mlp.experts
+    experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0]
+    with pytest.raises(ConfigError, match="does not compute its experts one by one"):
+        OffloadedMoE(strange)
