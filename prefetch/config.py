@@ -74,6 +74,8 @@ class SimulatorConfig:
     split: Any = "equal"  # of the cache, per layer: equal | fitted | fitted_optimum | experts of each ([8, 12])
     pinned: int = 0  # experts of each layer, the most used by other requests, that never leave
     start: str = "cold"  # cold | warm (the most used by other requests are there)
+    clock: str = "simulated"  # simulated | device: cells are run by the engine, with drawn weights
+    device: str = "auto"  # auto | cpu | cuda: where the engine runs
     model_card: str | None = None  # sizes of this model, where the trace does not know its own
     precision: str | None = (
         None  # of that model's experts (q4_k_m, mxfp4, ...); None = as published
@@ -110,6 +112,24 @@ class AdviseConfig:
 
 
 @dataclass
+class ProfileConfig:
+    device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | cuda:1
+    tokens: list[int] | None = None  # of one step; None, here and below = by the device
+    experts: list[int] | None = None  # of the layer
+    top_k: list[int] | None = None  # experts that a token takes
+    hidden: list[int] | None = None  # elements of a token
+    inner: list[int] | None = None  # elements between an expert's two matrices
+    dtypes: list[str] | None = None  # fp32, bf16, fp16
+    routings: list[str] = field(default_factory=lambda: ["uniform", "zipf"])
+    skew: float = 1.0  # exponent of zipf: an expert's share falls with its rank to this power
+    capacity_factor: float = 1.0  # seats of an expert in the dense baseline, over its even share
+    backward: bool = True
+    repeats: int | None = None  # calls of which the median is taken, after one that warms up
+    seconds: float | None = None  # of the grid; rows that do not fit are left out, and marked
+    figures: bool = True
+
+
+@dataclass
 class ArtifactsConfig:
     remove: str | None = None  # "unused", or kind/key (a prefix will do); None = only list
     spare_minutes: float = (
@@ -129,12 +149,14 @@ class Config:
     hardware: Any
     tracker: Any
     makers: dict[str, str]  # artifact kind -> the function that says how to make it
+    clocks: dict[str, str]  # simulator.clock -> what times a cell instead of the simulated clock
     collect: CollectConfig = field(default_factory=CollectConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     advise: AdviseConfig = field(default_factory=AdviseConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     memory: str | None = (
         None  # all of the GPU's memory that may be used (12GiB), instead of simulator.cache

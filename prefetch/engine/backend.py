@@ -27,6 +27,11 @@ class Backend(Protocol):
         """By the compute stream, for each reason that was given."""
         ...
 
+    @property
+    def link_ns(self) -> int:
+        """That copies have taken."""
+        ...
+
     def now_ns(self) -> int: ...
     def before(self, step: int, layer: int) -> None:
         """On the compute stream: everything up to the layer's routing."""

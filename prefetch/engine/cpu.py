@@ -28,7 +28,7 @@ class CpuBackend:
         self.pool_SN, self.block, self.body = pool_SN, block, body
         self.table: dict[int, dict[int, int]] = {}
         self.waited_ns: Counter[str] = Counter()
-        self.given = self.copied = 0
+        self.given = self.copied = self.link_ns = 0
         self.failed: Exception | None = None
         self._jobs: SimpleQueue[tuple[Entry, int] | None] = SimpleQueue()
         self._changed = threading.Condition()
@@ -84,7 +84,7 @@ class CpuBackend:
 
     def _copy_all(self) -> None:
         while (job := self._jobs.get()) is not None:
-            entry, slot = job
+            (entry, slot), began = job, time.monotonic_ns()
             try:
                 self.pool_SN[slot].copy_(self.block(entry))
             except Exception as error:  # whatever it is, whoever waits must hear of it
@@ -94,4 +94,5 @@ class CpuBackend:
                 return
             with self._changed:
                 self.copied += 1
+                self.link_ns += time.monotonic_ns() - began
                 self._changed.notify_all()

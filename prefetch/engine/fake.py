@@ -38,7 +38,7 @@ class FakeBackend:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.host_ns = 0
+        self.host_ns = self.link_ns = 0
         self.free_ns = {COPY: 0, COMPUTE: 0}
         self.known: dict[str, Clock] = {COPY: Counter(), COMPUTE: Counter()}
         self.host: Clock = Counter()
@@ -55,7 +55,9 @@ class FakeBackend:
 
     def copy(self, entry: Entry, slot: int) -> None:
         self.host_ns += self.machine.issue_ns
-        now = self._run(COPY, int(self.machine.whole_ns_L[entry[0]]))
+        took = int(self.machine.whole_ns_L[entry[0]])
+        self.link_ns += took
+        now = self._run(COPY, took)
         held = self.slots.get(slot)
         for reader in held.readers if held else ():
             if self.known[COPY][COMPUTE] < reader:

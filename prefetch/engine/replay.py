@@ -114,6 +114,8 @@ def _event(engine: Engine, work: Workload, step: int, event: int) -> None:
 
 def _timed(engine: Engine, work: Workload, time_S: np.ndarray[Any, Any]) -> Timed:
     outcome_A = np.array([engine.outcome[a] for a in range(work.n_accesses)], np.uint8)
-    counts = {**engine.counts, "now_ns": int(time_S.sum()), **engine.backend.waited_ns}
+    waited, took_ns = engine.backend.waited_ns, int(time_S.sum())
+    counts = {**engine.counts, **waited, "now_ns": took_ns, "link_ns": engine.backend.link_ns}
+    counts["compute_ns"] = max(0, took_ns - sum(waited.values()))  # and whatever the host takes
     resident = sum(len(cache.slot) for cache in engine.caches.caches)
     return Timed(time_S, outcome_A, {name: int(n) for name, n in counts.items()}, resident)

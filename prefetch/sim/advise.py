@@ -14,6 +14,7 @@ from prefetch.sim.advising.cases import cases_of, predicted
 from prefetch.sim.advising.page import between, page, placement_of
 from prefetch.sim.advising.study import Study, study
 from prefetch.sim.advising.ways import AHEAD, KINDS
+from prefetch.sim.clock import need_simulated
 from prefetch.sim.settings.placement import profile
 from prefetch.sim.summary import source
 
@@ -57,6 +58,7 @@ def _cases(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
 
 
 def _check(cfg: Config) -> None:
+    need_simulated(cfg, "advise")
     if cfg.simulator.misses != "wait" or cfg.simulator.semantics != "atomic":
         raise ConfigError(
             f"simulator.misses={cfg.simulator.misses}, simulator.semantics={cfg.simulator.semantics}: stage=advise "

@@ -6,10 +6,12 @@ It knows no predictor, guesses come from the store as files; and no cell: see `g
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +25,7 @@ from prefetch.errors import ConfigError
 from prefetch.models.cards import card_names, load_architecture
 from prefetch.sim.bounds import Bound, bound_of, compute_S
 from prefetch.sim.cell import CHEATS, REFUSALS, Cell, refused_row
+from prefetch.sim.clock import SIMULATED, Clock, check_clock, clock_of
 from prefetch.sim.code import own_code
 from prefetch.sim.costs import UNKNOWN, Beside, beside_of, machine_of, need_host_memory
 from prefetch.sim.excerpt import first_requests
@@ -33,11 +36,13 @@ from prefetch.sim.machine import ADMITS, Guesses
 from prefetch.sim.memory import Budget, OfMemory, budget_of
 from prefetch.sim.names import name_of
 from prefetch.sim.others import most_used
+from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import ATOMIC, OVERSHOOT
 from prefetch.sim.prior import Prior, check_prior
 from prefetch.sim.rows import Beside as RowBeside
 from prefetch.sim.rows import row_of
+from prefetch.sim.run import Timed
 from prefetch.sim.sizes import lent_to
 from prefetch.sim.sweep import Job
 from prefetch.sim.workload import Workload, workload_of
@@ -147,6 +152,7 @@ class Bench:
                 "replayed; leave it out, or replay that trace with trace=FOLDER"
             )
         check_prior(told)
+        check_clock(self.cfg)
         if told.requests == "all" and any(name != "none" for name in self.predictors):
             raise ConfigError(
                 "simulator.requests=all: predictors are fitted on some of them; pass predictor=none, "
@@ -348,18 +354,46 @@ class Bench:
         return most_used(self.prior.uses_LE)
 
     def row(self, cell: Cell) -> dict[str, Any]:
-        timed = cell.run(self.work)
+        timed = self.timed(cell)
         beside = RowBeside(self.full_ns, self.units, self.cfg.seed, self.bound(cell))
         return row_of(cell, self.work, timed, beside)
+
+    @cached_property
+    def clock(self) -> Clock | None:
+        return clock_of(self)
+
+    def timed(self, cell: Cell) -> Timed:
+        return self.clock.timed(cell, self.work) if self.clock else cell.run(self.work)
+
+    @property
+    def is_simulated(self) -> bool:
+        return self.simulator.clock == SIMULATED
+
+    @property
+    def where(self) -> str:
+        return self.clock.machine if self.clock else self.hardware.name
+
+    @property
+    def times(self) -> str:
+        """Where the times of a table are from."""
+        return "measured, drawn weights" if self.clock else f"simulated, {self.hardware.kind}"
 
     @property
     def full_ns(self) -> float:
         """Per generated token, with every expert resident."""
         if self._full_ns is None:
-            took_S = compute_S(self.work, self.machine("wait"))
+            took_S = self._full_S()
             tokens = max(1, int(self.work.decode_S.sum()))
             self._full_ns = float(took_S[self.work.is_decode_S].sum()) / tokens
         return self._full_ns
+
+    def _full_S(self) -> NDArray[np.int64]:
+        if self.clock is None:
+            return compute_S(self.work, self.machine("wait"))
+        everyone = np.arange(self.card.n_layers * self.card.n_experts)
+        budget, machine = self.share(1.0), self.machine("wait")
+        names = {"way": "all resident"}
+        return self.timed(Cell(names, Lru(), budget, machine, warm=everyone)).time_S
 
     def bound(self, cell: Cell) -> Bound:
         machine, start = cell.machine, cell.wished.tobytes()
@@ -367,5 +401,8 @@ class Bench:
         with self._one_by_one:  # cells run side by side, and several share a bound
             if key not in self._bounds:
                 latency_ns = self.hardware.link.latency_ns
-                self._bounds[key] = bound_of(cell, self.work, latency_ns)
+                bound = bound_of(cell, self.work, latency_ns)
+                if not self.is_simulated:  # costs of a hardware file bound no measured time
+                    bound = dataclasses.replace(bound, tpot_ns=math.nan, name="of hits alone")
+                self._bounds[key] = bound
             return self._bounds[key]

@@ -36,7 +36,9 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     if isinstance(ran := cells[main], Refused):
         raise ran.reason
     with ThreadPoolExecutor(1) as aside:
-        timeline = aside.submit(timeline_of, ran, bench.work)
+        timeline = aside.submit(
+            timeline_of if bench.is_simulated else _no_timeline, ran, bench.work
+        )
         table = _table(bench, cells, main, kept)
     outputs.table("results", table)
     chosen = table.iloc[main]
@@ -58,6 +60,10 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     for text in told:
         log.warning(text)
     return metrics
+
+
+def _no_timeline(*_: Any) -> None:
+    """Of a device: its spans are not recorded."""
 
 
 def check_grid(cfg: Config) -> None:
@@ -84,10 +90,14 @@ def check_grid(cfg: Config) -> None:
 def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept) -> pd.DataFrame:
     """A row per cell, in their order. Only the main one must run."""
     able = {i: cell for i, cell in enumerate(cells) if isinstance(cell, Cell)}
-    for cell in able.values():
-        engine(cell.policy.rules, "timed")  # made once, before several ask for it at the same time
     jobs = [bench.job(cell, must_run=i == main) for i, cell in able.items()]
-    found = dict(zip(able, run_all(jobs, kept, workers=bench.cfg.evaluate.workers), strict=True))
+    if bench.is_simulated:
+        for cell in able.values():
+            engine(cell.policy.rules, "timed")  # made once, before several ask for it together
+        rows = run_all(jobs, kept, workers=bench.cfg.evaluate.workers)
+    else:  # one at a time, each measured anew
+        rows = [dict(job.run()) for job in jobs]
+    found = dict(zip(able, rows, strict=True))
     for i, one in enumerate(cells):
         if isinstance(one, Refused):
             found[i] = refused_row(one.names, one.reason)
@@ -101,6 +111,9 @@ def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept)
 
 def _needed(bench: Bench, chosen: pd.Series, kept: Kept) -> pd.DataFrame:
     if not bench.cfg.evaluate.required_recall:
+        return pd.DataFrame()
+    if not bench.is_simulated:
+        log.info("no required recall: its cells are simulated, simulator.clock=%s", "device")
         return pd.DataFrame()
     if bench.simulator.misses != "wait":
         log.info(

@@ -57,6 +57,7 @@ def _pictures(
     silent = "" if rows.tpot_ms.notna().any() else "no token is generated"
     alone = "" if len(bench.policies) > 1 else "there is one policy"
     unasked = "" if asked else "evaluate.required_recall=false"
+    measured = "" if bench.is_simulated else "times are measured"
     return {
         "hit_rate_by_capacity": (
             "",
@@ -73,11 +74,11 @@ def _pictures(
         "savings_and_slowdown": (silent, lambda *to: pictures.savings_and_slowdown(rows, *to)),
         "stall_breakdown": (silent, lambda *to: pictures.stall_breakdown(rows, *to)),
         "required_recall": (
-            unasked or silent or ("" if len(needed) else "every step has a prompt"),
+            unasked or measured or silent or ("" if len(needed) else "every step has a prompt"),
             lambda *to: pictures.required_recall(needed, *to),
         ),
         "timeline": (
-            "" if shown else "no token is generated",
+            measured or ("" if shown else "no token is generated"),
             lambda *to: pictures.timeline(shown, *to) if shown else [],
         ),
     }

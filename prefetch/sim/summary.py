@@ -134,7 +134,7 @@ def runs(table: pd.DataFrame) -> pd.Series:
 
 def summary(bench: Bench, table: pd.DataFrame, needed: pd.DataFrame, told: list[str]) -> str:
     lines = [
-        f"# {bench.reader.card.name} on {bench.hardware.name} (simulated, {bench.hardware.kind})",
+        f"# {bench.reader.card.name} on {bench.where} ({bench.times})",
         "",
         said(bench),
         "",
@@ -185,7 +185,7 @@ def source(bench: Bench) -> str:
     """What a figure says of where it comes from."""
     return (
         f"{bench.reader.card.name} ({bench.reader.provenance.kind} routing), sizes of {bench.card.name}, on "
-        f"{bench.hardware.name}: simulated ({bench.hardware.kind})"
+        f"{bench.where}: {bench.times}"
     )
 
 
@@ -199,7 +199,7 @@ def said(bench: Bench) -> str:
 
 
 def show(bench: Bench, table: pd.DataFrame) -> None:
-    title = f"{bench.reader.card.name} on {bench.hardware.name}, simulated ({bench.hardware.kind}); {said(bench)}"
+    title = f"{bench.reader.card.name} on {bench.where}, {bench.times}; {said(bench)}"
     shown = Table(title=Text(title), title_justify="left")
     for name in ("way", "policy", "predictor", "capacity", *SHOWN):
         shown.add_column(name)

@@ -1,0 +1,70 @@
+"""`simulator.clock=device`: a cell of a table is run by the engine instead of on a simulated clock.
+
+It knows no table. Weights are drawn, sizes are the model card's, routing is the trace's.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from prefetch.engine.backend import Backend
+from prefetch.engine.cpu import CpuBackend
+from prefetch.engine.cuda import CudaBackend, need_device
+from prefetch.engine.kernel_body import ReplayBody
+from prefetch.engine.replay import Ran, need_runnable, run
+from prefetch.engine.weights import Drawn
+from prefetch.sim.cell import Cell
+from prefetch.sim.run import Timed
+from prefetch.sim.workload import Workload
+from prefetch.trace.card import ModelCard
+
+log = logging.getLogger(__name__)
+
+
+class DeviceClock:
+    """Made once for a table: cells share the host's blocks. One cell runs at a time."""
+
+    def __init__(
+        self, card: ModelCard, ids_TLK: NDArray[Any], *, device: str, lookup_bytes: int, seed: int
+    ) -> None:
+        self.device, self.card, self.seed = need_device(device), card, seed
+        self.ids_TLK = ids_TLK
+        read = (card.dense_bytes or 0) + (card.shared_bytes or 0) - lookup_bytes
+        self.beside_bytes = read // card.n_layers
+        self.weights = Drawn(card, self.device, seed)
+
+    @property
+    def machine(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+    def backend(self, work: Workload) -> Callable[[int], Backend]:
+        def make(n_slots: int) -> Backend:
+            pool_SN = self.weights.pool(n_slots)
+            body = ReplayBody(
+                pool_SN,
+                self.weights.layout,
+                work,
+                self.ids_TLK,
+                beside_bytes=self.beside_bytes,
+                seed=self.seed,
+            )
+            kind = CudaBackend if self.device.type == "cuda" else CpuBackend
+            return kind(pool_SN, self.weights.block, body)
+
+        return make
+
+    def ran(self, cell: Cell, work: Workload) -> Ran:
+        need_runnable(cell)
+        with torch.no_grad():
+            return run(cell, work, self.backend(work), title=f"{cell.names.get('way', 'running')}")
+
+    def timed(self, cell: Cell, work: Workload) -> Timed:
+        return self.ran(cell, work).timed

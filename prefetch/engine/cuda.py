@@ -1,0 +1,131 @@
+"""A CUDA device: one stream computes, one copies; blocks come from pinned memory, and slots are rows of one tensor.
+
+It knows no weights. The pool is allocated once and never moves, so that nothing of it has to be told to the allocator.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefetch.engine.backend import COMPUTE, COPY, Body, EngineError, names
+from prefetch.engine.cpu import Block
+from prefetch.errors import ConfigError
+from prefetch.sim.reference import Entry
+
+NS_PER_MS = 1_000_000
+
+
+def need_device(name: str) -> torch.device:
+    """A device that is not there is said at once."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={name}: expected auto, cpu or cuda")
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ConfigError(
+            "device=cuda: torch finds no CUDA device here (its build: "
+            f"{torch.__version__}); use device=cpu, or run this where there is one"
+        )
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+class CudaBackend:
+    """A moment is a CUDA event. Waits that have a reason are timed by events around them."""
+
+    def __init__(self, pool_SN: Tensor, block: Block, body: Body) -> None:
+        self.pool_SN, self.block, self.body = pool_SN, block, body
+        self.table: dict[int, dict[int, int]] = {}
+        device = pool_SN.device
+        self.streams = {
+            COMPUTE: torch.cuda.current_stream(device),
+            COPY: torch.cuda.Stream(device),
+        }
+        self._waits: list[tuple[str, Any, Any]] = []
+        self._copies: list[tuple[Any, Any]] = []
+        torch.cuda.synchronize(device)  # the pool and all weights are there
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def before(self, step: int, layer: int) -> None:
+        self.body.before(step, layer)
+
+    def copy(self, entry: Entry, slot: int) -> None:
+        block = self.block(entry)
+        if not block.is_pinned():
+            raise EngineError(f"{names([entry])}: its block is not in pinned memory")
+        try:
+            begin, end = _moments()
+            with torch.cuda.stream(self.streams[COPY]):
+                begin.record()
+                self.pool_SN[slot].copy_(block, non_blocking=True)
+                end.record()
+            self._copies.append((begin, end))
+        except RuntimeError as error:
+            raise EngineError(
+                f"a copy failed: {names([entry])} into slot {slot}: {error}"
+            ) from error
+
+    def publish(self, layer: int, slots: Mapping[int, int]) -> None:
+        self.table[layer] = dict(slots)
+
+    def launch(self, layer: int, tokens: Mapping[int, int]) -> None:
+        self.body.launch(layer, tokens, self.table[layer])
+
+    def combine(self, layer: int) -> None:
+        self.body.combine(layer)
+
+    def record(self, stream: str) -> Any:
+        done = torch.cuda.Event()
+        done.record(self.streams[stream])
+        return done
+
+    def after(self, stream: str, done: Any, reason: str = "") -> None:
+        if not reason or done.query():
+            self.streams[stream].wait_event(done)
+            return
+        begin, end = _moments()
+        begin.record(self.streams[stream])
+        self.streams[stream].wait_event(done)
+        end.record(self.streams[stream])
+        self._waits.append((reason, begin, end))
+
+    def is_done(self, done: Any) -> bool:
+        return bool(done.query())
+
+    def wait(self, any_of: Sequence[Any]) -> None:
+        """Spins: whoever sleeps here wakes too late."""
+        if len(any_of) == 1:
+            any_of[0].synchronize()
+            return
+        while not any(done.query() for done in any_of):
+            pass
+
+    @property
+    def link_ns(self) -> int:
+        torch.cuda.synchronize(self.pool_SN.device)
+        return sum(_between_ns(*moments) for moments in self._copies)
+
+    @property
+    def waited_ns(self) -> Mapping[str, int]:
+        torch.cuda.synchronize(self.pool_SN.device)
+        waited = Counter[str]()
+        for reason, begin, end in self._waits:
+            waited[reason] += _between_ns(begin, end)
+        return waited
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.pool_SN.device)
+
+
+def _moments() -> tuple[Any, Any]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def _between_ns(begin: Any, end: Any) -> int:
+    return int(begin.elapsed_time(end) * NS_PER_MS)

@@ -1,0 +1,57 @@
+"""Which clock times a cell: the simulated one, or a device's, which is handed in by name. It knows no device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prefetch import config
+from prefetch.config import Config
+from prefetch.errors import ConfigError
+from prefetch.sim.cell import Cell
+from prefetch.sim.run import Timed
+from prefetch.sim.workload import Workload
+
+if TYPE_CHECKING:
+    from prefetch.sim.bench import Bench
+
+SIMULATED = "simulated"
+
+
+class Clock(Protocol):
+    """A device that runs cells, one at a time."""
+
+    @property
+    def machine(self) -> str: ...
+
+    def timed(self, cell: Cell, work: Workload) -> Timed: ...
+
+
+def check_clock(cfg: Config) -> None:
+    clocks = [SIMULATED, *cfg.clocks]
+    if cfg.simulator.clock not in clocks:
+        raise ConfigError(
+            f"simulator.clock={cfg.simulator.clock}: expected one of {', '.join(clocks)}"
+        )
+
+
+def need_simulated(cfg: Config, stage: str) -> None:
+    if cfg.simulator.clock != SIMULATED:
+        raise ConfigError(
+            f"simulator.clock={cfg.simulator.clock}: stage={stage} compares what nobody could run one by one; "
+            "leave it out, or use stage=evaluate or stage=validate"
+        )
+
+
+def clock_of(bench: Bench) -> Clock | None:
+    """None: the simulated one."""
+    if bench.simulator.clock == SIMULATED:
+        return None
+    made: Any = config.locate(bench.cfg.clocks[bench.simulator.clock])
+    clock: Clock = made(
+        bench.card,
+        bench.trace.ids_TLK,
+        device=bench.simulator.device,
+        lookup_bytes=bench.beside.lookup_bytes,
+        seed=bench.cfg.seed,
+    )
+    return clock
