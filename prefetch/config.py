@@ -125,7 +125,21 @@ class ProfileConfig:
     capacity_factor: float = 1.0  # seats of an expert in the dense baseline, over its even share
     backward: bool = True
     repeats: int | None = None  # calls of which the median is taken, after one that warms up
+    threads: int | None = None  # of the CPU; None = as many as there are cores that are not busy
     seconds: float | None = None  # of the grid; rows that do not fit are left out, and marked
+    figures: bool = True
+
+
+@dataclass
+class ValidateConfig:
+    model_cards: list[str] | None = None  # None = the trace's own sizes, and the smallest shipped with as many experts
+    capacities: list[Any] = field(default_factory=lambda: [0.25, 0.5, 1.0])
+    policies: list[str] = field(default_factory=lambda: ["lru", "lfu"])
+    horizons: list[int] = field(default_factory=lambda: [0, 1, 4])  # layers ahead; 0 = no guesses
+    batches: list[int] = field(default_factory=lambda: [1, 4, 16])  # requests at once
+    recall: float = 0.8  # of the drawn guesses
+    steps: int | None = None  # of the first; None = 24 on a CPU, 220 on a GPU. The first tenth is not timed
+    repeats: int = 2  # runs of every cell
     figures: bool = True
 
 
@@ -157,6 +171,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     advise: AdviseConfig = field(default_factory=AdviseConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     memory: str | None = (
         None  # all of the GPU's memory that may be used (12GiB), instead of simulator.cache

@@ -1,0 +1,69 @@
+"""Stage `validate`: what the simulator says of a grid, written down first; then the engine runs it on this device.
+
+Decisions must be the same to the last byte. Times are judged on a GPU; on a CPU copies share the cores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+import pandas as pd
+
+from prefetch.artifacts import Store
+from prefetch.config import Config
+from prefetch.engine.validating.cases import Case, cases_of, check
+from prefetch.engine.validating.compare import compared, headline
+from prefetch.engine.validating.page import page
+from prefetch.progress import Progress
+from prefetch.sim.clock import need_simulated
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
+    """Tables of predictions and of what became of them, a page, a figure."""
+    need_simulated(cfg, "validate")
+    check(cfg)
+    cases = cases_of(cfg, store)
+    predictions = _predicted(cases, outputs)
+    table = _measured(cases, predictions, cfg.validate.repeats)
+    outputs.table("cells", table)
+    metrics = headline(table)
+    outputs.metrics(metrics)
+    text = page(table, metrics, cases)
+    (outputs.folder / "validation.md").write_text(text)
+    if cfg.validate.figures:
+        from prefetch.engine.validating.picture import predicted_and_measured  # matplotlib is slow
+
+        for path in predicted_and_measured(table, outputs.folder, cases[0].clock.machine):
+            if path.suffix == ".png":
+                outputs.figure(path)
+    print(text)
+    return metrics
+
+
+def _predicted(cases: list[Case], outputs: Any) -> list[dict[str, Any]]:
+    """Written, and its digest said, before the engine runs anything."""
+    with Progress("predicting", len(cases), "cells") as progress:
+        rows = []
+        for case in cases:
+            rows.append(case.predicted())
+            progress.advance()
+    outputs.table("predictions", pd.DataFrame(rows))
+    text = (outputs.folder / "predictions.csv").read_bytes()
+    log.info("predictions.csv: sha256 %s", hashlib.sha256(text).hexdigest())
+    return rows
+
+
+def _measured(cases: list[Case], predictions: list[dict[str, Any]], repeats: int) -> pd.DataFrame:
+    """Round after round over all cells, so that a slow minute is not one cell's."""
+    cases[0].ran()  # warms up
+    runs: list[list[dict[str, Any]]] = [[] for _ in cases]
+    with Progress("running", len(cases) * repeats, "cells") as progress:
+        for _ in range(repeats):
+            for case, of_case in zip(cases, runs, strict=True):
+                of_case.append(case.measured())
+                progress.advance()
+    return compared(predictions, runs)

@@ -1,0 +1,200 @@
+"""The cells of a validation: what is run, what the simulator says of it, and what the engine did.
+
+It compares nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+
+from prefetch import config
+from prefetch.artifacts import Store
+from prefetch.config import Config
+from prefetch.engine.clock import DeviceClock
+from prefetch.engine.replay import Ran, told_of
+from prefetch.engine.validating.costs import Costs
+from prefetch.errors import ConfigError
+from prefetch.models.cards import card_names, load_architecture
+from prefetch.sim.bench import Bench
+from prefetch.sim.bounds import compute_S
+from prefetch.sim.cell import Cell
+from prefetch.sim.excerpt import cell_of as cut_cell
+from prefetch.sim.excerpt import work_of as cut_work
+from prefetch.sim.grid import cell_of
+from prefetch.sim.needed import Noise
+from prefetch.sim.pool import HIT
+from prefetch.sim.recorded import Recorded
+from prefetch.sim.run import Timed
+from prefetch.sim.workload import Workload
+
+log = logging.getLogger(__name__)
+NS_PER_MS = 1e6
+WARM = 0.1  # of the steps, that no time counts
+FEW_STEPS, STEPS = 24, 220  # on a CPU, on a GPU
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One cell, with the costs of its parts in its machine. `ran` is the engine's."""
+
+    names: dict[str, Any]
+    cell: Cell
+    work: Workload
+    clock: DeviceClock
+    said: list[Timed] = field(default_factory=list)  # what the simulator said
+
+    def predicted(self) -> dict[str, Any]:
+        self.said.append(self.cell.run(self.work))
+        said, machine = self.said[0], self.cell.machine
+        resident_S = compute_S(self.work, machine)
+        layer_A = np.repeat(
+            np.tile(np.arange(self.work.card.n_layers), self.work.n_steps),
+            np.diff(self.work.start_V),
+        )
+        missing_A = said.outcome_A != HIT
+        copies_S = np.add.reduceat(missing_A * machine.whole_ns_L[layer_A], self._first_A)
+        return {
+            **self.names,
+            "predicted_ms": self._tpot_ms(said.time_S),
+            "predicted_hit_rate": float((~missing_A).mean()),
+            "predicted_bytes": said.counts["moved_bytes"],
+            "predicted_stall": _stalled(said),
+            "roofline_ms": self._tpot_ms(resident_S),  # every expert resident
+            "constants_ms": self._tpot_ms(resident_S + copies_S),  # a copy's time for each miss
+        }
+
+    def measured(self) -> dict[str, Any]:
+        ran, said = self.ran(), self.said[0]
+        decided_A, moved = self._again(ran, said)
+        return {
+            "measured_ms": self._tpot_ms(ran.timed.time_S),
+            "measured_hit_rate": float((ran.timed.outcome_A == HIT).mean()),
+            "measured_stall": _stalled(ran.timed),
+            "hits_equal": bool((ran.timed.outcome_A == decided_A).all()),
+            "bytes_equal": ran.copied_bytes == moved == ran.timed.counts["moved_bytes"],
+        }
+
+    def ran(self) -> Ran:
+        return self.clock.ran(self.cell, self.work)
+
+    def _again(self, ran: Ran, said: Timed) -> tuple[NDArray[np.integer], int]:
+        """Outcomes and bytes of the simulator: its own; with guesses, for the order of events on the device."""
+        if self.cell.guesses is None:
+            return said.outcome_A, said.counts["moved_bytes"]
+        told, start = told_of(self.cell, self.work)
+        again = Recorded(*told, **start).run(ran.record)
+        return np.array(again.outcome), again.counts["moved_bytes"]
+
+    @property
+    def _first_A(self) -> NDArray[np.int64]:
+        return self.work.start_V[: -1 : self.work.card.n_layers]
+
+    def _tpot_ms(self, time_S: NDArray[np.int64]) -> float:
+        counted_S = self.work.is_decode_S.copy()
+        counted_S[: int(WARM * len(counted_S))] = False
+        return (
+            float(time_S[counted_S].sum() / max(1, self.work.decode_S[counted_S].sum())) / NS_PER_MS
+        )
+
+
+def _stalled(timed: Timed) -> float:
+    waited = timed.counts["stall_ns"] + timed.counts["late_stall_ns"]
+    return waited / max(1, timed.counts["now_ns"])
+
+
+def check(cfg: Config) -> None:
+    told = cfg.validate
+    for name in ("capacities", "policies", "horizons", "batches"):
+        if not len(getattr(told, name)):
+            raise ConfigError(f"validate.{name}=[]: names nothing; give at least one")
+    least = {"horizons": 0, "batches": 1}
+    for name, low in least.items():
+        if any(value < low for value in getattr(told, name)):
+            raise ConfigError(
+                f"validate.{name}={list(getattr(told, name))}: each must be at least {low}"
+            )
+    if told.repeats < 2:
+        raise ConfigError(
+            f"validate.repeats={told.repeats}: the engine's own spread needs at least 2"
+        )
+    if told.steps is not None and told.steps < 10:
+        raise ConfigError(f"validate.steps={told.steps}: must be at least 10")
+    if not 0 <= told.recall <= 1:
+        raise ConfigError(f"validate.recall={told.recall}: must be from 0 to 1")
+
+
+def cases_of(cfg: Config, store: Store) -> list[Case]:
+    first = Bench(_root(cfg, None, 1), store)
+    cases = list[Case]()
+    for card in _cards(cfg, first):
+        for batch in cfg.validate.batches:
+            bench = Bench(_root(cfg, card, batch), store)
+            cases += _of_bench(cfg, bench, batch)
+    return cases
+
+
+def _root(cfg: Config, card: str | None, batch: int) -> Config:
+    """Guesses are drawn here, so that no predictor is needed."""
+    told: dict[str, Any] = {"simulator": {"batch": batch}}
+    if card is not None:
+        told["simulator"] |= {"model_card": card}
+    merged = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), told))
+    return config.with_choice(merged, "predictor", "none")
+
+
+def _cards(cfg: Config, bench: Bench) -> list[str | None]:
+    """What was asked for; else the trace's own sizes, and the smallest shipped model with as many experts."""
+    if cfg.validate.model_cards is not None:
+        return list(cfg.validate.model_cards)
+    shipped = {name: load_architecture(name).card(None, None) for name in card_names()}
+    fitting = {
+        name: card
+        for name, card in shipped.items()
+        if card.n_experts == bench.card.n_experts
+        and card.expert_precision in ("bf16", "fp16", "fp32")
+    }
+    other = min(fitting, key=lambda name: (fitting[name].expert_bytes_L or (0,))[0], default=None)
+    if other is None:
+        log.warning("no shipped model card has %d experts: one card is run", bench.card.n_experts)
+    return [cfg.simulator.model_card, other] if other else [cfg.simulator.model_card]
+
+
+def _of_bench(cfg: Config, bench: Bench, batch: int) -> Iterator[Case]:
+    """Cells of one model card and batch: they share what was measured."""
+    clock = DeviceClock(
+        bench.card,
+        bench.trace.ids_TLK,
+        device=cfg.simulator.device,
+        lookup_bytes=bench.beside.lookup_bytes,
+        seed=cfg.seed,
+    )
+    steps = cfg.validate.steps or (STEPS if clock.device.type == "cuda" else FEW_STEPS)
+    steps = min(steps, bench.work.n_steps)
+    work = cut_work(bench.work, 0, steps)
+    costs, noise = Costs(clock, work), Noise(work, cfg.seed)
+    for policy in cfg.validate.policies:
+        for capacity in cfg.validate.capacities:
+            for horizon in cfg.validate.horizons:
+                cell = cell_of(bench, "validate", policy, "none", capacity, max(1, horizon))
+                cell = cut_cell(cell, 0, steps)
+                guesses = noise.guesses(cfg.validate.recall, horizon) if horizon else None
+                cell = dataclasses.replace(cell, guesses=guesses)
+                names = {
+                    "model_card": bench.card.name,
+                    "batch": batch,
+                    "policy": policy,
+                    "capacity": str(capacity),
+                    "horizon": horizon,
+                }
+                cell = dataclasses.replace(
+                    cell, machine=costs.machine(cell), names={"way": "validate"}
+                )
+                yield Case(names, cell, work, clock)
