@@ -1,4 +1,4 @@
-"""What a launch computes on the CPU for a model that runs: its own experts, from the slots where they lie.
+"""What a launch computes for a model that runs: its own experts on the CPU, or the kernels, from the slots.
 
 It knows no cache.
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from prefetch.engine.kernel_body import ABSENT, KernelBody
 from prefetch.engine.parts import Blocks, weighted
 
 
@@ -20,7 +21,7 @@ class LiveBody:
         self.blocks_L, self.pool_SM = blocks_L, pool_SM
         self.outs: dict[int, tuple[Tensor, Tensor]] = {}  # of an expert: its tokens, what it adds
 
-    def take(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+    def take(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, needed: int) -> None:
         self.x_TD, self.ids_TK, self.weights_TK = x_TD, ids_TK, weights_TK
         self.outs.clear()
 
@@ -41,3 +42,15 @@ class LiveBody:
         for expert in sorted(self.outs):
             out_TD.index_add_(0, *self.outs[expert])
         return out_TD
+
+
+class LiveKernels(KernelBody):
+    """The same by the project's kernels."""
+
+    def take(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, needed: int) -> None:
+        ids_TK = ids_TK.int()
+        nobody_TK = ids_TK >= self.rows.host_RE.shape[1]
+        super().take(x_TD, ids_TK.masked_fill(nobody_TK, ABSENT), weights_TK.float(), needed)
+
+    def give(self) -> Tensor:
+        return torch.zeros_like(self.x_TD) if self.out_TD is None else self.out_TD

@@ -9,16 +9,22 @@ It knows no family of models: see `parts`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prefetch.engine.bodies import LiveBody
+from prefetch.engine.backend import COMPUTE
+from prefetch.engine.bodies import LiveBody, LiveKernels
 from prefetch.engine.cpu import CpuBackend
+from prefetch.engine.cuda import CudaBackend
 from prefetch.engine.live import LiveEngine, Watch
 from prefetch.engine.parts import Blocks, blocks_of, expert_modules, need_same_answers
+from prefetch.engine.repacked import Repacked, repacked
 from prefetch.errors import ConfigError
 from prefetch.sim.memory import rooms_of, slots_of
 from prefetch.sim.policies.lru import Lru
@@ -27,11 +33,12 @@ from prefetch.trace.card import ModelCard, plain_card
 
 
 class OffloadedMoE(nn.Module):
-    """`model`, with its experts moved out. Outputs do not change.
+    """`model`, with its experts moved out. On a CPU outputs do not change by a bit; on a GPU the kernels' sums differ.
 
     capacity: of the cache, written as `simulator.cache`: a share of all experts (0.25), experts per layer (16), or
     bytes ("2GiB"). predictor: a fitted one that can be asked event by event (mlp, recurrent, route_memory, ...),
     `horizon` layers ahead, whose best `width` (default k) are copied ahead. staging: slots beside the cache.
+    uses_kernels: None = on a GPU; a CPU runs the kernels' definitions.
     """
 
     def __init__(
@@ -45,25 +52,32 @@ class OffloadedMoE(nn.Module):
         predictor: Any = None,
         horizon: int = 1,
         width: int | None = None,
+        uses_kernels: bool | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.blocks_L, self.card = _layers(model)
+        blocks_L = _layers(model)
+        self.device = next(blocks_L[0].module.parameters()).device
+        with_kernels = self.device.type == "cuda" if uses_kernels is None else uses_kernels
+        self.packed_L: list[Any] = [
+            repacked(blocks, "OffloadedMoE") if with_kernels else blocks for blocks in blocks_L
+        ]
+        self.card = _card_of(model, self.packed_L)
         room_G, size_L = rooms_of(self.card, scope, capacity)
-        cache_slots = min(sum(slots_of(room_G, size_L)), self.card.n_layers * self.card.n_experts)
-        _need_room(cache_slots, staging, self.card)
+        n_slots = min(sum(slots_of(room_G, size_L)), self.card.n_layers * self.card.n_experts)
+        n_slots += _checked(staging, n_slots)
         watch = _watch_of(predictor, horizon, self.card)
-        self.host_LEM: list[Tensor] = []
-        self.pool_SM = torch.zeros(cache_slots + staging, self.blocks_L[0].numbers).to(
-            self.blocks_L[0].dtype
-        )
-        self.body = LiveBody(self.blocks_L, self.pool_SM)
-        backend = CpuBackend(
-            self.pool_SM, lambda entry: self.host_LEM[entry[0]][entry[1]], self.body
-        )
+        one = self.packed_L[0]
+        self.host_LEN: list[Tensor] = []
+        self.pool_SN = torch.zeros(n_slots, one.numbers, dtype=one.dtype, device=self.device)
+        self.body: Any = LiveBody(blocks_L, self.pool_SN)
+        if with_kernels:
+            self.body = LiveKernels(self.pool_SN, one.layout, self.card.n_experts)
+        kind = CudaBackend if self.device.type == "cuda" else CpuBackend
+        backend = kind(self.pool_SN, lambda entry: self.host_LEN[entry[0]][entry[1]], self.body)
         self.engine = LiveEngine(
             backend,
-            cache_slots + staging,
+            n_slots,
             self.card,
             policy or Lru(),
             room_G,
@@ -80,6 +94,15 @@ class OffloadedMoE(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.generate(*args, **kwargs)
+
+    def known(self, ids_TK: Tensor) -> NDArray[np.integer[Any]]:
+        """The routing on the host. While a GPU computes it, copies go on."""
+        if self.device.type != "cuda":
+            return np.asarray(ids_TK.numpy())
+        host_TK = torch.empty(ids_TK.shape, dtype=ids_TK.dtype, pin_memory=True)
+        host_TK.copy_(ids_TK, non_blocking=True)
+        self.engine.wait_for(self.engine.backend.record(COMPUTE))
+        return np.asarray(host_TK.numpy())
 
     def counts(self) -> dict[str, int]:
         """Since the model was made: experts needed per event that were there, on their way, missing; bytes copied."""
@@ -99,26 +122,26 @@ class OffloadedMoE(nn.Module):
     @property
     def device_bytes(self) -> int:
         """Of the pool: what the experts take on the device, staging included."""
-        return self.pool_SM.numel() * self.pool_SM.element_size()
+        return self.pool_SN.numel() * self.pool_SN.element_size()
 
     def restore(self) -> Any:
         """The model as it was, its experts in their places again."""
         self._hook.remove()
-        for blocks, host_EM in zip(self.blocks_L, self.host_LEM, strict=True):
-            for part in blocks.parts:
-                held = host_EM[:, part.start : part.stop].reshape(len(host_EM), *part.shape)
-                getattr(blocks.module, part.name).data = held.clone()
-            del blocks.module.forward
         self.engine.backend.close()
+        for packed, host_EN in zip(self.packed_L, self.host_LEN, strict=True):
+            module = _module_of(packed)
+            for name, weight in packed.unpack(host_EN).items():
+                getattr(module, name).data = weight.to(self.device)
+            del module.forward
         return self.model
 
     def _take_over(self) -> None:
         """Layer by layer, so that no more than one of them is held twice."""
-        for layer, blocks in enumerate(self.blocks_L):
-            self.host_LEM.append(blocks.pack())
-            blocks.module.forward = MethodType(_forward_of(self, layer), blocks.module)
-            for part in blocks.parts:
-                param = getattr(blocks.module, part.name)
+        for layer, packed in enumerate(self.packed_L):
+            module, host_EN = _module_of(packed), packed.pack()
+            self.host_LEN.append(host_EN.pin_memory() if self.device.type == "cuda" else host_EN)
+            module.forward = MethodType(_forward_of(self, layer), module)
+            for param in module.parameters(recurse=False):
                 param.data = param.data.new_empty(0)
         self._hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
 
@@ -141,18 +164,24 @@ def _forward_of(offloaded: OffloadedMoE, layer: int) -> Any:
     def forward(
         _self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        body, engine = offloaded.body, offloaded.engine
-        shape = hidden_states.shape
+        body, engine, shape = offloaded.body, offloaded.engine, hidden_states.shape
         with torch.no_grad():
-            body.take(hidden_states.reshape(-1, shape[-1]), top_k_index, top_k_weights)
-            engine.layer(layer, top_k_index.cpu().numpy())
-            return body.give().reshape(shape)
+            ids_TK = offloaded.known(top_k_index)
+            needed = len(np.unique(ids_TK[ids_TK < offloaded.card.n_experts]))
+            body.take(hidden_states.reshape(-1, shape[-1]), top_k_index, top_k_weights, needed)
+            engine.layer(layer, ids_TK)
+            out: Tensor = body.give()
+            return out.reshape(shape)
 
     return forward
 
 
-def _layers(model: Any) -> tuple[list[Blocks], ModelCard]:
-    """Blocks of every MoE layer, and what decisions need to know of them."""
+def _module_of(packed: Any) -> Any:
+    return packed.blocks.module if isinstance(packed, Repacked) else packed.module
+
+
+def _layers(model: Any) -> list[Blocks]:
+    """Blocks of every MoE layer."""
     found = list(expert_modules(model))
     if not found:
         raise ConfigError(
@@ -160,34 +189,44 @@ def _layers(model: Any) -> tuple[list[Blocks], ModelCard]:
             "expert; OffloadedMoE serves transformers >= 5 models that do"
         )
     blocks_L = [blocks_of(module, name) for name, module in found]
-    shapes = {(blocks.parts, blocks.n_experts, blocks.dtype) for blocks in blocks_L}
-    if len(shapes) > 1:
+    if len({(blocks.parts, blocks.n_experts, blocks.dtype) for blocks in blocks_L}) > 1:
         raise ConfigError(
             f"{type(model).__name__}: MoE layers differ in their experts; all must be alike"
         )
     need_same_answers(blocks_L[0], found[0][0])
-    config = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return blocks_L
+
+
+def _card_of(model: Any, packed_L: Sequence[Any]) -> ModelCard:
+    """What decisions need to know of the layers."""
+    config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    top_k = next(
+        (int(getattr(config, name)) for name in TOP_K if getattr(config, name, None)), None
     )
-    top_k = next(int(getattr(config, name)) for name in TOP_K if getattr(config, name, None))
-    card = plain_card(
+    if top_k is None:
+        raise ConfigError(
+            f"{type(config).__name__}: expected one of {', '.join(TOP_K)}, experts per token"
+        )
+    blocks = packed_L[0].blocks if isinstance(packed_L[0], Repacked) else packed_L[0]
+    return plain_card(
         str(getattr(config, "model_type", type(model).__name__)),
-        n_experts=blocks_L[0].n_experts,
+        n_experts=blocks.n_experts,
         top_k=top_k,
-        layer_numbers=tuple(range(len(blocks_L))),
-        expert_bytes_L=tuple(blocks.bytes for blocks in blocks_L),
+        layer_numbers=tuple(range(len(packed_L))),
+        expert_bytes_L=tuple(packed.bytes for packed in packed_L),
     )
-    return blocks_L, card
 
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k")
 
 
-def _need_room(cache_slots: int, staging: int, card: ModelCard) -> None:
+def _checked(staging: int, cache_slots: int) -> int:
     if cache_slots + staging < 1 or staging < 0:
         raise ConfigError(
             f"OffloadedMoE: {cache_slots} slots of cache and {staging} of staging: an expert that is missing needs one"
         )
+    return staging
 
 
 def _watch_of(predictor: Any, horizon: int, card: ModelCard) -> Watch | None:

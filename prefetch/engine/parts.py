@@ -64,6 +64,13 @@ class Blocks:
             blocks_EM[:, part.start : part.stop] = held
         return blocks_EM
 
+    def unpack(self, held_EM: Tensor) -> dict[str, Tensor]:
+        """The module's parameters again."""
+        return {
+            part.name: held_EM[:, part.start : part.stop].reshape(len(held_EM), *part.shape).clone()
+            for part in self.parts
+        }
+
     def compute(self, x_ND: Tensor, block_M: Tensor) -> Tensor:
         """What this expert makes of some tokens: products, activation and biases of the eager module."""
         held = self.views(block_M)
@@ -109,28 +116,37 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def need_same_answers(blocks: Blocks, where: str) -> None:
     """The module's own eager forward, against what is computed here from blocks: bit for bit, or it is not taken."""
-    module, hidden = blocks.module, _hidden(blocks)
-    draw = torch.Generator().manual_seed(0)
-    x_ND = torch.randn(PROBED, hidden, generator=draw).to(blocks.dtype)
-    ids_NK = torch.randint(blocks.n_experts, (PROBED, 2), generator=draw)
-    ids_NK[:, 1] = (ids_NK[:, 0] + 1) % blocks.n_experts
-    weights_NK = torch.rand(PROBED, 2, generator=draw).to(blocks.dtype)
-    eager = getattr(type(module).forward, "__wrapped__", type(module).forward)
+    told = probe(blocks)
     with torch.no_grad():
         try:
-            expected = eager(module, x_ND, ids_NK, weights_NK)
             packed_EM = blocks.pack()
-            outs = {e: packed_EM[e] for e in ids_NK.unique().tolist()}
-            found = summed(blocks, x_ND, ids_NK, weights_NK, outs)
-            same = torch.equal(expected, found)
+            held = {expert: packed_EM[expert] for expert in told[1].unique().tolist()}
+            is_same = torch.equal(eager(blocks, *told), summed(blocks, *told, held))
         except (AttributeError, RuntimeError, TypeError, ValueError):
-            same = False
-    if not same:
+            is_same = False
+    if not is_same:
         raise ConfigError(
-            f"{where}: {type(module).__name__} does not compute its experts one by one as gate and up, activation, "
-            "down, weighted sum; OffloadedMoE serves modules that do (Qwen2/3-MoE, DeepSeek, Mixtral, OLMoE, gpt-oss, "
-            "...)"
+            f"{where}: {type(blocks.module).__name__} does not compute its experts one by one as gate and up, "
+            "activation, down, weighted sum; OffloadedMoE serves modules that do (Qwen2/3-MoE, DeepSeek, Mixtral, "
+            "OLMoE, gpt-oss, ...)"
         )
+
+
+def probe(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """States, ids and weights of a few tokens that a module is asked about."""
+    draw, n_experts = torch.Generator().manual_seed(0), blocks.n_experts
+    x_ND = torch.randn(PROBED, _hidden(blocks), generator=draw).to(blocks.dtype)
+    ids_N = torch.randint(n_experts, (PROBED,), generator=draw)
+    ids_NK = torch.stack((ids_N, (ids_N + 1) % n_experts), 1)[:, : min(2, n_experts)]
+    return x_ND, ids_NK, torch.rand(ids_NK.shape, generator=draw).to(blocks.dtype)
+
+
+def eager(blocks: Blocks, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """The module's own loop over experts, whatever implementation its model was told to use."""
+    forward = type(blocks.module).forward
+    device = next(blocks.module.parameters()).device
+    told = (x_ND.to(device), ids_NK.to(device), weights_NK.to(device))
+    return getattr(forward, "__wrapped__", forward)(blocks.module, *told).cpu()
 
 
 def summed(

@@ -101,12 +101,25 @@ def test_outputs_are_the_untouched_models_bit_for_bit(family, capacity):
     assert is_same(said(offloaded.restore()), untouched(family))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_by_the_kernels_definitions_outputs_are_close(family):
+    """What a GPU computes: another order of sums, the same tokens, and the model comes back whole."""
+    offloaded = OffloadedMoE(model_of(family), capacity=0.5, uses_kernels=True)
+    tokens, logits = said(offloaded)
+    expected_tokens, expected = untouched(family)
+    assert torch.equal(tokens, expected_tokens)
+    for found, true in zip(logits, expected, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
+    assert offloaded.counts()["hits"] > 0
+    assert is_same(said(offloaded.restore()), untouched(family))
+
+
 def test_experts_leave_the_model():
     model = model_of("qwen3_moe")
     whole = sum(param.numel() for param in model.parameters())
     offloaded = OffloadedMoE(model, capacity=0.25)
     left = sum(param.numel() for param in model.parameters())
-    blocks = offloaded.blocks_L[0]
+    blocks = offloaded.packed_L[0]
     assert whole - left == 3 * 12 * (
         blocks.parts[0].stop + blocks.parts[1].stop - blocks.parts[1].start
     )
@@ -171,7 +184,7 @@ def test_guesses_are_copied_ahead_and_change_no_output(batch):
 
 def test_a_failing_copy_is_an_error_and_no_hang():
     offloaded = OffloadedMoE(model_of("mixtral"), capacity=2)
-    offloaded.host_LEM[1] = offloaded.host_LEM[1][:, :-16]
+    offloaded.host_LEN[1] = offloaded.host_LEN[1][:, :-16]
     with pytest.raises(EngineError, match=r"a copy failed: layer 1 expert \d into slot"):
         said(offloaded)
 
