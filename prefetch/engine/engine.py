@@ -7,7 +7,7 @@ launched, then each of the others behind its copy. A slot is written again only 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefetch.engine.backend import COMPUTE, COPY, Backend, Done, EngineError, names
@@ -42,6 +42,8 @@ class Engine(Ahead):
         self.is_running = False  # its experts are not all launched
         self.over: Done = None  # ... and when they are
         self.copied_bytes = 0
+        self._is_resident = False
+        self._rows: dict[int, dict[int, int]] = {}  # of layers whose experts are all there
         self._fill()
 
     def _fill(self) -> None:
@@ -86,6 +88,35 @@ class Engine(Ahead):
         self.over, self.is_running = self.backend.record(COMPUTE), False
         self._enqueue_next(event, layer)
         self.pump()
+
+    @property
+    def is_resident(self) -> bool:
+        """Every expert of every layer is there, and none will ever leave: nothing is left to decide."""
+        if not self._is_resident:
+            work = self.work.card
+            n_there = len(self.slot_of) - len(self.flying)
+            self._is_resident = n_there == work.n_layers * work.n_experts and not self.queue
+        return self._is_resident
+
+    def resident_event(self, event: int, accesses: range, tokens: Sequence[int]) -> None:
+        """An event when all are there: the host need not know the routing before it launches."""
+        layer = event % self.work.card.n_layers
+        self.record.append((EVENT, event))
+        self.outcome.update(dict.fromkeys(accesses, HIT))
+        ids = self.work.ids_A[accesses.start : accesses.stop].tolist()
+        used = self.unused & {(layer, expert) for expert in ids} if self.unused else set()
+        self.unused -= used
+        self.counts["prefetch_used"] += len(used)
+        self.launch_all(layer, dict(zip(ids, tokens, strict=True)))
+
+    def launch_all(self, layer: int, tokens: Mapping[int, int]) -> None:
+        """`tokens`: of the experts that are needed, where the host knows them."""
+        if layer not in self._rows:
+            n_experts = self.work.card.n_experts
+            self._rows[layer] = {expert: self.slot_of[layer, expert] for expert in range(n_experts)}
+        self.backend.publish(layer, self._rows[layer])
+        self.backend.launch(layer, tokens)
+        self.backend.combine(layer)
 
     def nothing_needed(self, event: int) -> None:
         """No token of the step went to an expert of this layer."""

@@ -33,8 +33,11 @@ class SlotRows:
         self.device_RE = torch.empty_like(self.host_RE, device=device) if is_gpu else self.host_RE
         self.sent: list[Any] = [None] * ROWS  # the host may write a row again once it has gone
         self.at = 0
+        self.kept: dict[tuple[int, ...], Tensor] = {}  # rows of whole layers do not change
 
     def of(self, slots: Mapping[int, int]) -> Tensor:
+        if len(slots) == self.host_RE.shape[1]:
+            return self._whole(tuple(slots[expert] for expert in range(len(slots))))
         row, self.at = self.at, (self.at + 1) % ROWS
         if self.sent[row] is not None:
             self.sent[row].synchronize()
@@ -45,6 +48,12 @@ class SlotRows:
             self.sent[row] = torch.cuda.Event()
             self.sent[row].record()
         return self.device_RE[row]
+
+    def _whole(self, slots: tuple[int, ...]) -> Tensor:
+        if slots not in self.kept:
+            row_E = torch.tensor(slots, dtype=torch.int32)
+            self.kept[slots] = row_E.to(self.device_RE.device)
+        return self.kept[slots]
 
 
 class KernelBody:
@@ -66,9 +75,10 @@ class KernelBody:
 
     def launch(self, layer: int, tokens: Mapping[int, int], slots: Mapping[int, int]) -> None:
         """All at once where all are there; else rows of choices, whoever comes first, for `combine` to add."""
-        slot_E = self.rows.of({expert: slots[expert] for expert in tokens})
+        is_whole = len(slots) == self.rows.host_RE.shape[1]  # others that are there harm nobody
+        slot_E = self.rows.of(slots if is_whole else {expert: slots[expert] for expert in tokens})
         told = (self.x_TD, self.ids_TK, self.weights_TK, self.pool_SN, self.layout, slot_E)
-        if len(tokens) == self.needed:
+        if len(tokens) == self.needed or is_whole:
             self.out_TD = moe(*told)
             return
         if self.rows_TKD is None:

@@ -91,7 +91,7 @@ class LiveEngine(Engine):
         self.watch, self.lanes = watch, list[Online]()
         self.next_event = 0
         self.seen: list[NDArray[Any]] = []  # this step's routing, layer by layer
-        self.hits = self.late = self.misses = 0
+        self.hits = self.late = self.misses = self.resident_events = 0
         self._told: dict[int, list[tuple[int, int]]] = {}
         self._is_decode = True  # each request runs one token: routing is known layer by layer
 
@@ -118,6 +118,12 @@ class LiveEngine(Engine):
         self._watch(layer, ids_TK)
         self._run_event(event, ids_TK)
         self.record.clear()
+
+    def resident_layer(self, layer: int) -> None:
+        """Every expert is there: the host does not ask which are needed."""
+        self.next_event += 1
+        self.resident_events += 1
+        self.launch_all(layer, {})
 
     def _run_event(self, event: int, ids_TK: NDArray[Any]) -> None:
         n_experts = self.work.card.n_experts

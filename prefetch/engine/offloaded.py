@@ -105,16 +105,17 @@ class OffloadedMoE(nn.Module):
         return np.asarray(host_TK.numpy())
 
     def counts(self) -> dict[str, int]:
-        """Since the model was made: experts needed per event that were there, on their way, missing; bytes copied."""
-        engine = self.engine
-        told = {
-            name: engine.counts[name]
-            for name in ("demand_loads", "prefetch_loads", "prefetch_used")
-        }
-        outcome = {"hits": engine.hits, "late_hits": engine.late, "misses": engine.misses}
+        """Since the model was made: experts needed per event that were there, on their way, missing; bytes copied.
+
+        `resident_events`: of layers that nobody had to ask, since every expert of the model was there.
+        """
+        engine, loads = self.engine, ("demand_loads", "prefetch_loads", "prefetch_used")
         return {
-            **outcome,
-            **told,
+            "hits": engine.hits,
+            "late_hits": engine.late,
+            "misses": engine.misses,
+            **{name: engine.counts[name] for name in loads},
+            "resident_events": engine.resident_events,
             "moved_bytes": engine.copied_bytes,
             "device_bytes": self.device_bytes,
         }
@@ -166,6 +167,10 @@ def _forward_of(offloaded: OffloadedMoE, layer: int) -> Any:
     ) -> Tensor:
         body, engine, shape = offloaded.body, offloaded.engine, hidden_states.shape
         with torch.no_grad():
+            if isinstance(body, LiveKernels) and engine.is_resident:
+                body.take(hidden_states.reshape(-1, shape[-1]), top_k_index, top_k_weights, 0)
+                engine.resident_layer(layer)
+                return body.give().reshape(shape)
             ids_TK = offloaded.known(top_k_index)
             needed = len(np.unique(ids_TK[ids_TK < offloaded.card.n_experts]))
             body.take(hidden_states.reshape(-1, shape[-1]), top_k_index, top_k_weights, needed)

@@ -107,9 +107,13 @@ def _event(engine: Engine, work: Workload, step: int, event: int) -> None:
     if not accesses:
         engine.nothing_needed(event)
         return
+    tokens = work.tokens_A[accesses.start : accesses.stop].tolist()
     engine.backend.before(step, event % work.card.n_layers)
+    if engine.is_resident:
+        engine.resident_event(event, accesses, tokens)
+        return
     engine.wait_for(engine.backend.record(COMPUTE))
-    engine.event(event, accesses, work.tokens_A[accesses.start : accesses.stop].tolist())
+    engine.event(event, accesses, tokens)
 
 
 def _timed(engine: Engine, work: Workload, time_S: np.ndarray[Any, Any]) -> Timed:

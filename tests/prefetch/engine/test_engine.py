@@ -13,6 +13,7 @@ from prefetch.engine.backend import COMPUTE, COPY, EngineError
 from prefetch.engine.engine import Engine
 from prefetch.engine.fake import FakeBackend
 from prefetch.engine.replay import Ran, drive
+from prefetch.sim.bounds import compute_S
 from prefetch.sim.machine import WAIT, Guesses, Machine, no_guesses
 from prefetch.sim.policies.arc import Arc
 from prefetch.sim.policies.belady import Belady
@@ -113,6 +114,33 @@ def test_a_host_that_takes_no_time_makes_the_simulated_clock(seed, policy, room,
     expected = timed_replay(work, policy, rooms, [1, 1, 1], machine)
     assert found.timed.time_S.tolist() == expected.time_S.tolist()
     assert found.timed.counts["stall_ns"] == expected.counts["stall_ns"]
+
+
+class Asks(FakeBackend):
+    """Counts how often the host waits for a routing."""
+
+    waits = 0
+
+    def wait(self, any_of: Any) -> None:
+        self.waits += 1
+        super().wait(any_of)
+
+
+@pytest.mark.parametrize("rooms", [[9, 9, 9], [27]])
+def test_with_every_expert_there_the_host_waits_once_a_step(rooms):
+    work = drawn(2, n_tokens=60, batch=2)
+    machine = machine_of(work, 2, issue_ns=0, **WHOLE)
+    everyone = {"warm": np.arange(27)}
+    told = (work, Lru(), rooms, [1, 1, 1], machine, no_guesses(), ATOMIC)
+    backend = Asks(machine)
+    engine = Engine(backend, 29, *told, **everyone)
+    backend.waits, began = 0, backend.host_ns
+    found = drive(engine, work)
+    assert (found.timed.outcome_A == HIT).all() and found.copied_bytes == 0
+    assert backend.waits == work.n_steps
+    assert backend.host_ns - began == compute_S(work, machine).sum()
+    again = Recorded(*told, **everyone).run(found.record)
+    assert again.outcome == found.timed.outcome_A.tolist()
 
 
 def test_true_guesses_hide_copies_and_false_ones_cost_bytes():

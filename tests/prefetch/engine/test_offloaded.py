@@ -114,6 +114,16 @@ def test_by_the_kernels_definitions_outputs_are_close(family):
     assert is_same(said(offloaded.restore()), untouched(family))
 
 
+def test_once_all_experts_are_there_nobody_is_asked():
+    offloaded = OffloadedMoE(model_of("mixtral"), capacity=1.0, uses_kernels=True)
+    prompt = torch.arange(160).reshape(8, 20)
+    offloaded(prompt)
+    assert offloaded.counts()["misses"] == 3 * 8 and offloaded.counts()["resident_events"] == 0
+    found = offloaded(prompt).logits
+    assert offloaded.counts()["resident_events"] == 3 and offloaded.counts()["hits"] == 0
+    torch.testing.assert_close(found, model_of("mixtral")(prompt).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_experts_leave_the_model():
     model = model_of("qwen3_moe")
     whole = sum(param.numel() for param in model.parameters())

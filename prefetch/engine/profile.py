@@ -1,0 +1,118 @@
+"""Stage `profile`: what a router and a MoE layer take on this device, beside what they could take at least.
+
+It decides nothing. It leaves a table of every row, a page that says what follows from them, and this machine's numbers
+for `hardware=measured`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefetch.artifacts import Store
+from prefetch.config import Config
+from prefetch.engine.profiling import limits as memory_limits
+from prefetch.engine.profiling import utilisation
+from prefetch.engine.profiling.device import Place, place_of, using
+from prefetch.engine.profiling.findings import Told
+from prefetch.engine.profiling.grid import Grid, grid_of
+from prefetch.engine.profiling.headline import headline
+from prefetch.engine.profiling.machine import Measured, measured_machine, seal
+from prefetch.engine.profiling.measure import Bench, measure
+from prefetch.engine.profiling.memory import source_of
+from prefetch.engine.profiling.page import Ran, page
+from prefetch.engine.profiling.rows import Rows
+from prefetch.engine.profiling.timing import Clock
+from prefetch.engine.profiling.utilisation import Load
+from prefetch.errors import PrefetchError
+from prefetch.sim.memory import bytes_of
+
+log = logging.getLogger(__name__)
+PAGE = "router_baseline_profile.md"
+
+
+def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
+    """Tables, figures, the page, the sealed hardware, and the headline numbers."""
+    place = place_of(cfg.profile.device)
+    grid = grid_of(cfg.profile, place)
+    room_bytes = _room(cfg, place)
+    with using(cfg.profile.threads) as threads:
+        log.info("timing on %s, %d threads, for at most %.0f s", place.name, threads, grid.seconds)
+        clock = Clock(place)
+        dtypes = tuple(dict.fromkeys(cell.dtype for cell in grid.cells))
+        machine = measured_machine(clock, store.root, dtypes)
+        folder = seal(store, machine)
+        log.info("sealed %s: hardware=measured uses it", folder)
+        bench = Bench(grid, clock, machine.roofs, room_bytes, cfg.seed)
+        table = measure(bench)
+    try:
+        rows = Rows(table)
+    except LookupError as error:
+        outputs.table("results", table)
+        raise PrefetchError(f"{error}; pass smaller sizes, or more profile.seconds") from None
+    drawn, traced = utilisation.drawn(bench.counts), utilisation.of_trace(cfg, store)
+    told = Told(
+        rows=rows,
+        limits=memory_limits.limits(grid.cells, room_bytes, grid.factor),
+        utilisation=utilisation.table_of(drawn, traced, grid.factor),
+        copy=machine.key_fit,
+        copy_kind=machine.key_kind,
+        room_bytes=room_bytes,
+        device=place.name,
+        skew=grid.skew,
+    )
+    return _write(cfg, outputs, told, machine, grid, [*(load for _, load in drawn), *traced])
+
+
+def _write(
+    cfg: Config, outputs: Any, told: Told, machine: Measured, grid: Grid, loads: list[Load]
+) -> dict[str, float]:
+    tables = {
+        "results": told.rows.table,
+        "copies": machine.copies_with_fit(),
+        "memory_limits": told.limits,
+        "utilisation": told.utilisation,
+    }
+    for name, table in tables.items():
+        outputs.table(name, table)
+    metrics = headline(told, machine)
+    outputs.metrics(metrics)
+    figures = _figures(cfg, outputs, told, machine, loads)
+    ran = Ran(
+        machine=machine.machine,
+        roofs=machine.roofs,
+        free_bytes=told.room_bytes,
+        memory_source=source_of(place_of(cfg.profile.device)),
+        command=shlex.join(["python", "scripts/run.py", *sys.argv[1:]]),
+        skew=grid.skew,
+        factor=grid.factor,
+        figures=figures,
+    )
+    text = page(told, ran)
+    (outputs.folder / PAGE).write_text(text)
+    print(text)
+    return metrics
+
+
+def _figures(
+    cfg: Config, outputs: Any, told: Told, machine: Measured, loads: list[Load]
+) -> list[str]:
+    if not cfg.profile.figures:
+        return []
+    from prefetch.engine.profiling.pictures import draw_all  # matplotlib is slow to import
+
+    paths = draw_all(told, loads, machine.copies, machine.fits, Path(outputs.folder))
+    shown = [path for path in paths if path.suffix == ".png"]
+    for path in shown:
+        outputs.figure(path)
+    return [path.stem for path in shown]
+
+
+def _room(cfg: Config, place: Place) -> int:
+    """What is free when the run begins; `memory=` allows less."""
+    if cfg.memory is None:
+        return place.free_bytes
+    return min(place.free_bytes, bytes_of(cfg.memory))
