@@ -97,8 +97,9 @@ class LiveEngine(Engine):
 
     def step(self, n_requests: int, n_rows: int, *, is_new: bool) -> None:
         """A forward pass over so many tokens begins. `is_new`: of requests that nobody knows yet."""
-        if is_new or len(self.lanes) != n_requests:
-            self.lanes = [self.watch() for _ in range(n_requests)] if self.watch else []
+        if self.watch and (is_new or len(self.lanes) != n_requests):
+            more = n_requests - len(self.lanes)
+            self.lanes = (self.lanes + [self.watch() for _ in range(more)])[:n_requests]
             for lane in self.lanes:
                 lane.start()
         self._is_decode = n_rows == n_requests

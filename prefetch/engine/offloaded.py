@@ -1,6 +1,6 @@
 """A transformers MoE model whose experts stay in host memory: a bounded pool on the device holds those that are needed.
 
-    model = OffloadedMoE(model, capacity=0.25)      # a quarter of the experts on the device
+    model = OffloadedMoE(model, capacity=0.25, device="cuda")  # a quarter of the experts there, and all else
     model.generate(**tokens)                         # the same tokens, in less memory
     model.counts()                                   # hits, misses, bytes
 
@@ -10,24 +10,28 @@ It knows no family of models: see `parts`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from prefetch import config
 from prefetch.engine.backend import COMPUTE
 from prefetch.engine.bodies import LiveBody, LiveKernels
 from prefetch.engine.cpu import CpuBackend
-from prefetch.engine.cuda import CudaBackend
+from prefetch.engine.cuda import CudaBackend, need_device
 from prefetch.engine.live import LiveEngine, Watch
 from prefetch.engine.parts import Blocks, blocks_of, expert_modules, need_same_answers
 from prefetch.engine.repacked import Repacked, repacked
 from prefetch.errors import ConfigError
+from prefetch.predict import runtime
+from prefetch.predict.predictor import Online
 from prefetch.sim.memory import rooms_of, slots_of
-from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
 from prefetch.trace.card import ModelCard, plain_card
 
@@ -36,9 +40,10 @@ class OffloadedMoE(nn.Module):
     """`model`, with its experts moved out. On a CPU outputs do not change by a bit; on a GPU the kernels' sums differ.
 
     capacity: of the cache, written as `simulator.cache`: a share of all experts (0.25), experts per layer (16), or
-    bytes ("2GiB"). predictor: a fitted one that can be asked event by event (mlp, recurrent, route_memory, ...),
-    `horizon` layers ahead, whose best `width` (default k) are copied ahead. staging: slots beside the cache.
-    uses_kernels: None = on a GPU; a CPU runs the kernels' definitions.
+    bytes ("2GiB"). device: of the pool and of everything that is no expert; None = where the experts are now.
+    policy: a name of configs/policy, or an object. predictor: a file of `train.export=true`, or a fitted one that can
+    be asked event by event, `horizon` layers ahead, whose best `width` (default k) are copied ahead. staging: slots
+    beside the cache. uses_kernels: None = on a GPU; a CPU runs the kernels' definitions.
     """
 
     def __init__(
@@ -47,7 +52,8 @@ class OffloadedMoE(nn.Module):
         *,
         capacity: float | str = 0.25,
         scope: str = "per_layer",
-        policy: Policy | None = None,
+        device: str | None = None,
+        policy: Policy | str = "lru",
         staging: int = 2,
         predictor: Any = None,
         horizon: int = 1,
@@ -58,6 +64,8 @@ class OffloadedMoE(nn.Module):
         self.model = model
         blocks_L = _layers(model)
         self.device = next(blocks_L[0].module.parameters()).device
+        if device is not None:
+            self.device = need_device(device)
         with_kernels = self.device.type == "cuda" if uses_kernels is None else uses_kernels
         self.packed_L: list[Any] = [
             repacked(blocks, "OffloadedMoE") if with_kernels else blocks for blocks in blocks_L
@@ -79,7 +87,7 @@ class OffloadedMoE(nn.Module):
             backend,
             n_slots,
             self.card,
-            policy or Lru(),
+            _policy_of(policy),
             room_G,
             size_L,
             staging=staging,
@@ -144,6 +152,7 @@ class OffloadedMoE(nn.Module):
             module.forward = MethodType(_forward_of(self, layer), module)
             for param in module.parameters(recurse=False):
                 param.data = param.data.new_empty(0)
+        self.model.to(self.device)  # what is left of it
         self._hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def _begin(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -234,14 +243,42 @@ def _checked(staging: int, cache_slots: int) -> int:
     return staging
 
 
+def _policy_of(policy: Policy | str) -> Policy:
+    if not isinstance(policy, str):
+        return policy
+    path = config.CONFIGS / "policy" / f"{policy}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"policy {policy!r}: there are {', '.join(config.choices('policy'))}")
+    made: Policy = config.instantiate(cast(DictConfig, OmegaConf.load(path)), "policy")
+    return made
+
+
 def _watch_of(predictor: Any, horizon: int, card: ModelCard) -> Watch | None:
     if predictor is None:
         return None
-    if not hasattr(predictor, "online"):
-        raise ConfigError(
-            f"{type(predictor).__name__} cannot be asked event by event; predictors that can: mlp, memory_mlp, "
-            "recurrent, transformer, route_memory, ensemble"
-        )
     if not 1 <= horizon <= card.n_layers:
         raise ConfigError(f"horizon={horizon}: expected 1 to {card.n_layers} layers ahead")
+    if isinstance(predictor, str | Path):
+        return _exported(predictor, horizon, card)
+    if not hasattr(predictor, "online"):
+        raise ConfigError(
+            f"{type(predictor).__name__} cannot be asked event by event: give the file that train.export=true leaves, "
+            "or a fitted mlp, memory_mlp, recurrent, transformer, route_memory or ensemble"
+        )
     return lambda: predictor.online(horizon)
+
+
+def _exported(path: str | Path, horizon: int, card: ModelCard) -> Watch:
+    try:
+        first: Any = runtime.load(path, horizon)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"predictor={path}: {error}") from error
+    shape = first.n_layers, first.n_experts, first.top_k
+    if shape != (card.n_layers, card.n_experts, card.top_k):
+        raise ConfigError(
+            f"predictor={path}: learnt on {shape[0]} layers of {shape[1]} experts, k = {shape[2]}; the model has "
+            f"{card.n_layers} of {card.n_experts}, k = {card.top_k}"
+        )
+    if first.needs_gate_input:
+        raise ConfigError(f"predictor={path}: needs gate inputs; give one that sees routing alone")
+    return lambda: cast(Online, runtime.load(path, horizon))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from hydra import compose, initialize_config_dir
 
+from prefetch import config
+from prefetch.artifacts import Store
 from prefetch.engine.backend import EngineError
 from prefetch.engine.offloaded import OffloadedMoE
 from prefetch.errors import ConfigError
+from prefetch.predict import train
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru
@@ -20,6 +24,7 @@ from prefetch.sim.pool import HIT
 from prefetch.sim.run import replay
 from prefetch.sim.workload import workload_of
 from prefetch.trace.routing import DECODE, PREFILL, trace_of
+from prefetch.tracking import NoTracker, Outputs
 
 SMALL = {
     "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -192,6 +197,33 @@ def test_guesses_are_copied_ahead_and_change_no_output(batch):
     assert counts["moved_bytes"] == (counts["misses"] + counts["prefetch_loads"]) * each
 
 
+def exported(tmp_path: Any) -> Any:
+    """The file of a predictor of such a model; what it has learnt does not matter."""
+    words = [
+        "stage=train", "source=synthetic", "source.n_requests=10", "source.n_layers=3", "source.n_experts=12",
+        "source.top_k=3", "predictor=previous_token", "train.export=true", "train.folds=1", "train.baselines=none",
+        "train.figures=false", "train.horizons=[2]", f"store={tmp_path / 'store'}",
+    ]  # fmt: skip
+    with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
+        cfg = cast(config.Config, compose("config", overrides=words))
+    train.run(cfg, Store(cfg.store, makers=cfg.makers), Outputs(tmp_path / "run", NoTracker()))
+    return next((tmp_path / "run").rglob("predictor.safetensors"))
+
+
+def test_an_exported_predictor_is_asked_as_it_lies(tmp_path):
+    path = exported(tmp_path)
+    offloaded = OffloadedMoE(model_of("qwen3_moe"), capacity=4, predictor=path, horizon=2)
+    found = said(offloaded)
+    assert is_same(found, untouched("qwen3_moe")) and is_same(said(offloaded), found)
+    assert offloaded.counts()["prefetch_loads"] > 0
+    with pytest.raises(ConfigError, match="horizon 1: was not learnt"):
+        OffloadedMoE(model_of("qwen3_moe"), predictor=str(path), horizon=1)
+    with pytest.raises(
+        ConfigError, match=r"learnt on 3 layers of 12 experts, k = 3; the model has 3 of 8, k = 2"
+    ):
+        OffloadedMoE(model_of("mixtral"), predictor=path, horizon=2)
+
+
 def test_a_failing_copy_is_an_error_and_no_hang():
     offloaded = OffloadedMoE(model_of("mixtral"), capacity=2)
     offloaded.host_LEN[1] = offloaded.host_LEN[1][:, :-16]
@@ -205,7 +237,10 @@ def test_a_failing_copy_is_an_error_and_no_hang():
         ({"capacity": 0, "staging": 0}, "0 slots of cache and 0 of staging"),
         ({"capacity": 99}, "has 12 experts in a layer"),
         ({"policy": Belady()}, "needs future, which a model that runs does not tell"),
+        ({"policy": "best"}, "policy 'best': there are .*lru"),
+        ({"device": "tpu"}, "expected auto, cpu or cuda"),
         ({"predictor": object()}, "cannot be asked event by event"),
+        ({"predictor": "nowhere.safetensors"}, "predictor=nowhere.safetensors: "),
         ({"predictor": Guesser(), "horizon": 9}, "expected 1 to 3 layers ahead"),
     ],
 )
