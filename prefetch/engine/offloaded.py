@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from prefetch import config
@@ -249,7 +249,8 @@ def _policy_of(policy: Policy | str) -> Policy:
     path = config.CONFIGS / "policy" / f"{policy}.yaml"
     if not path.is_file():
         raise ConfigError(f"policy {policy!r}: there are {', '.join(config.choices('policy'))}")
-    made: Policy = config.instantiate(cast(DictConfig, OmegaConf.load(path)), "policy")
+    root = OmegaConf.create({"seed": 0, "policy": OmegaConf.load(path)})
+    made: Policy = config.instantiate(root.policy, "policy")
     return made
 
 

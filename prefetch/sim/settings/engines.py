@@ -5,10 +5,11 @@ from __future__ import annotations
 from prefetch.sim.memory import spoken
 from prefetch.sim.settings.ktransformers import ktransformers
 from prefetch.sim.settings.llama_cpp import llama_cpp
+from prefetch.sim.settings.offloaded import offloaded
 from prefetch.sim.settings.placement import Block, Placement
 from prefetch.sim.settings.vllm import vllm
 
-ENGINES = (llama_cpp, ktransformers, vllm)
+ENGINES = (llama_cpp, ktransformers, vllm, offloaded)
 
 
 def settings_of(placement: Placement) -> tuple[Block, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shlex
 
@@ -10,12 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefetch.config import choices
+from prefetch.engine.offloaded import OffloadedMoE
+from prefetch.engine.offloaded import _policy_of as policy_named
 from prefetch.errors import ConfigError
 from prefetch.models.cards import card_names, load_card
 from prefetch.sim.memory import budget_of
+from prefetch.sim.memory import rooms_of as rooms_as_taken
 from prefetch.sim.settings.engines import page_of, settings_of
 from prefetch.sim.settings.ktransformers import ktransformers
 from prefetch.sim.settings.llama_cpp import first_on_gpu, host_layers, llama_cpp, pattern
+from prefetch.sim.settings.offloaded import TOLD_NOTHING, offloaded
 from prefetch.sim.settings.placement import (
     ALL,
     BOTH,
@@ -163,9 +170,12 @@ def test_context_is_of_every_request():
 
 def test_all_resident_needs_no_option():
     for card in CARDS:
-        for block in settings_of(placed(card, ALL, (0,))):
+        *others, ours = settings_of(placed(card, ALL, (0,)))
+        for block in others:
             assert block.is_exact and len(block.commands) == 1
             assert not re.search("moe|-ot|--kt|offload", block.commands[0])
+        assert f"capacity={card.n_experts}," in ours.commands[0]
+        assert ours.is_exact == (card.expert_precision == "bf16")
 
 
 @settings(max_examples=60, deadline=None)
@@ -232,6 +242,37 @@ def test_groups_by_hand():
     assert groups(placed(OSS, CACHE, (19 * layer,))) == (2, 1)
     assert groups(placed(OSS, CACHE, (layer,))) == (1, 1)
     assert groups(placed(OSS, CACHE, (layer - 1,))) is None
+
+
+def called(block) -> dict[str, str]:
+    """What a program gives to OffloadedMoE, as Python reads it."""
+    program = block.commands[0].removeprefix("python - <<'END'\n").removesuffix("\nEND")
+    calls = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Call)]
+    (made,) = [call for call in calls if getattr(call.func, "id", "") == "OffloadedMoE"]
+    return {word.arg: ast.literal_eval(word.value) for word in made.keywords}
+
+
+def test_our_own_engine_is_called_as_it_can_be():
+    """Every argument that is printed is one, and is read as what was simulated."""
+    signature = inspect.signature(OffloadedMoE.__init__).parameters
+    rooms = tuple(16 * size for size in LITE.expert_bytes_L)
+    ahead = {"predictor": "mlp", "horizon": 4, "width": 6}
+    block = offloaded(placed(way=CACHE, room=rooms, policy="sieve", **ahead))
+    given = called(block)
+    assert set(given) < set(signature) and block.is_exact and "train.horizons=[4]" in block.text
+    assert (given["capacity"], given["scope"], given["policy"]) == (16, "per_layer", "sieve")
+    assert (given["horizon"], given["width"]) == (4, 6)
+    one = called(offloaded(placed(way=CACHE, room=(8 * GIB,), policy="lru")))
+    assert (one["capacity"], one["scope"]) == (f"{8 * GIB}B", "global") and "predictor" not in one
+    assert (
+        sum(rooms_as_taken(LITE, "global", one["capacity"])[0])
+        == 8 * GIB // LITE.expert_bytes_L[0] * LITE.expert_bytes_L[0]
+    )
+    assert not offloaded(placed(way=CACHE, policy="hobbit")).is_exact
+    for name in TOLD_NOTHING:
+        made = policy_named(name)
+        assert not made.needs, name
+    assert {name for name in choices("policy") if not policy_named(name).needs} == TOLD_NOTHING
 
 
 def test_no_block_is_silent():
