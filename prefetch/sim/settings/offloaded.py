@@ -1,4 +1,4 @@
-"""What to type for OffloadedMoE, this project's own engine: the simulator's policies and guesses on a transformers model.
+"""What to type for OffloadedMoE, this project's own engine: simulated policies and guesses on a transformers model.
 
 It knows no speed, and imports no engine: its names are those of `prefetch.engine.offloaded`, held together by a test.
 """
