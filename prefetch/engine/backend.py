@@ -80,5 +80,25 @@ class Body(Protocol):
     def combine(self, layer: int) -> None: ...
 
 
+class Launches:
+    """The half of a backend that hands launches to a body, with the slots that were published last."""
+
+    def __init__(self, body: Body) -> None:
+        self.body = body
+        self.table: dict[int, Mapping[int, int]] = {}
+
+    def before(self, step: int, layer: int) -> None:
+        self.body.before(step, layer)
+
+    def publish(self, layer: int, slots: Mapping[int, int]) -> None:
+        self.table[layer] = slots
+
+    def launch(self, layer: int, tokens: Mapping[int, int]) -> None:
+        self.body.launch(layer, tokens, self.table[layer])
+
+    def combine(self, layer: int) -> None:
+        self.body.combine(layer)
+
+
 def names(entries: Collection[Entry]) -> str:
     return ", ".join(f"layer {layer} expert {expert}" for layer, expert in sorted(entries))

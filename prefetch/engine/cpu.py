@@ -9,24 +9,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from torch import Tensor
 
-from prefetch.engine.backend import COMPUTE, COPY, Body, EngineError, names
+from prefetch.engine.backend import COMPUTE, COPY, Body, EngineError, Launches, names
 from prefetch.sim.reference import Entry
 
 Block = Callable[[Entry], Tensor]  # the host's bytes of an expert
 DONE = 0  # of the compute stream: at once
 
 
-class CpuBackend:
+class CpuBackend(Launches):
     """A moment on the copy stream is the number of copies that were given until then."""
 
     def __init__(self, pool_SN: Tensor, block: Block, body: Body) -> None:
-        self.pool_SN, self.block, self.body = pool_SN, block, body
-        self.table: dict[int, dict[int, int]] = {}
+        super().__init__(body)
+        self.pool_SN, self.block = pool_SN, block
         self.waited_ns: Counter[str] = Counter()
         self.given = self.copied = self.link_ns = 0
         self.failed: Exception | None = None
@@ -38,21 +38,9 @@ class CpuBackend:
     def now_ns(self) -> int:
         return time.monotonic_ns()
 
-    def before(self, step: int, layer: int) -> None:
-        self.body.before(step, layer)
-
     def copy(self, entry: Entry, slot: int) -> None:
         self.given += 1
         self._jobs.put((entry, slot))
-
-    def publish(self, layer: int, slots: Mapping[int, int]) -> None:
-        self.table[layer] = dict(slots)
-
-    def launch(self, layer: int, tokens: Mapping[int, int]) -> None:
-        self.body.launch(layer, tokens, self.table[layer])
-
-    def combine(self, layer: int) -> None:
-        self.body.combine(layer)
 
     def record(self, stream: str) -> int:
         return self.given if stream == COPY else DONE

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefetch.engine.backend import COMPUTE, COPY, Body, EngineError, names
+from prefetch.engine.backend import COMPUTE, COPY, Body, EngineError, Launches, names
 from prefetch.engine.cpu import Block
 from prefetch.errors import ConfigError
 from prefetch.sim.reference import Entry
@@ -34,12 +34,12 @@ def need_device(name: str) -> torch.device:
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
-class CudaBackend:
+class CudaBackend(Launches):
     """A moment is a CUDA event. Waits that have a reason are timed by events around them."""
 
     def __init__(self, pool_SN: Tensor, block: Block, body: Body) -> None:
-        self.pool_SN, self.block, self.body = pool_SN, block, body
-        self.table: dict[int, dict[int, int]] = {}
+        super().__init__(body)
+        self.pool_SN, self.block = pool_SN, block
         device = pool_SN.device
         self.streams = {
             COMPUTE: torch.cuda.current_stream(device),
@@ -51,9 +51,6 @@ class CudaBackend:
 
     def now_ns(self) -> int:
         return time.monotonic_ns()
-
-    def before(self, step: int, layer: int) -> None:
-        self.body.before(step, layer)
 
     def copy(self, entry: Entry, slot: int) -> None:
         block = self.block(entry)
@@ -70,15 +67,6 @@ class CudaBackend:
             raise EngineError(
                 f"a copy failed: {names([entry])} into slot {slot}: {error}"
             ) from error
-
-    def publish(self, layer: int, slots: Mapping[int, int]) -> None:
-        self.table[layer] = dict(slots)
-
-    def launch(self, layer: int, tokens: Mapping[int, int]) -> None:
-        self.body.launch(layer, tokens, self.table[layer])
-
-    def combine(self, layer: int) -> None:
-        self.body.combine(layer)
 
     def record(self, stream: str) -> Any:
         done = torch.cuda.Event()

@@ -52,7 +52,9 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
         rows = Rows(table)
     except LookupError as error:
         outputs.table("results", table)
-        raise PrefetchError(f"{error}; pass smaller sizes, or more profile.seconds") from None
+        raise PrefetchError(
+            f"{error}; pass smaller sizes, or more memory= or profile.seconds"
+        ) from None
     drawn, traced = utilisation.drawn(bench.counts), utilisation.of_trace(cfg, store)
     told = Told(
         rows=rows,

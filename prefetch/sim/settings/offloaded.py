@@ -36,9 +36,7 @@ def offloaded(placement: Placement) -> Block:
     precision = str(card.expert_precision)
     is_other = other_way or precision not in COMPUTED or not _is_told(placement)
     if is_other:
-        says.append(
-            f"{' '.join(_why(placement))} so not '{placement.told}'; nearest: a cache of that size."
-        )
+        says.append(f"{_why(placement)} so not '{placement.told}'; nearest: a cache of that size.")
     elif placement.way == ALL:
         says.append(f"Every expert on the GPU, counted at {precision}.")
     else:
@@ -72,15 +70,16 @@ def _is_told(placement: Placement) -> bool:
     return placement.way != CACHE or placement.policy in TOLD_NOTHING
 
 
-def _why(placement: Placement) -> list[str]:
+def _why(placement: Placement) -> str:
+    """What it does otherwise."""
     precision, why = str(placement.card.expert_precision), list[str]()
     if placement.way not in (ALL, CACHE):
-        why.append("It computes every expert on the GPU,")
+        why.append("computes every expert on the GPU")
     if precision not in COMPUTED:
-        why.append(f"It computes bf16, not {precision}: experts are larger and fewer fit,")
+        why.append(f"computes bf16, not {precision} (experts are larger, fewer fit)")
     if not _is_told(placement):
-        why.append(f"A running model does not tell what {placement.policy} asks for,")
-    return why
+        why.append(f"cannot tell {placement.policy} what it asks for")
+    return f"{ENGINE} {' and '.join(why)},"
 
 
 def _program(placement: Placement) -> str:

@@ -1,6 +1,5 @@
 """A workload that comes in parts is replayed as if it were one, whatever the parts."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -9,32 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefetch.errors import ConfigError
+from prefetch.sim.excerpt import work_of
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.sieve import Sieve
 from prefetch.sim.pool import ATOMIC, OVERSHOOT
 from prefetch.sim.run import replay, replay_parts, timed_parts, timed_replay
-from prefetch.sim.workload import Workload
 from tests.prefetch.sim.test_replay import drawn
 from tests.prefetch.sim.test_timed import machine_of
-
-
-def cut(work: Workload, first: int, stop: int) -> Workload:
-    """Some of its steps."""
-    start_V = work.start_V[first * 3 : stop * 3 + 1]
-    own = slice(start_V[0], start_V[-1])
-    rows = slice(work.row_start_S[first], work.row_start_S[stop])
-    names = ("decode_S", "prefill_S", "context_S", "pairs_S", "request_S")
-    return dataclasses.replace(
-        work,
-        ids_A=work.ids_A[own],
-        tokens_A=work.tokens_A[own],
-        start_V=start_V - start_V[0],
-        rows_R=work.rows_R[rows],
-        row_start_S=work.row_start_S[first : stop + 1] - work.row_start_S[first],
-        **{name: getattr(work, name)[first:stop] for name in names},
-    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,7 +34,7 @@ def test_any_parts_give_the_same(seed, policy, room, batch, semantics, way, ends
     machine = machine_of(work, seed, miss_way=way, staging=2)
     places = sorted({0, *(end for end in ends if end < work.n_steps), work.n_steps})
     spans = list(itertools.pairwise(places))
-    parts = [cut(work, *span) for span in spans]
+    parts = [work_of(work, *span) for span in spans]
     whole = replay(work, policy, [room] * 3, [1] * 3, semantics)
     pieces = list(replay_parts(parts, policy, [room] * 3, [1] * 3, semantics))
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
