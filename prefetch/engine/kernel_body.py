@@ -110,9 +110,9 @@ class ReplayBody(KernelBody):
         card, device = work.card, pool_SN.device
         super().__init__(pool_SN, layout, card.n_experts)
         self.work = work
-        ids = ids_TLK.astype(np.int32)
+        ids = ids_TLK[work.rows_R].astype(np.int32)
         ids[ids >= card.n_experts] = ABSENT
-        self.ids_TLK = torch.from_numpy(ids).to(device)
+        self.ids_RLK = torch.from_numpy(ids).to(device)
         draw = torch.Generator(device).manual_seed(seed)
         most = int(np.diff(work.row_start_S).max(initial=1))
 
@@ -134,7 +134,6 @@ class ReplayBody(KernelBody):
         torch.nn.functional.linear(x_TD, self.beside_BD)
         routed = route(torch.nn.functional.linear(x_TD, self.gate_ED).float(), work.card.top_k)
         self.told_TK[: stop - start].copy_(routed.ids_TK, non_blocking=True)
-        rows = torch.from_numpy(work.rows_R[start:stop]).to(x_TD.device)
         event = step * n_layers + layer
         needed = int(work.start_V[event + 1] - work.start_V[event])
-        self.take(x_TD, self.ids_TLK[rows, layer], self.even_TK[: stop - start], needed)
+        self.take(x_TD, self.ids_RLK[start:stop, layer], self.even_TK[: stop - start], needed)

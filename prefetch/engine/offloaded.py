@@ -33,6 +33,7 @@ from prefetch.predict import runtime
 from prefetch.predict.predictor import Online
 from prefetch.sim.memory import rooms_of, slots_of
 from prefetch.sim.policy import Policy
+from prefetch.sim.reference import Entry
 from prefetch.trace.card import ModelCard, plain_card
 
 
@@ -61,41 +62,36 @@ class OffloadedMoE(nn.Module):
         uses_kernels: bool | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        blocks_L = _layers(model)
-        self.device = next(blocks_L[0].module.parameters()).device
-        if device is not None:
-            self.device = need_device(device)
-        with_kernels = self.device.type == "cuda" if uses_kernels is None else uses_kernels
-        self.packed_L: list[Any] = [
-            repacked(blocks, "OffloadedMoE") if with_kernels else blocks for blocks in blocks_L
-        ]
+        self.model, blocks_L = model, _layers(model)
+        here = next(blocks_L[0].module.parameters()).device
+        self.device = here if device is None else need_device(device)
+        is_gpu = self.device.type == "cuda"
+        self.packed_L = _packed(blocks_L, is_gpu if uses_kernels is None else uses_kernels)
         self.card = _card_of(model, self.packed_L)
         room_G, size_L = rooms_of(self.card, scope, capacity)
-        n_slots = min(sum(slots_of(room_G, size_L)), self.card.n_layers * self.card.n_experts)
-        n_slots += _checked(staging, n_slots)
-        watch = _watch_of(predictor, horizon, self.card)
-        one = self.packed_L[0]
-        self.host_LEN: list[Tensor] = []
-        self.pool_SN = torch.zeros(n_slots, one.numbers, dtype=one.dtype, device=self.device)
+        cached = min(sum(slots_of(room_G, size_L)), self.card.n_layers * self.card.n_experts)
+        decided: dict[str, Any] = {
+            "policy": _policy_of(policy),
+            "room_G": room_G,
+            "size_L": size_L,
+            "staging": _checked(staging, cached),
+            "watch": _watch_of(predictor, horizon, self.card),
+            "horizon": horizon,
+            "width": self.card.top_k if width is None else width,
+        }
+        one, self.host_LEN = self.packed_L[0], list[Tensor]()
+        shape = cached + staging, one.numbers
+        self.pool_SN = torch.zeros(shape, dtype=one.dtype, device=self.device)
         self.body: Any = LiveBody(blocks_L, self.pool_SN)
-        if with_kernels:
+        if isinstance(one, Repacked):
             self.body = LiveKernels(self.pool_SN, one.layout, self.card.n_experts)
-        kind = CudaBackend if self.device.type == "cuda" else CpuBackend
-        backend = kind(self.pool_SN, lambda entry: self.host_LEN[entry[0]][entry[1]], self.body)
-        self.engine = LiveEngine(
-            backend,
-            n_slots,
-            self.card,
-            _policy_of(policy),
-            room_G,
-            size_L,
-            staging=staging,
-            watch=watch,
-            horizon=horizon,
-            width=self.card.top_k if width is None else width,
-        )
+        backend = (CudaBackend if is_gpu else CpuBackend)(self.pool_SN, self._block, self.body)
+        self.engine = LiveEngine(backend, cached + staging, self.card, **decided)
         self._take_over()
+
+    def _block(self, entry: Entry) -> Tensor:
+        layer, expert = entry
+        return self.host_LEN[layer][expert]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -207,8 +203,16 @@ def _layers(model: Any) -> list[Blocks]:
         raise ConfigError(
             f"{type(model).__name__}: MoE layers differ in their experts; all must be alike"
         )
-    need_same_answers(blocks_L[0], found[0][0])
     return blocks_L
+
+
+def _packed(blocks_L: list[Blocks], with_kernels: bool) -> list[Any]:
+    """How every layer's experts lie on the host; what the first computes, all of them do."""
+    if not with_kernels:
+        need_same_answers(blocks_L[0], "OffloadedMoE")
+        return list(blocks_L)
+    layout = repacked(blocks_L[0], "OffloadedMoE").layout
+    return [Repacked(blocks, layout) for blocks in blocks_L]
 
 
 def _card_of(model: Any, packed_L: Sequence[Any]) -> ModelCard:
