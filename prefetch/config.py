@@ -132,13 +132,17 @@ class ProfileConfig:
 
 @dataclass
 class ValidateConfig:
-    model_cards: list[str] | None = None  # None = the trace's own sizes, and the smallest shipped with as many experts
-    capacities: list[Any] = field(default_factory=lambda: [0.25, 0.5, 1.0])
+    model_cards: list[str] | None = (
+        None  # None = the trace's own sizes, and the smallest shipped with as many experts
+    )
+    capacities: list[Any] | None = None  # None = 0.25, 0.5 on a CPU, and 1.0 on a GPU
     policies: list[str] = field(default_factory=lambda: ["lru", "lfu"])
     horizons: list[int] = field(default_factory=lambda: [0, 1, 4])  # layers ahead; 0 = no guesses
-    batches: list[int] = field(default_factory=lambda: [1, 4, 16])  # requests at once
+    batches: list[int] | None = None  # requests at once; None = 1, 4 on a CPU, and 16 on a GPU
     recall: float = 0.8  # of the drawn guesses
-    steps: int | None = None  # of the first; None = 24 on a CPU, 220 on a GPU. The first tenth is not timed
+    steps: int | None = (
+        None  # of the first; None = 24 on a CPU, 220 on a GPU. The first tenth is not timed
+    )
     repeats: int = 2  # runs of every cell
     figures: bool = True
 

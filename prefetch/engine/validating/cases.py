@@ -6,6 +6,7 @@ It compares nothing.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.engine.clock import DeviceClock
+from prefetch.engine.cuda import need_device
 from prefetch.engine.replay import Ran, told_of
 from prefetch.engine.validating.costs import Costs
 from prefetch.errors import ConfigError
@@ -38,7 +40,11 @@ from prefetch.sim.workload import Workload
 log = logging.getLogger(__name__)
 NS_PER_MS = 1e6
 WARM = 0.1  # of the steps, that no time counts
-FEW_STEPS, STEPS = 24, 220  # on a CPU, on a GPU
+# what is run where nothing was asked for
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"steps": 24, "capacities": [0.25, 0.5], "batches": [1, 4]},
+    "cuda": {"steps": 220, "capacities": [0.25, 0.5, 1.0], "batches": [1, 4, 16]},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +119,13 @@ def _stalled(timed: Timed) -> float:
 def check(cfg: Config) -> None:
     told = cfg.validate
     for name in ("capacities", "policies", "horizons", "batches"):
-        if not len(getattr(told, name)):
+        if getattr(told, name) is not None and not len(getattr(told, name)):
             raise ConfigError(f"validate.{name}=[]: names nothing; give at least one")
     least = {"horizons": 0, "batches": 1}
     for name, low in least.items():
-        if any(value < low for value in getattr(told, name)):
-            raise ConfigError(
-                f"validate.{name}={list(getattr(told, name))}: each must be at least {low}"
-            )
+        values = list(getattr(told, name) or [])
+        if any(value < low for value in values):
+            raise ConfigError(f"validate.{name}={values}: each must be at least {low}")
     if told.repeats < 2:
         raise ConfigError(
             f"validate.repeats={told.repeats}: the engine's own spread needs at least 2"
@@ -132,13 +137,16 @@ def check(cfg: Config) -> None:
 
 
 def cases_of(cfg: Config, store: Store) -> list[Case]:
+    cfg = _with_defaults(cfg)
     first = Bench(_root(cfg, None, 1), store)
-    cases = list[Case]()
-    for card in _cards(cfg, first):
-        for batch in cfg.validate.batches:
-            bench = Bench(_root(cfg, card, batch), store)
-            cases += _of_bench(cfg, bench, batch)
-    return cases
+    return [case for card in _cards(cfg, first) for case in _of_card(cfg, card, store)]
+
+
+def _with_defaults(cfg: Config) -> Config:
+    """What was not asked for is what the device runs in a minute or two."""
+    usual = DEFAULTS[need_device(cfg.simulator.device).type]
+    told = {name: value for name, value in usual.items() if getattr(cfg.validate, name) is None}
+    return cast(Config, OmegaConf.merge(cast(DictConfig, cfg), {"validate": told}))
 
 
 def _root(cfg: Config, card: str | None, batch: int) -> Config:
@@ -167,34 +175,42 @@ def _cards(cfg: Config, bench: Bench) -> list[str | None]:
     return [cfg.simulator.model_card, other] if other else [cfg.simulator.model_card]
 
 
-def _of_bench(cfg: Config, bench: Bench, batch: int) -> Iterator[Case]:
-    """Cells of one model card and batch: they share what was measured."""
-    clock = DeviceClock(
+def _of_card(cfg: Config, card: str | None, store: Store) -> Iterator[Case]:
+    """Cells of one model card share its drawn weights."""
+    clock: DeviceClock | None = None
+    for batch in cfg.validate.batches or []:
+        bench = Bench(_root(cfg, card, batch), store)
+        clock = clock or _clock_of(cfg, bench)
+        yield from _of_bench(cfg, bench, clock)
+
+
+def _clock_of(cfg: Config, bench: Bench) -> DeviceClock:
+    return DeviceClock(
         bench.card,
         bench.trace.ids_TLK,
         device=cfg.simulator.device,
         lookup_bytes=bench.beside.lookup_bytes,
         seed=cfg.seed,
     )
-    steps = cfg.validate.steps or (STEPS if clock.device.type == "cuda" else FEW_STEPS)
-    steps = min(steps, bench.work.n_steps)
+
+
+def _of_bench(cfg: Config, bench: Bench, clock: DeviceClock) -> Iterator[Case]:
+    """Cells of one batch share what was timed alone."""
+    told, steps = cfg.validate, min(cfg.validate.steps or 0, bench.work.n_steps)
     work = cut_work(bench.work, 0, steps)
     costs, noise = Costs(clock, work), Noise(work, cfg.seed)
-    for policy in cfg.validate.policies:
-        for capacity in cfg.validate.capacities:
-            for horizon in cfg.validate.horizons:
-                cell = cell_of(bench, "validate", policy, "none", capacity, max(1, horizon))
-                cell = cut_cell(cell, 0, steps)
-                guesses = noise.guesses(cfg.validate.recall, horizon) if horizon else None
-                cell = dataclasses.replace(cell, guesses=guesses)
-                names = {
-                    "model_card": bench.card.name,
-                    "batch": batch,
-                    "policy": policy,
-                    "capacity": str(capacity),
-                    "horizon": horizon,
-                }
-                cell = dataclasses.replace(
-                    cell, machine=costs.machine(cell), names={"way": "validate"}
-                )
-                yield Case(names, cell, work, clock)
+    for policy, capacity, horizon in itertools.product(
+        told.policies, told.capacities or [], told.horizons
+    ):
+        names = {
+            "model_card": bench.card.name,
+            "batch": bench.simulator.batch,
+            "policy": policy,
+            "capacity": str(capacity),
+            "horizon": horizon,
+        }
+        cell = cell_of(bench, "validate", policy, "none", capacity, max(1, horizon))
+        cell = cut_cell(cell, 0, steps)
+        guesses = noise.guesses(told.recall, horizon) if horizon else None
+        cell = dataclasses.replace(cell, guesses=guesses)
+        yield Case(names, dataclasses.replace(cell, machine=costs.machine(cell)), work, clock)
