@@ -158,6 +158,31 @@ def test_true_guesses_hide_copies_and_false_ones_cost_bytes():
     assert false.timed.counts["wasted_bytes"] > 0 and false.copied_bytes > none.copied_bytes
 
 
+class Notes(Engine):
+    """What was copied by the time that an event's last copy was given, and what it missed."""
+
+    def __init__(self, *told: Any, **more: Any) -> None:
+        self.noted: list[tuple[int, int, list[Any]]] = []  # copies before, queued guesses, missing
+        super().__init__(*told, **more)
+
+    def _run(self, layer: int, needed: Any, entries: Any, tokens: Any) -> None:
+        before = len(self.backend.copies), len(self.queue)
+        self.noted.append((*before, [entries[a] for a in needed.missing]))
+        super()._run(layer, needed, entries, tokens)
+
+
+def test_what_is_missing_goes_before_every_guess_that_waits():
+    work = drawn(5, n_tokens=60, batch=2)
+    at_once = machine_of(work, 5, cancels=False, before_S=np.ones(work.n_steps, np.int64), **WHOLE)
+    guesses, backend = guesses_of(work, 5, 2, 4, 0.5), FakeBackend(at_once)
+    told = (work, Lru(), [4, 4, 4], [1, 1, 1], at_once, guesses, ATOMIC)
+    engine = Notes(backend, 12 + at_once.staging, *told)
+    drive(engine, work)
+    assert sum(queued > 0 and len(missing) > 0 for _, queued, missing in engine.noted) > 20
+    for first, _, missing in engine.noted:
+        assert [entry for entry, _ in backend.copies[first : first + len(missing)]] == missing
+
+
 class Reuses(Engine):
     """Overwrites a slot without waiting for its last reader."""
 
