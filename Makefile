@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test check bench clean
+.PHONY: env demo test test-oldest check bench clean
 
 env: .venv/ready
 
@@ -21,6 +21,18 @@ demo: env
 test: env
 	$(BIN)/python -m pytest -n 2
 
+# the kernels again, with the oldest torch and triton (and everything else) that pyproject.toml allows; takes 5.5 GB where
+# that torch is only found with its CUDA libraries
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest tests/prefetch/kernels
+
+.venv-oldest/ready: pyproject.toml tests/oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable . pytest hypothesis
+	touch .venv-oldest/ready
+
 check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +43,4 @@ bench: env
 	@for file in scripts/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf .venv artifacts outputs multirun .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-oldest artifacts outputs multirun .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
