@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.engine.profiling import limits as memory_limits
 from prefetch.engine.profiling import utilisation
 from prefetch.engine.profiling.device import Place, place_of, using
-from prefetch.engine.profiling.findings import Told
 from prefetch.engine.profiling.grid import Grid, grid_of
 from prefetch.engine.profiling.headline import headline
 from prefetch.engine.profiling.machine import Measured, measured_machine, seal
@@ -26,6 +27,7 @@ from prefetch.engine.profiling.memory import source_of
 from prefetch.engine.profiling.page import Ran, page
 from prefetch.engine.profiling.rows import Rows
 from prefetch.engine.profiling.timing import Clock
+from prefetch.engine.profiling.told import Told
 from prefetch.engine.profiling.utilisation import Load
 from prefetch.errors import PrefetchError
 from prefetch.sim.memory import bytes_of
@@ -37,36 +39,39 @@ PAGE = "router_baseline_profile.md"
 def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     """Tables, figures, the page, the sealed hardware, and the headline numbers."""
     place = place_of(cfg.profile.device)
-    grid = grid_of(cfg.profile, place)
-    room_bytes = _room(cfg, place)
+    grid, room_bytes = grid_of(cfg.profile, place), _room(cfg, place)
     with using(cfg.profile.threads) as threads:
         log.info("timing on %s, %d threads, for at most %.0f s", place.name, threads, grid.seconds)
         clock = Clock(place)
         dtypes = tuple(dict.fromkeys(cell.dtype for cell in grid.cells))
         machine = measured_machine(clock, store.root, dtypes)
-        folder = seal(store, machine)
-        log.info("sealed %s: hardware=measured uses it", folder)
+        log.info("sealed %s: hardware=measured uses it", seal(store, machine))
         bench = Bench(grid, clock, machine.roofs, room_bytes, cfg.seed)
         table = measure(bench)
     try:
         rows = Rows(table)
     except LookupError as error:
         outputs.table("results", table)
-        raise PrefetchError(
-            f"{error}; pass smaller sizes, or more memory= or profile.seconds"
-        ) from None
+        hint = "pass smaller sizes, or more memory= or profile.seconds"
+        raise PrefetchError(f"{error}; {hint}") from None
     drawn, traced = utilisation.drawn(bench.counts), utilisation.of_trace(cfg, store)
-    told = Told(
+    loads = utilisation.table_of(drawn, traced, grid.factor)
+    told = _told(rows, loads, bench, machine)
+    return _write(cfg, outputs, told, machine, grid, [*(load for _, load in drawn), *traced])
+
+
+def _told(rows: Rows, loads: pd.DataFrame, bench: Bench, machine: Measured) -> Told:
+    grid = bench.grid
+    return Told(
         rows=rows,
-        limits=memory_limits.limits(grid.cells, room_bytes, grid.factor),
-        utilisation=utilisation.table_of(drawn, traced, grid.factor),
+        limits=memory_limits.limits(grid.cells, bench.room_bytes, grid.factor),
+        utilisation=loads,
         copy=machine.key_fit,
         copy_kind=machine.key_kind,
-        room_bytes=room_bytes,
-        device=place.name,
+        room_bytes=bench.room_bytes,
+        device=bench.clock.place.name,
         skew=grid.skew,
     )
-    return _write(cfg, outputs, told, machine, grid, [*(load for _, load in drawn), *traced])
 
 
 def _write(
@@ -86,7 +91,7 @@ def _write(
     ran = Ran(
         machine=machine.machine,
         roofs=machine.roofs,
-        free_bytes=told.room_bytes,
+        room_bytes=told.room_bytes,
         memory_source=source_of(place_of(cfg.profile.device)),
         command=shlex.join(["python", "scripts/run.py", *sys.argv[1:]]),
         skew=grid.skew,
@@ -114,7 +119,6 @@ def _figures(
 
 
 def _room(cfg: Config, place: Place) -> int:
-    """What is free when the run begins; `memory=` allows less."""
-    if cfg.memory is None:
-        return place.free_bytes
-    return min(place.free_bytes, bytes_of(cfg.memory))
+    """Of what is free when the run begins; on a CPU others need some of it too. `memory=` allows less."""
+    room_bytes = place.free_bytes if place.is_gpu else place.free_bytes * 9 // 10
+    return room_bytes if cfg.memory is None else min(room_bytes, bytes_of(cfg.memory))

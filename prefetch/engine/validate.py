@@ -13,9 +13,10 @@ import pandas as pd
 
 from prefetch.artifacts import Store
 from prefetch.config import Config
+from prefetch.engine.validating.calibrated import seal_error
 from prefetch.engine.validating.cases import Case, cases_of, check
 from prefetch.engine.validating.compare import compared, headline
-from prefetch.engine.validating.page import page
+from prefetch.engine.validating.page import page, steps_of
 from prefetch.progress import Progress
 from prefetch.sim.clock import need_simulated
 
@@ -32,6 +33,13 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     outputs.table("cells", table)
     metrics = headline(table)
     outputs.metrics(metrics)
+    error = metrics.get("file_median_abs_error")
+    if cases[0].clock.device.type == "cuda" and error is not None:
+        seal_error(
+            store,
+            error,
+            f"stage=validate: median of {len(table)} cells, {steps_of(cases)} steps each",
+        )
     text = page(table, metrics, cases)
     (outputs.folder / "validation.md").write_text(text)
     if cfg.validate.figures:

@@ -25,6 +25,7 @@ from prefetch.errors import ConfigError
 from prefetch.models.cards import card_names, load_architecture
 from prefetch.sim.bounds import Bound, bound_of, compute_S
 from prefetch.sim.cell import CHEATS, REFUSALS, Cell, refused_row
+from prefetch.sim.chosen import hardware_of
 from prefetch.sim.clock import SIMULATED, Clock, check_clock, clock_of
 from prefetch.sim.code import own_code
 from prefetch.sim.costs import UNKNOWN, Beside, beside_of, machine_of, need_host_memory
@@ -61,7 +62,7 @@ class Bench:
 
     def __init__(self, cfg: Config, store: Store) -> None:
         self.cfg, self.store, self.simulator = cfg, store, cfg.simulator
-        self.hardware: Hardware = config.instantiate(cfg.hardware, "hardware")
+        self.hardware: Hardware = hardware_of(cfg, store)
         self._check()
         self.policy = cache(self._policy)  # cells share them
         self._check_names()
@@ -376,7 +377,11 @@ class Bench:
     @property
     def times(self) -> str:
         """Where the times of a table are from."""
-        return "measured, drawn weights" if self.clock else f"simulated, {self.hardware.kind}"
+        if self.clock:
+            return "measured, drawn weights"
+        error = self.hardware.measured_error
+        off = "" if error is None else f": {error:.1%} off measured times"
+        return f"simulated, {self.hardware.kind}{off}"
 
     @property
     def full_ns(self) -> float:

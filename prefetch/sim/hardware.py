@@ -22,6 +22,7 @@ import yaml
 from prefetch.errors import ConfigError
 
 NS_PER_S, MEASURED = 1_000_000_000, "measured"
+KIND, HARDWARE_FILE = "hardware", "hardware.json"  # of the artifact that a measurement is sealed as
 Part = TypeVar("Part")
 
 
@@ -169,7 +170,9 @@ def hardware(**fields: Any) -> Hardware:
 def measured(path: str | None = None) -> Hardware:
     """What `hardware=measured` names: a file that says of itself that it was measured."""
     if path is None:
-        raise ConfigError("path is missing: pass hardware.path=FILE, the JSON or YAML of a machine")
+        raise ConfigError(
+            "path is missing: pass hardware.path=FILE, the JSON or YAML of a machine, or run stage=profile"
+        )
     file = Path(path)
     try:
         text = file.read_text()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -55,6 +56,7 @@ class Case:
     cell: Cell
     work: Workload
     clock: DeviceClock
+    by_file: Cell | None = None  # with the costs of a measured hardware file instead
     said: list[Timed] = field(default_factory=list)  # what the simulator said
 
     def predicted(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ class Case:
             "predicted_stall": _stalled(said),
             "roofline_ms": self._tpot_ms(resident_S),  # every expert resident
             "constants_ms": self._tpot_ms(resident_S + copies_S),  # a copy's time for each miss
+            "file_ms": self._file_ms(),
         }
 
     def measured(self) -> dict[str, Any]:
@@ -98,6 +101,10 @@ class Case:
         told, start = told_of(self.cell, self.work)
         again = Recorded(*told, **start).run(ran.record)
         return np.array(again.outcome), again.counts["moved_bytes"]
+
+    def _file_ms(self) -> float:
+        """NaN without a file of this machine."""
+        return self._tpot_ms(self.by_file.run(self.work).time_S) if self.by_file else math.nan
 
     @property
     def _first_A(self) -> NDArray[np.int64]:
@@ -213,4 +220,6 @@ def _of_bench(cfg: Config, bench: Bench, clock: DeviceClock) -> Iterator[Case]:
         cell = cut_cell(cell, 0, steps)
         guesses = noise.guesses(told.recall, horizon) if horizon else None
         cell = dataclasses.replace(cell, guesses=guesses)
-        yield Case(names, dataclasses.replace(cell, machine=costs.machine(cell)), work, clock)
+        by_file = cell if bench.hardware.is_measured else None
+        cell = dataclasses.replace(cell, machine=costs.machine(cell))
+        yield Case(names, cell, work, clock, by_file)

@@ -27,11 +27,11 @@ NAIVES = {
 
 def page(table: pd.DataFrame, metrics: Mapping[str, float], cases: list[Case]) -> str:
     clock, is_gpu = cases[0].clock, cases[0].clock.device.type == "cuda"
-    steps = ", ".join(str(n) for n in sorted({case.work.n_steps for case in cases}))
+    cards = ", ".join(table.model_card.unique())
     lines = [
         f"# Simulated against measured: {clock.machine}",
         "",
-        f"{len(table)} cells, {steps} steps each, drawn weights of {', '.join(table.model_card.unique())}. The "
+        f"{len(table)} cells, {steps_of(cases)} steps each, drawn weights of {cards}. The "
         "simulator was given what single copies, experts and decisions take here, each timed alone; its predictions "
         "were written to predictions.csv before the engine ran.",
         "",
@@ -52,6 +52,10 @@ def page(table: pd.DataFrame, metrics: Mapping[str, float], cases: list[Case]) -
         "",
     ]
     return "\n".join(lines)
+
+
+def steps_of(cases: list[Case]) -> str:
+    return ", ".join(str(n) for n in sorted({case.work.n_steps for case in cases}))
 
 
 NOT_JUDGED = (
@@ -103,6 +107,12 @@ def _times(metrics: Mapping[str, float], *, is_judged: bool) -> Iterator[str]:
                 else ""
             )
         )
+    yield ""
+    if "file_median_abs_error" in metrics:
+        error = metrics["file_median_abs_error"]
+        yield f"Told the measured hardware file and nothing else, the simulator is {error:.1%} off in the median."
+    else:
+        yield "With hardware=measured the error of that file is found as well, and on a GPU written into it."
     if "rank_correlation" in metrics:
         yield ""
         yield (

@@ -23,6 +23,7 @@ from prefetch.sim.advising.pays import Pays, pays
 from prefetch.sim.advising.ways import AHEAD, KINDS, Way, ahead, alone, cell_of, host_bytes, rungs
 from prefetch.sim.bench import Bench
 from prefetch.sim.cell import CANNOT_RUN, CHEATS, Cell, Refused, refused_row
+from prefetch.sim.chosen import hardware_of
 from prefetch.sim.compiled import engine
 from prefetch.sim.hardware import Hardware
 from prefetch.sim.memory import Budget, OfMemory, budget_of, bytes_of
@@ -79,7 +80,7 @@ class Study:
 
 
 def study(cfg: Config, store: Store) -> Study:
-    hardware: Hardware = config.instantiate(cfg.hardware, "hardware")
+    hardware: Hardware = hardware_of(cfg, store)
     card = _card(cfg, store)
     all_bytes = card.n_experts * sum(card.expert_bytes_L or ())
     if cfg.memory is not None:  # too little says what is missing, before anything is made

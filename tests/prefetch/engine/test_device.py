@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from prefetch import config
-from prefetch.artifacts import Store
+from prefetch.artifacts import Recipe, Store
 from prefetch.config import Config
 from prefetch.engine import validate
 from prefetch.engine.backend import COMPUTE, COPY, EngineError
@@ -21,6 +21,7 @@ from prefetch.engine.clock import DeviceClock
 from prefetch.engine.cpu import CpuBackend
 from prefetch.engine.kernel_body import KernelBody
 from prefetch.engine.replay import need_runnable
+from prefetch.engine.validating.calibrated import seal_error
 from prefetch.engine.validating.compare import headline, pairs_in_order
 from prefetch.engine.weights import layout_of
 from prefetch.errors import ConfigError
@@ -28,9 +29,11 @@ from prefetch.kernels.experts import moe_torch
 from prefetch.kernels.layout import ExpertLayout
 from prefetch.sim import evaluate
 from prefetch.sim.bench import Bench
+from prefetch.sim.chosen import hardware_of
 from prefetch.sim.grid import cell_of
 from prefetch.trace.card import plain_card
 from prefetch.tracking import NoTracker, Outputs
+from tests.prefetch.sim.test_costs import machine
 
 CARD = """
 _target_: prefetch.models.cards.model_card
@@ -116,11 +119,41 @@ def test_validation_finds_the_same_decisions_and_states_its_errors(tmp_path):
     assert (folder / "predicted_and_measured.png").stat().st_size > 10_000
 
 
+def test_a_measured_machine_carries_the_error_of_what_is_simulated_on_it(tmp_path, monkeypatch):
+    """As on a GPU: validated with its file, sealed again, and told by every evaluation from then on."""
+    fields = json.loads(
+        json.dumps(machine().to_dict() | {"kind": "measured", "measured_error": None})
+    )
+    del fields["is_measured"]
+
+    def build(folder: Path, _: Any) -> None:
+        (folder / "hardware.json").write_text(json.dumps(fields))
+        for name in ("machine.json", "copies.csv"):
+            (folder / name).write_text("")
+
+    store = Store(tmp_path / "store", makers=configured(tmp_path).makers)
+    store.make(Recipe(kind="hardware", version=1, config={}, build=build))
+    words = ("stage=validate", "hardware=measured", "validate.steps=10", "validate.figures=false")
+    small = f"validate.model_cards=[{tmp_path / 'small.yaml'}]"
+    metrics, folder = ran(validate, tmp_path, *words, small, "validate.batches=[1]")
+    table = pd.read_parquet(folder / "cells.parquet")
+    off = float((table.file_ms / table.measured_ms - 1).abs().median())
+    assert metrics["file_median_abs_error"] == pytest.approx(off)
+    assert f"is {off:.1%} off in the median" in (folder / "validation.md").read_text()
+    assert hardware_of(configured(tmp_path, "hardware=measured"), store).kind == "measured"
+    assert seal_error(store, 0.021, "stage=validate: 12 cells") is not None
+    found = hardware_of(configured(tmp_path, "hardware=measured"), store)
+    assert (found.kind, found.measured_error) == ("calibrated", 0.021)
+    _, told = ran(evaluate, tmp_path, "stage=evaluate", "hardware=measured")
+    assert "calibrated: 2.1% off measured times" in (told / "summary.md").read_text()
+
+
 def test_errors_and_orders_from_paper():
     rows = [
         {"model_card": "m", "batch": 1, "predicted_ms": p, "measured_ms": m, "error": p / m - 1,
          "hits_equal": True, "bytes_equal": i != 2, "engine_spread": 0.01, "free_hit_difference": 0.0,
-         "predicted_stall": 0.2, "measured_stall": 0.25, "roofline_ms": 0.5 * m, "constants_ms": 2 * m}
+         "predicted_stall": 0.2, "measured_stall": 0.25, "file_ms": np.nan,
+         "roofline_ms": 0.5 * m, "constants_ms": 2 * m}
         for i, (p, m) in enumerate([(1.1, 1.0), (2.0, 2.0), (1.9, 4.0), (4.1, 4.1)])
     ]  # fmt: skip
     table = pd.DataFrame(rows)

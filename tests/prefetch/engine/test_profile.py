@@ -240,6 +240,31 @@ def test_without_time_every_row_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "store" / "trace").exists()  # a profile collects nothing
 
 
+@pytest.mark.usefixtures("quick")
+def test_what_a_library_refuses_is_a_marked_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", refuses)
+    short = ("profile.tokens=[1]", "profile.routings=[uniform]", "profile.repeats=1")
+    done = profiled(tmp_path, *short)
+    table = done.table()
+    is_refused = table.status == "refused: no such kernel"
+    assert set(table[is_refused].implementation) == {"grouped_mm"} and is_refused.sum() == 4
+    assert (table[~is_refused].status == "ran").all()
+    assert "torch or a compiler refused it: grouped_mm forward (3, from 1 token on)" in done.page
+    assert (
+        done.metrics["rows_left_out/refused"] == 4 and "grouped_mm_times_ours" not in done.metrics
+    )
+    monkeypatch.setattr("prefetch.engine.profiling.operations.moe", refuses)
+    with pytest.raises(
+        PrefetchError, match=r"no layer of ours ran: refused: no such kernel; .*memory"
+    ):
+        profiled(tmp_path / "again", *short)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
