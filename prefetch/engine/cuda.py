@@ -6,7 +6,7 @@ It knows no weights. The pool is allocated once and never moves, so that nothing
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ from prefetch.errors import ConfigError
 from prefetch.sim.reference import Entry
 
 NS_PER_MS = 1_000_000
+LINK = "link_ns"
 
 
 def need_device(name: str) -> torch.device:
@@ -45,8 +46,7 @@ class CudaBackend(Launches):
             COMPUTE: torch.cuda.current_stream(device),
             COPY: torch.cuda.Stream(device),
         }
-        self._waits: list[tuple[str, Any, Any]] = []
-        self._copies: list[tuple[Any, Any]] = []
+        self._spans = Spans()
         torch.cuda.synchronize(device)  # the pool and all weights are there
 
     def now_ns(self) -> int:
@@ -62,7 +62,7 @@ class CudaBackend(Launches):
                 begin.record()
                 self.pool_SN[slot].copy_(block, non_blocking=True)
                 end.record()
-            self._copies.append((begin, end))
+            self._spans.add(LINK, begin, end)
         except RuntimeError as error:
             raise EngineError(
                 f"a copy failed: {names([entry])} into slot {slot}: {error}"
@@ -81,7 +81,7 @@ class CudaBackend(Launches):
         begin.record(self.streams[stream])
         self.streams[stream].wait_event(done)
         end.record(self.streams[stream])
-        self._waits.append((reason, begin, end))
+        self._spans.add(reason, begin, end)
 
     def is_done(self, done: Any) -> bool:
         return bool(done.query())
@@ -96,24 +96,42 @@ class CudaBackend(Launches):
 
     @property
     def link_ns(self) -> int:
-        torch.cuda.synchronize(self.pool_SN.device)
-        return sum(_between_ns(*moments) for moments in self._copies)
+        return self._passed()[LINK]
 
     @property
     def waited_ns(self) -> Mapping[str, int]:
+        return {name: ns for name, ns in self._passed().items() if name != LINK}
+
+    def _passed(self) -> Counter[str]:
         torch.cuda.synchronize(self.pool_SN.device)
-        waited = Counter[str]()
-        for reason, begin, end in self._waits:
-            waited[reason] += _between_ns(begin, end)
-        return waited
+        return self._spans.settled()
 
     def close(self) -> None:
         torch.cuda.synchronize(self.pool_SN.device)
 
 
+class Spans:
+    """Times between two moments, by name: added up as they pass, so that no more are held than are under way."""
+
+    def __init__(self) -> None:
+        self.ns: Counter[str] = Counter()
+        self.under_way: deque[tuple[str, Any, Any]] = deque()
+
+    def add(self, name: str, begin: Any, end: Any) -> None:
+        self.under_way.append((name, begin, end))
+        self.settled()
+
+    def settled(self) -> Counter[str]:
+        """Of two streams, so that one may pass before another that was given earlier."""
+        left: deque[tuple[str, Any, Any]] = deque()
+        for name, begin, end in self.under_way:
+            if end.query():
+                self.ns[name] += round(begin.elapsed_time(end) * NS_PER_MS)
+            else:
+                left.append((name, begin, end))
+        self.under_way = left
+        return self.ns
+
+
 def _moments() -> tuple[Any, Any]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-
-def _between_ns(begin: Any, end: Any) -> int:
-    return int(begin.elapsed_time(end) * NS_PER_MS)

@@ -19,6 +19,7 @@ from prefetch.engine import validate
 from prefetch.engine.backend import COMPUTE, COPY, EngineError
 from prefetch.engine.clock import DeviceClock
 from prefetch.engine.cpu import CpuBackend
+from prefetch.engine.cuda import Spans
 from prefetch.engine.kernel_body import KernelBody
 from prefetch.engine.replay import need_runnable
 from prefetch.engine.validating.calibrated import seal_error
@@ -275,6 +276,30 @@ def test_the_copy_thread_copies_in_order_and_says_when_it_fails():
     with pytest.raises(EngineError, match="a copy failed: layer 0 expert 7 into slot 1"):
         backend.after(COMPUTE, backend.record(COPY), "stall_ns")
     backend.close()
+
+
+class Moment:
+    def __init__(self, at_ms: float) -> None:
+        self.at_ms, self.has_passed = at_ms, False
+
+    def query(self) -> bool:
+        return self.has_passed
+
+    def elapsed_time(self, end: Moment) -> float:
+        return end.at_ms - self.at_ms
+
+
+def test_times_on_a_gpu_are_added_up_as_they_pass():
+    """In whatever order the two streams get there; what has passed is held no more."""
+    spans, ends = Spans(), [Moment(3.5), Moment(4.0), Moment(9.0)]
+    for name, end in zip(("link_ns", "stall_ns", "link_ns"), ends, strict=True):
+        spans.add(name, Moment(1.0), end)
+    assert len(spans.under_way) == 3 and not spans.ns
+    ends[1].has_passed = ends[2].has_passed = True
+    assert spans.settled() == {"stall_ns": 3_000_000, "link_ns": 8_000_000}
+    assert len(spans.under_way) == 1
+    ends[0].has_passed = True
+    assert spans.settled()["link_ns"] == 10_500_000 and not spans.under_way
 
 
 def test_sizes_of_a_card_become_a_layout():
