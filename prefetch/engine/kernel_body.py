@@ -57,10 +57,16 @@ class SlotRows:
 
 
 class KernelBody:
-    """`take` an event's tokens, launch, `combine`; then `out_TD` is the layer's output."""
+    """`take` an event's tokens, launch, `combine`; then `out_TD` is the layer's output.
 
-    def __init__(self, pool_SN: Tensor, layout: ExpertLayout, n_experts: int) -> None:
-        self.pool_SN, self.layout = pool_SN, layout
+    fuses: one launch of all experts may add them up as well, which is faster and rounds float32's last bits otherwise.
+    Without it an output does not depend on who came late.
+    """
+
+    def __init__(
+        self, pool_SN: Tensor, layout: ExpertLayout, n_experts: int, *, fuses: bool = False
+    ) -> None:
+        self.pool_SN, self.layout, self.fuses = pool_SN, layout, fuses
         self.rows = SlotRows(n_experts, pool_SN.device)
         self.out_TD: Tensor | None = None
 
@@ -74,11 +80,11 @@ class KernelBody:
         """The model itself has done it."""
 
     def launch(self, layer: int, tokens: Mapping[int, int], slots: Mapping[int, int]) -> None:
-        """All at once where all are there; else rows of choices, whoever comes first, for `combine` to add."""
+        """Rows of choices, whoever comes first, for `combine` to add."""
         is_whole = len(slots) == self.rows.host_RE.shape[1]  # others that are there harm nobody
         slot_E = self.rows.of(slots if is_whole else {expert: slots[expert] for expert in tokens})
         told = (self.x_TD, self.ids_TK, self.weights_TK, self.pool_SN, self.layout, slot_E)
-        if len(tokens) == self.needed or is_whole:
+        if self.fuses and (len(tokens) == self.needed or is_whole):
             self.out_TD = moe(*told)
             return
         if self.rows_TKD is None:
@@ -108,7 +114,7 @@ class ReplayBody(KernelBody):
         seed: int,
     ) -> None:
         card, device = work.card, pool_SN.device
-        super().__init__(pool_SN, layout, card.n_experts)
+        super().__init__(pool_SN, layout, card.n_experts, fuses=True)
         self.work = work
         ids = ids_TLK[work.rows_R].astype(np.int32)
         ids[ids >= card.n_experts] = ABSENT

@@ -251,10 +251,12 @@ def test_late_experts_give_the_numbers_of_experts_that_are_there():
         body.launch(0, dict.fromkeys(part, 1), slots)
     body.combine(0)
     assert torch.equal(body.out_TD, whole)
-    body.take(x_TD, ids_TK, weights_TK, 6)
-    body.launch(0, dict.fromkeys(range(6), 1), slots)
-    body.combine(0)
-    assert torch.equal(body.out_TD, whole)
+    for fuses in (False, True):
+        body = KernelBody(pool_SN, layout, 6, fuses=fuses)
+        body.take(x_TD, ids_TK, weights_TK, 6)
+        body.launch(0, dict.fromkeys(range(6), 1), slots)
+        body.combine(0)
+        assert torch.equal(body.out_TD, whole)
 
 
 class Nothing:
