@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefetch.engine.backend import COMPUTE, COPY, Body, EngineError, Launches, names
+from prefetch.engine.backend import COPY, Body, EngineError, Launches, names
 from prefetch.engine.cpu import Block
 from prefetch.errors import ConfigError
 from prefetch.sim.reference import Entry
@@ -41,13 +41,9 @@ class CudaBackend(Launches):
     def __init__(self, pool_SN: Tensor, block: Block, body: Body) -> None:
         super().__init__(body)
         self.pool_SN, self.block = pool_SN, block
-        device = pool_SN.device
-        self.streams = {
-            COMPUTE: torch.cuda.current_stream(device),
-            COPY: torch.cuda.Stream(device),
-        }
+        self.copies = torch.cuda.Stream(pool_SN.device)
         self._spans = Spans()
-        torch.cuda.synchronize(device)  # the pool and all weights are there
+        torch.cuda.synchronize(pool_SN.device)  # the pool and all weights are there
 
     def now_ns(self) -> int:
         return time.monotonic_ns()
@@ -58,7 +54,7 @@ class CudaBackend(Launches):
             raise EngineError(f"{names([entry])}: its block is not in pinned memory")
         try:
             begin, end = _moments()
-            with torch.cuda.stream(self.streams[COPY]):
+            with torch.cuda.stream(self.copies):
                 begin.record()
                 self.pool_SN[slot].copy_(block, non_blocking=True)
                 end.record()
@@ -68,19 +64,23 @@ class CudaBackend(Launches):
                 f"a copy failed: {names([entry])} into slot {slot}: {error}"
             ) from error
 
+    def _of(self, stream: str) -> Any:
+        """The caller's own stream computes, whichever that is now."""
+        return self.copies if stream == COPY else torch.cuda.current_stream(self.pool_SN.device)
+
     def record(self, stream: str) -> Any:
         done = torch.cuda.Event()
-        done.record(self.streams[stream])
+        done.record(self._of(stream))
         return done
 
     def after(self, stream: str, done: Any, reason: str = "") -> None:
         if not reason or done.query():
-            self.streams[stream].wait_event(done)
+            self._of(stream).wait_event(done)
             return
         begin, end = _moments()
-        begin.record(self.streams[stream])
-        self.streams[stream].wait_event(done)
-        end.record(self.streams[stream])
+        begin.record(self._of(stream))
+        self._of(stream).wait_event(done)
+        end.record(self._of(stream))
         self._spans.add(reason, begin, end)
 
     def is_done(self, done: Any) -> bool:

@@ -81,7 +81,8 @@ class OffloadedMoE(nn.Module):
         }
         one, self.host_LEN = self.packed_L[0], list[Tensor]()
         shape = cached + staging, one.numbers
-        self.pool_SN = torch.zeros(shape, dtype=one.dtype, device=self.device)
+        with torch.inference_mode(False):  # whoever copies is another thread
+            self.pool_SN = torch.zeros(shape, dtype=one.dtype, device=self.device)
         self.body: Any = LiveBody(blocks_L, self.pool_SN)
         if isinstance(one, Repacked):
             self.body = LiveKernels(self.pool_SN, one.layout, self.card.n_experts)

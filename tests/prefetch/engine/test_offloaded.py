@@ -129,6 +129,13 @@ def test_once_all_experts_are_there_nobody_is_asked():
     torch.testing.assert_close(found, model_of("mixtral")(prompt).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_inference_mode_is_no_other_world():
+    model = model_of("mixtral")
+    with torch.inference_mode():
+        offloaded = OffloadedMoE(model, capacity=2)
+    assert is_same(said(offloaded), untouched("mixtral"))
+
+
 def test_experts_leave_the_model():
     model = model_of("qwen3_moe")
     whole = sum(param.numel() for param in model.parameters())
