@@ -22,17 +22,17 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
-from prefetch.models.cards import card_names, load_architecture
 from prefetch.sim.bounds import Bound, bound_of, compute_S
 from prefetch.sim.cell import CHEATS, REFUSALS, Cell, refused_row
 from prefetch.sim.chosen import hardware_of
 from prefetch.sim.clock import SIMULATED, Clock, check_clock, clock_of
 from prefetch.sim.code import own_code
-from prefetch.sim.costs import UNKNOWN, Beside, beside_of, machine_of, need_host_memory
+from prefetch.sim.costs import machine_of, need_host_memory
 from prefetch.sim.excerpt import first_requests
 from prefetch.sim.foresight import guessed_rows, guesses_of, keys_of
 from prefetch.sim.hardware import Hardware
 from prefetch.sim.intervals import units_of
+from prefetch.sim.lending import replayed_with
 from prefetch.sim.machine import ADMITS, Guesses
 from prefetch.sim.memory import Budget, OfMemory, budget_of
 from prefetch.sim.names import name_of
@@ -44,10 +44,8 @@ from prefetch.sim.prior import Prior, check_prior
 from prefetch.sim.rows import Beside as RowBeside
 from prefetch.sim.rows import row_of
 from prefetch.sim.run import Timed
-from prefetch.sim.sizes import lent_to
 from prefetch.sim.sweep import Job
 from prefetch.sim.workload import Workload, workload_of
-from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.predictions import PredictionsReader
 from prefetch.trace.routing import PREFILL, RoutingTrace
@@ -68,7 +66,7 @@ class Bench:
         self._check_names()
         made = store.make(config.locate(cfg.makers["trace"])(cfg))
         self.reader, self.key = TraceReader(made.folder), made.key
-        self.card, self.beside = self._card()
+        self.card, self.beside = replayed_with(self.reader.card, self.simulator)
         if self.simulator.host_cache is None:
             need_host_memory(self.card, self.hardware)
         self._one_by_one = threading.Lock()
@@ -203,35 +201,6 @@ class Bench:
     @property
     def horizons(self) -> list[int]:
         return list(self.cfg.evaluate.horizons or [self.simulator.horizon])
-
-    def _card(self) -> tuple[ModelCard, Beside]:
-        """The trace's own sizes, or those of another model of the same shape."""
-        own, told = self.reader.card, self.simulator
-        name = told.model_card
-        if name is None and (told.precision or told.matrix_precision) is not None:
-            raise ConfigError(
-                f"simulator.precision={told.precision}, simulator.matrix_precision={told.matrix_precision}: of which "
-                "model? Pass simulator.model_card=NAME"
-            )
-        if name is None:
-            if own.expert_bytes_L is None:
-                raise ConfigError(
-                    f"the trace of {own.name} does not say how large an expert is; pass simulator.model_card=NAME, "
-                    f"one of {', '.join(card_names())}"
-                )
-            return own, UNKNOWN
-        architecture = load_architecture(name)
-        lent = architecture.card(told.precision, told.matrix_precision)
-        if lent.n_experts != own.n_experts:
-            raise ConfigError(
-                f"simulator.model_card={name}: has {lent.n_experts} experts per layer, the trace {own.n_experts}"
-            )
-        if (lent.n_layers, lent.top_k) != (own.n_layers, own.top_k):
-            log.warning(
-                f"simulator.model_card={name} has {lent.n_layers} layers and k = {lent.top_k}, the trace "
-                f"{own.n_layers} and {own.top_k}: the trace's are replayed, with its sizes"
-            )
-        return lent_to(lent, own), beside_of(architecture, told.matrix_precision)
 
     def _parts(self, whole: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
         """What is replayed, and all other rows: those that a static choice may be fitted on."""

@@ -137,21 +137,31 @@ def _memory(bench: Bench) -> OfMemory:
 
 
 def _studied(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) -> Study:
-    told, rows = bench.cfg.advise, list[dict[str, Any]]()
+    """One kind of way after the other: which guesses are tried depends on what won without, and so on."""
+    found = _without_guesses(bench, memory, kept, lacks_host=lacks_host)
+    caches = found.here[found.here.way == CACHE]
+    has_all = (found.here.way == ALL).any()
+    if len(caches) and not has_all:
+        names, horizons = predictors_of(bench, bench.horizons), bench.horizons
+        guessing = ahead(str(caches.iloc[0].policy), names, horizons)
+        rows = _rows(bench, list(guessing), [memory], kept, "ways with guesses")
+        found = _with_rows(found, rows)
+    best = [way_of(row) for _, row in found.here.drop_duplicates("way").iterrows()]
+    found = _at_other_memories(found, best, kept)
+    chosen = next((way for way in best if way.kind == AHEAD), None)
+    won = None if chosen is None else pays(bench, chosen, memory, kept)
+    return dataclasses.replace(found, pays=won, swings=_swings(found, best, kept))
 
-    def ran(ways: Sequence[Way], memories: Sequence[OfMemory], title: str) -> pd.DataFrame:
-        rows.extend(_rows(bench, ways, memories, kept, title))
-        return pd.DataFrame(rows)
 
-    table = ran(list(alone(told.policies)), [memory], "ways without guesses")
-    error = bench.hardware.measured_error
+def _without_guesses(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) -> Study:
+    told, error = bench.cfg.advise, bench.hardware.measured_error
+    by_datasheet = told.datasheet_error[0], told.datasheet_error[1]
+    rows = _rows(bench, list(alone(told.policies)), [memory], kept, "ways without guesses")
     found = Study(
         bench=bench,
         memory=memory,
-        table=table,
-        error=(told.datasheet_error[0], told.datasheet_error[1])
-        if error is None
-        else (error, error),
+        table=pd.DataFrame(rows),
+        error=by_datasheet if error is None else (error, error),
         pays=None,
         lacks_host=lacks_host,
     )
@@ -160,25 +170,25 @@ def _studied(bench: Bench, memory: OfMemory, kept: Kept, *, lacks_host: bool) ->
             f"simulator.phase={bench.simulator.phase}: no step of the replayed requests makes a token, so that no way "
             "has a time per token; leave simulator.phase out, or choose a trace with generated tokens"
         )
-    caches = found.here[found.here.way == CACHE]
-    has_all = (found.here.way == ALL).any()
-    if len(caches) and not has_all:
-        names, horizons = predictors_of(bench, bench.horizons), bench.horizons
-        guessing = ahead(str(caches.iloc[0].policy), names, horizons)
-        table = ran(list(guessing), [memory], "ways with guesses")
-        found = dataclasses.replace(found, table=table)
-    best = [way_of(row) for _, row in found.here.drop_duplicates("way").iterrows()]
+    return found
+
+
+def _at_other_memories(found: Study, best: Sequence[Way], kept: Kept) -> Study:
+    """The best of each kind, with less and with more."""
+    bench, memory = found.bench, found.memory
     others = {bytes_of(one.amount): one for one in (*rungs(bench), *more_of(memory))}
     others.pop(bytes_of(memory.amount), None)
     most = max([bench.hardware.device.memory_bytes, *others])
     larger = bench.on(_with_memory(bench.hardware, most))
-    rows.extend(_rows(larger, _with_all(best), list(others.values()), kept, "other memories"))
-    table = pd.DataFrame(rows)
-    table = table.drop_duplicates(["way", "policy", "predictor", "horizon", "memory_bytes"])
-    found = dataclasses.replace(found, table=table.reset_index(drop=True))
-    chosen = next((way for way in best if way.kind == AHEAD), None)
-    won = None if chosen is None else pays(bench, chosen, memory, kept)
-    return dataclasses.replace(found, pays=won, swings=_swings(found, best, kept))
+    rows = _rows(larger, _with_all(best), list(others.values()), kept, "other memories")
+    found = _with_rows(found, rows)
+    table = found.table.drop_duplicates(["way", "policy", "predictor", "horizon", "memory_bytes"])
+    return dataclasses.replace(found, table=table.reset_index(drop=True))
+
+
+def _with_rows(found: Study, rows: Sequence[dict[str, Any]]) -> Study:
+    table = pd.DataFrame([*found.table.to_dict("records"), *rows])
+    return dataclasses.replace(found, table=table)
 
 
 def _swings(study: Study, ways: Sequence[Way], kept: Kept) -> dict[str, tuple[str, float]]:
