@@ -76,6 +76,7 @@ class SimulatorConfig:
     start: str = "cold"  # cold | warm (the most used by other requests are there)
     clock: str = "simulated"  # simulated | device: cells are run by the engine, with drawn weights
     device: str = "auto"  # auto | cpu | cuda: where the engine runs
+    rounds: int = 3  # with clock=device: runs of every cell, of which the median counts
     model_card: str | None = None  # sizes of this model, where the trace does not know its own
     precision: str | None = (
         None  # of that model's experts (q4_k_m, mxfp4, ...); None = as published
@@ -136,14 +137,41 @@ class ValidateConfig:
         None  # None = the trace's own sizes, and the smallest shipped with as many experts
     )
     capacities: list[Any] | None = None  # None = 0.25, 0.5 on a CPU, and 1.0 on a GPU
-    policies: list[str] = field(default_factory=lambda: ["lru", "lfu"])
-    horizons: list[int] = field(default_factory=lambda: [0, 1, 4])  # layers ahead; 0 = no guesses
+    policies: list[str] = field(default_factory=lambda: ["lru", "lfu", "sieve"])
+    horizons: list[int] | None = None  # layers ahead, 0 = no guesses; None = 0, 4, and 1 on a GPU
     batches: list[int] | None = None  # requests at once; None = 1, 4 on a CPU, and 16 on a GPU
     recall: float = 0.8  # of the drawn guesses
     steps: int | None = (
         None  # of the first; None = 24 on a CPU, 220 on a GPU. The first tenth is not timed
     )
     repeats: int = 2  # runs of every cell
+    figures: bool = True
+
+
+@dataclass
+class DiagnoseConfig:
+    """None: the profile tells, then the model card."""
+
+    names: str | None = None  # a YAML of names of one's own, asked before configs/moe_names
+    model_card: str | None = None  # of the profiled model: a shipped one's name, or a YAML
+    hardware: str = (
+        "auto"  # auto (the profile's own device, if a file is shipped) | chosen (hardware=)
+    )
+    tokens: int | None = None  # of one call
+    hidden: int | None = None  # elements of a token
+    inner: int | None = None  # between an expert's matrices, on one rank
+    experts: int | None = None  # of a layer, on all ranks
+    top_k: int | None = None
+    gated: bool | None = None  # three matrices per expert; false = two
+    weight: str | None = None  # number type: fp32, bf16, fp16, fp8, int8, fp4, mxfp4, int4
+    activation: str | None = None  # of what the experts' products read
+    tensor_parallel: int | None = None  # ranks that each expert is cut over
+    expert_parallel: int | None = None  # ranks that a layer's experts are spread over
+    phase: str = "auto"  # auto | decode | prefill: how recorded routing (trace=) is put into steps
+    simulate: bool = (
+        True  # with trace=: what pinning and prefetch would bring were experts offloaded
+    )
+    compatible: bool = True  # also the files of TraceLens's MoE analyzer, by its names
     figures: bool = True
 
 
@@ -176,11 +204,15 @@ class Config:
     advise: AdviseConfig = field(default_factory=AdviseConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     memory: str | None = (
         None  # all of the GPU's memory that may be used (12GiB), instead of simulator.cache
     )
     trace: str | None = None  # folder of a trace to use as it is; None = collect it from `source`
+    profile_trace: str | None = (
+        None  # what stage=diagnose reads: a profiler's trace, or a folder of TraceLens
+    )
     store: str = "artifacts"  # folder of what runs share
     seed: int = 0
 

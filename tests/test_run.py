@@ -155,7 +155,7 @@ def test_a_sweep_of_predictors_stands_on_one_trace(tmp_path, words, names):
         (
             ("sed=1",),
             2,
-            "Key 'sed' not in 'Config' full_key: sed ; the root has: advise, analyze, artifacts, collect",
+            "Key 'sed' not in 'Config' full_key: sed ; the root has: advise, analyze, artifacts, clocks, collect",
         ),
         (("+seeed=1",), 2, "nothing reads an added key"),
         (("experiment=nosuch",), 2, "Available options in 'experiment': published_ab quick"),

@@ -5,6 +5,7 @@ What stands on a stream runs in its order; between streams only what was said wi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -27,12 +28,18 @@ class Backend(Protocol):
         """By the compute stream, for each reason that was given."""
         ...
 
+    n_copies: int  # given so far
+
     @property
     def link_ns(self) -> int:
         """That copies have taken."""
         ...
 
     def now_ns(self) -> int: ...
+    def spend(self, ns: int) -> None:
+        """The host is busy for so long."""
+        ...
+
     def before(self, step: int, layer: int) -> None:
         """On the compute stream: everything up to the layer's routing."""
         ...
@@ -86,6 +93,11 @@ class Launches:
     def __init__(self, body: Body) -> None:
         self.body = body
         self.table: dict[int, Mapping[int, int]] = {}
+
+    def spend(self, ns: int) -> None:
+        until = time.monotonic_ns() + ns
+        while time.monotonic_ns() < until:
+            pass
 
     def before(self, step: int, layer: int) -> None:
         self.body.before(step, layer)

@@ -5,11 +5,13 @@ It knows no table. Weights are drawn, sizes are the model card's, routing is the
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -20,21 +22,31 @@ from prefetch.engine.kernel_body import ReplayBody
 from prefetch.engine.replay import Ran, need_runnable, run
 from prefetch.engine.weights import Drawn
 from prefetch.sim.cell import Cell
+from prefetch.sim.excerpt import cell_of as cut_cell
+from prefetch.sim.excerpt import work_of as cut_work
 from prefetch.sim.run import Timed
 from prefetch.sim.workload import Workload
 from prefetch.trace.card import ModelCard
 
 log = logging.getLogger(__name__)
+WARM_STEPS = 20
 
 
 class DeviceClock:
     """Made once for a table: cells share the host's blocks. One cell runs at a time."""
 
     def __init__(
-        self, card: ModelCard, ids_TLK: NDArray[Any], *, device: str, lookup_bytes: int, seed: int
+        self,
+        card: ModelCard,
+        ids_TLK: NDArray[Any],
+        *,
+        device: str,
+        lookup_bytes: int,
+        seed: int,
+        rounds: int = 1,
     ) -> None:
         self.device, self.card, self.seed = need_device(device), card, seed
-        self.ids_TLK = ids_TLK
+        self.ids_TLK, self.rounds = ids_TLK, rounds
         read = (card.dense_bytes or 0) + (card.shared_bytes or 0) - lookup_bytes
         self.beside_bytes = read // card.n_layers
         self.weights = Drawn(card, self.device, seed)
@@ -67,4 +79,18 @@ class DeviceClock:
             return run(cell, work, self.backend(work), title=f"{cell.names.get('way', 'running')}")
 
     def timed(self, cell: Cell, work: Workload) -> Timed:
-        return self.ran(cell, work).timed
+        """After a few steps that warm up: of every step the median of `rounds` runs, all else of the first of them."""
+        few = min(WARM_STEPS, work.n_steps)
+        self.ran(cut_cell(cell, 0, few), cut_work(work, 0, few))
+        runs = [self.ran(cell, work).timed for _ in range(self.rounds)]
+        took = [int(run.time_S.sum()) for run in runs]
+        log.info(
+            "%s %s: %d runs, %.1f %% apart",
+            cell.names.get("way", ""),
+            cell.names.get("policy", ""),
+            len(runs),
+            100 * (max(took) - min(took)) / max(1, min(took)),
+        )
+        time_S = np.median([run.time_S for run in runs], axis=0).astype(np.int64)
+        counts = {**runs[0].counts, "now_ns": int(time_S.sum())}
+        return dataclasses.replace(runs[0], time_S=time_S, counts=counts)

@@ -26,24 +26,24 @@ class CpuBackend(Launches):
 
     def __init__(self, pool_SN: Tensor, block: Block, body: Body) -> None:
         super().__init__(body)
-        self.pool_SN, self.block = pool_SN, block
+        self.pool_SN, self.copies = pool_SN, Copies(pool_SN, block)
         self.waited_ns: Counter[str] = Counter()
-        self.given = self.copied = self.link_ns = 0
-        self.failed: Exception | None = None
-        self._jobs: SimpleQueue[tuple[Entry, int] | None] = SimpleQueue()
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._copy_all, name="copies", daemon=True)
-        self._thread.start()
+        self.n_copies = 0
+        self.stop = self.copies.stop
 
     def now_ns(self) -> int:
         return time.monotonic_ns()
 
     def copy(self, entry: Entry, slot: int) -> None:
-        self.given += 1
-        self._jobs.put((entry, slot))
+        self.n_copies += 1
+        self.copies.jobs.put((entry, slot))
+
+    @property
+    def link_ns(self) -> int:
+        return self.copies.took_ns
 
     def record(self, stream: str) -> int:
-        return self.given if stream == COPY else DONE
+        return self.n_copies if stream == COPY else DONE
 
     def after(self, stream: str, done: int, reason: str = "") -> None:
         if stream == COMPUTE and not self.is_done(done):
@@ -52,18 +52,39 @@ class CpuBackend(Launches):
             self.waited_ns[reason] += (time.monotonic_ns() - began) if reason else 0
 
     def is_done(self, done: int) -> bool:
-        with self._changed:
-            self._raise()
-            return self.copied >= done
+        return self.copies.has(done)
 
     def wait(self, any_of: Sequence[int]) -> None:
-        first = min(any_of)
-        with self._changed:
-            self._changed.wait_for(lambda: self.failed or self.copied >= first)
-            self._raise()
+        self.copies.wait(min(any_of))
 
     def close(self) -> None:
-        self._jobs.put(None)
+        self.stop()
+
+
+class Copies:
+    """A thread and what it copies. It holds no body: whoever forgets a backend must be able to end it."""
+
+    def __init__(self, pool_SN: Tensor, block: Block) -> None:
+        self.pool_SN, self.block = pool_SN, block
+        self.done = self.took_ns = 0
+        self.failed: Exception | None = None
+        self.jobs: SimpleQueue[tuple[Entry, int] | None] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._copy_all, name="copies", daemon=True)
+        self._thread.start()
+
+    def has(self, n: int) -> bool:
+        with self._changed:
+            self._raise()
+            return self.done >= n
+
+    def wait(self, n: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.failed or self.done >= n)
+            self._raise()
+
+    def stop(self) -> None:
+        self.jobs.put(None)
         self._thread.join()
 
     def _raise(self) -> None:
@@ -71,7 +92,7 @@ class CpuBackend(Launches):
             raise EngineError(f"a copy failed: {self.failed}") from self.failed
 
     def _copy_all(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self.jobs.get()) is not None:
             (entry, slot), began = job, time.monotonic_ns()
             try:
                 self.pool_SN[slot].copy_(self.block(entry))
@@ -81,6 +102,6 @@ class CpuBackend(Launches):
                     self._changed.notify_all()
                 return
             with self._changed:
-                self.copied += 1
-                self.link_ns += time.monotonic_ns() - began
+                self.done += 1
+                self.took_ns += time.monotonic_ns() - began
                 self._changed.notify_all()

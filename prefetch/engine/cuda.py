@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,15 +25,19 @@ LINK = "link_ns"
 
 def need_device(name: str) -> torch.device:
     """A device that is not there is said at once."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device={name}: expected auto, cpu or cuda")
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
+    name = str(name)
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"device={name}: expected auto, cpu, cuda or cuda:N")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= n_gpus:
         raise ConfigError(
-            "device=cuda: torch finds no CUDA device here (its build: "
+            f"device={name}: torch finds {n_gpus or 'no'} CUDA device here (its build: "
             f"{torch.__version__}); use device=cpu, or run this where there is one"
         )
-    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+    if kind == "auto":
+        return torch.device("cuda" if n_gpus else "cpu")
+    return torch.device(name)
 
 
 class CudaBackend(Launches):
@@ -42,6 +47,9 @@ class CudaBackend(Launches):
         super().__init__(body)
         self.pool_SN, self.block = pool_SN, block
         self.copies = torch.cuda.Stream(pool_SN.device)
+        self.n_copies = 0
+        self.stop = partial(torch.cuda.synchronize, pool_SN.device)
+        self._computes = torch.cuda.current_stream(pool_SN.device)
         self._spans = Spans()
         torch.cuda.synchronize(pool_SN.device)  # the pool and all weights are there
 
@@ -49,6 +57,7 @@ class CudaBackend(Launches):
         return time.monotonic_ns()
 
     def copy(self, entry: Entry, slot: int) -> None:
+        self.n_copies += 1
         block = self.block(entry)
         if not block.is_pinned():
             raise EngineError(f"{names([entry])}: its block is not in pinned memory")
@@ -65,8 +74,14 @@ class CudaBackend(Launches):
             ) from error
 
     def _of(self, stream: str) -> Any:
-        """The caller's own stream computes, whichever that is now."""
-        return self.copies if stream == COPY else torch.cuda.current_stream(self.pool_SN.device)
+        """The caller's own stream computes, whichever that is now; a new one follows the old."""
+        if stream == COPY:
+            return self.copies
+        current = torch.cuda.current_stream(self.pool_SN.device)
+        if current != self._computes:
+            current.wait_stream(self._computes)
+            self._computes = current
+        return current
 
     def record(self, stream: str) -> Any:
         done = torch.cuda.Event()
@@ -107,7 +122,7 @@ class CudaBackend(Launches):
         return self._spans.settled()
 
     def close(self) -> None:
-        torch.cuda.synchronize(self.pool_SN.device)
+        self.stop()
 
 
 class Spans:
@@ -115,21 +130,18 @@ class Spans:
 
     def __init__(self) -> None:
         self.ns: Counter[str] = Counter()
-        self.under_way: deque[tuple[str, Any, Any]] = deque()
+        self.under_way: dict[bool, deque[tuple[str, Any, Any]]] = {True: deque(), False: deque()}
 
     def add(self, name: str, begin: Any, end: Any) -> None:
-        self.under_way.append((name, begin, end))
+        self.under_way[name == LINK].append((name, begin, end))
         self.settled()
 
     def settled(self) -> Counter[str]:
-        """Of two streams, so that one may pass before another that was given earlier."""
-        left: deque[tuple[str, Any, Any]] = deque()
-        for name, begin, end in self.under_way:
-            if end.query():
+        """Each of the two streams passes in its order: nobody is asked behind one that has not passed."""
+        for spans in self.under_way.values():
+            while spans and spans[0][2].query():
+                name, begin, end = spans.popleft()
                 self.ns[name] += round(begin.elapsed_time(end) * NS_PER_MS)
-            else:
-                left.append((name, begin, end))
-        self.under_way = left
         return self.ns
 
 

@@ -17,7 +17,9 @@ from prefetch.sim.recorded import BEGIN, EVENT, LAND, TRY, Record
 from prefetch.sim.reference import Entry
 from prefetch.sim.storage_reference import NEVER_STALE
 
-IN_FLIGHT = 2  # copies that the stream holds: one that runs, and one that follows without a gap
+IN_FLIGHT = (
+    1  # copies on the link: what is missing waits for no more than the one that runs, as simulated
+)
 REASONS = {HIT: "", LATE: "late_stall_ns"}
 
 
@@ -41,7 +43,6 @@ class Engine(Ahead):
         self.in_use: set[Entry] = set()  # by the event that was run last
         self.is_running = False  # its experts are not all launched
         self.over: Done = None  # ... and when they are
-        self.copied_bytes = 0
         self._is_resident = False
         self._rows: dict[int, dict[int, int]] = {}  # of layers whose experts are all there
         self._fill()
@@ -54,13 +55,30 @@ class Engine(Ahead):
         if self.flying:
             self.backend.wait([self.flying[-1][1]])
         self._land()
-        self.copied_bytes, self.record = 0, []
+        self.record, self.counts["moved_bytes"] = [], 0
+        self.filled = self.backend.n_copies
+
+    @property
+    def copied_bytes(self) -> int:
+        """Since the start, as the backend counts its copies: all slots are of one size."""
+        return (self.backend.n_copies - self.filled) * int(self.machine.bytes_L.max())
 
     def begin(self, event: int) -> None:
         """A step begins with this event."""
+        if self.is_running:
+            self._tidy()
         self.at_step = event // self.work.card.n_layers
         self.record.append((BEGIN, event))
         self._begin_step(event)
+
+    def _tidy(self) -> None:
+        """After an event that was interrupted: whoever is in a cache has a slot, and nobody else has one."""
+        self.is_running = False
+        for cache in self.caches.caches:
+            for entry in [entry for entry in cache.slot if entry not in self.slot_of]:
+                cache.remove(entry)
+        for entry in [entry for entry in self.slot_of if not self._is_there(entry)]:
+            self._let_go(entry)
 
     def wait_for(self, routing: Done) -> None:
         """The host has nothing else to do than to keep the link busy."""
@@ -183,9 +201,7 @@ class Engine(Ahead):
         self.backend.copy(entry, slot)
         done = self.ready[entry] = self.backend.record(COPY)
         self.flying.append((entry, done))
-        size = int(self.machine.bytes_L[entry[0]])
-        self.copied_bytes += size
-        self.counts["moved_bytes"] += size
+        self.counts["moved_bytes"] += int(self.machine.bytes_L[entry[0]])
 
     def _land(self) -> None:
         while self.flying and self.backend.is_done(self.flying[0][1]):
@@ -193,6 +209,12 @@ class Engine(Ahead):
             if entry in self.arrives:
                 self.record.append((LAND, entry))
                 del self.arrives[entry]
+
+    def _enqueue(self, target: int) -> None:
+        """Guesses that come from a file take the time that their predictor takes."""
+        super()._enqueue(target)
+        if self.machine.predict_ns:
+            self.backend.spend(self.machine.predict_ns)
 
     def _left(self, entry: Entry) -> None:
         super()._left(entry)

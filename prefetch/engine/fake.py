@@ -38,7 +38,7 @@ class FakeBackend:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.host_ns = self.link_ns = 0
+        self.host_ns = self.link_ns = self.n_copies = 0
         self.free_ns = {COPY: 0, COMPUTE: 0}
         self.known: dict[str, Clock] = {COPY: Counter(), COMPUTE: Counter()}
         self.host: Clock = Counter()
@@ -50,11 +50,15 @@ class FakeBackend:
     def now_ns(self) -> int:
         return self.host_ns
 
+    def spend(self, ns: int) -> None:
+        self.host_ns += ns
+
     def before(self, step: int, layer: int) -> None:
         self._run(COMPUTE, int(self.machine.before_S[step]))
 
     def copy(self, entry: Entry, slot: int) -> None:
         self.host_ns += self.machine.issue_ns
+        self.n_copies += 1
         took = int(self.machine.whole_ns_L[entry[0]])
         self.link_ns += took
         now = self._run(COPY, took)

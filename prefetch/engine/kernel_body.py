@@ -20,25 +20,28 @@ from prefetch.kernels.layout import ExpertLayout
 from prefetch.kernels.routing import route
 from prefetch.sim.workload import Workload
 
-ROWS = 64  # slot rows that may be on their way to the device at once
+FEWEST_ROWS = 64
 ABSENT = -1
 
 
 class SlotRows:
-    """Rows of a slot table, one per launch, used in turn. On a GPU they are written in pinned memory first."""
+    """Rows of a slot table, one per launch, used in turn. On a GPU they are written in pinned memory first.
+
+    More than an event has launches: the host has waited for the routing behind them before it comes round.
+    """
 
     def __init__(self, n_experts: int, device: torch.device) -> None:
-        is_gpu = device.type == "cuda"
-        self.host_RE = torch.full((ROWS, n_experts), ABSENT, dtype=torch.int32, pin_memory=is_gpu)
+        is_gpu, n_rows = device.type == "cuda", max(FEWEST_ROWS, n_experts + 2)
+        self.host_RE = torch.full((n_rows, n_experts), ABSENT, dtype=torch.int32, pin_memory=is_gpu)
         self.device_RE = torch.empty_like(self.host_RE, device=device) if is_gpu else self.host_RE
-        self.sent: list[Any] = [None] * ROWS  # the host may write a row again once it has gone
+        self.sent: list[Any] = [None] * n_rows  # the host may write a row again once it has gone
         self.at = 0
         self.kept: dict[tuple[int, ...], Tensor] = {}  # rows of whole layers do not change
 
     def of(self, slots: Mapping[int, int]) -> Tensor:
         if len(slots) == self.host_RE.shape[1]:
             return self._whole(tuple(slots[expert] for expert in range(len(slots))))
-        row, self.at = self.at, (self.at + 1) % ROWS
+        row, self.at = self.at, (self.at + 1) % len(self.sent)
         if self.sent[row] is not None:
             self.sent[row].synchronize()
         self.host_RE[row] = ABSENT
@@ -46,7 +49,7 @@ class SlotRows:
         if self.device_RE is not self.host_RE:
             self.device_RE[row].copy_(self.host_RE[row], non_blocking=True)
             self.sent[row] = torch.cuda.Event()
-            self.sent[row].record()
+            self.sent[row].record(torch.cuda.current_stream(self.device_RE.device))
         return self.device_RE[row]
 
     def _whole(self, slots: tuple[int, ...]) -> Tensor:

@@ -76,11 +76,6 @@ class LiveEngine(Engine):
         horizon: int = 1,
         width: int = 0,
     ) -> None:
-        if policy.needs:
-            raise ConfigError(
-                f"policy {type(policy).__name__} needs {policy.needs[0]}, which a model that runs does not tell; "
-                "use one that is told nothing but uses: lru, lfu, sieve, arc, s3fifo, ..."
-            )
         guesses = Guesses(
             np.empty((0, width if watch else 0), np.int32),
             np.empty((0, width if watch else 0), np.int64),
@@ -93,22 +88,37 @@ class LiveEngine(Engine):
         self.seen: list[NDArray[Any]] = []  # this step's routing, layer by layer
         self.hits = self.late = self.misses = self.resident_events = 0
         self._told: dict[int, list[tuple[int, int]]] = {}
+        self.is_real_BS: NDArray[Any] | None = None
+        self._is_announced = False
         self._is_decode = True  # each request runs one token: routing is known layer by layer
 
-    def step(self, n_requests: int, n_rows: int, *, is_new: bool) -> None:
-        """A forward pass over so many tokens begins. `is_new`: of requests that nobody knows yet."""
+    def step(
+        self, n_requests: int, n_rows: int, *, is_new: bool, is_real_BS: NDArray[Any] | None = None
+    ) -> None:
+        """A forward pass over so many tokens begins. `is_new`: of requests that nobody knows yet.
+
+        is_real_BS: of a padded prompt, which rows are tokens.
+        """
+        n_layers = self.work.card.n_layers
+        self.next_event += -self.next_event % n_layers  # an interrupted pass is not gone on with
         if self.watch and (is_new or len(self.lanes) != n_requests):
             more = n_requests - len(self.lanes)
             self.lanes = (self.lanes + [self.watch() for _ in range(more)])[:n_requests]
             for lane in self.lanes:
                 lane.start()
-        self._is_decode = n_rows == n_requests
+        self._is_announced, self._is_decode = True, n_rows == n_requests
+        self.most_waiting = (self.guesses.ahead + 1) * self.width * max(1, n_requests)
+        self.is_real_BS = is_real_BS
         self._told, self.seen = {}, []
         self.begin(self.next_event)
+        self.record.clear()
 
     def layer(self, layer: int, ids_TK: NDArray[Any]) -> None:
         """The routing of the next event; ids outside of the layer's experts are nobody's."""
         n_layers = self.work.card.n_layers
+        if layer == 0 and not self._is_announced:
+            self.step(1, len(ids_TK), is_new=True)
+        self._is_announced = False
         if layer != self.next_event % n_layers:
             raise ConfigError(
                 f"MoE layer {layer} runs where layer {self.next_event % n_layers} is next: the engine serves models "
@@ -145,7 +155,12 @@ class LiveEngine(Engine):
         """Everyone's best first, as the simulator lines them up."""
         if target not in self._told:
             layer, width = target % self.work.card.n_layers, self.width
-            ranked = [_best(lane.guess(layer), width) for lane in self.lanes if self._is_decode]
+            scores = [lane.guess(layer) for lane in self.lanes if self._is_decode]
+            if any(len(of_lane) != self.work.card.n_experts for of_lane in scores):
+                raise ConfigError(
+                    f"the predictor guesses about {len(scores[0])} experts, the model has {self.work.card.n_experts}"
+                )
+            ranked = [_best(of_lane, width) for of_lane in scores]
             self._told[target] = [lane[i] for i in range(width) for lane in ranked if i < len(lane)]
         return self._told[target]
 
@@ -158,8 +173,9 @@ class LiveEngine(Engine):
             for lane, ids_K in zip(self.lanes, ids_TK, strict=True):
                 lane.observe(layer, ids_K)
         elif layer == self.work.card.n_layers - 1:
-            for lane, ids_SLK in zip(self.lanes, self._prompts(), strict=True):
-                for ids_LK in ids_SLK:
+            for b, (lane, ids_SLK) in enumerate(zip(self.lanes, self._prompts(), strict=True)):
+                is_real_S = slice(None) if self.is_real_BS is None else self.is_real_BS[b]
+                for ids_LK in ids_SLK[is_real_S]:
                     for slot, ids_K in enumerate(ids_LK):
                         lane.observe(slot, ids_K)
 
@@ -170,5 +186,6 @@ class LiveEngine(Engine):
 
 
 def _best(scores_E: NDArray[np.float32], width: int) -> list[tuple[int, int]]:
+    scores_E = np.clip(scores_E, -1e9, 1e9, where=np.isfinite(scores_E), out=scores_E.copy())
     order = np.argsort(-scores_E, kind="stable")[:width]
     return [(int(e), int(scores_E[e] * MILLION)) for e in order if np.isfinite(scores_E[e])]

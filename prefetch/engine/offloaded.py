@@ -9,7 +9,9 @@ It knows no family of models: see `parts`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
@@ -31,14 +33,15 @@ from prefetch.engine.repacked import Repacked, repacked
 from prefetch.errors import ConfigError
 from prefetch.predict import runtime
 from prefetch.predict.predictor import Online
-from prefetch.sim.memory import rooms_of, slots_of
+from prefetch.sim.hardware import is_count
+from prefetch.sim.memory import SCOPES, rooms_of, slots_of
 from prefetch.sim.policy import Policy
 from prefetch.sim.reference import Entry
 from prefetch.trace.card import ModelCard, plain_card
 
 
 class OffloadedMoE(nn.Module):
-    """`model`, with its experts moved out. On a CPU outputs do not change by a bit; on a GPU the kernels' sums differ.
+    """`model`, with its experts moved out. On a CPU outputs are those of its eager experts; a GPU adds otherwise.
 
     capacity: of the cache, written as `simulator.cache`: a share of all experts (0.25), experts per layer (16), or
     bytes ("2GiB"). device: of the pool and of everything that is no expert; None = where the experts are now.
@@ -62,9 +65,10 @@ class OffloadedMoE(nn.Module):
         uses_kernels: bool | None = None,
     ) -> None:
         super().__init__()
+        _check(scope=scope, staging=staging, horizon=horizon, width=width)
         self.model, blocks_L = model, _layers(model)
-        here = next(blocks_L[0].module.parameters()).device
-        self.device = here if device is None else need_device(device)
+        self.home = next(blocks_L[0].module.parameters()).device
+        self.device = self.home if device is None else need_device(device)
         is_gpu = self.device.type == "cuda"
         self.packed_L = _packed(blocks_L, is_gpu if uses_kernels is None else uses_kernels)
         self.card = _card_of(model, self.packed_L)
@@ -74,11 +78,16 @@ class OffloadedMoE(nn.Module):
             "policy": _policy_of(policy),
             "room_G": room_G,
             "size_L": size_L,
-            "staging": _checked(staging, cached),
+            "staging": staging,
             "watch": _watch_of(predictor, horizon, self.card),
             "horizon": horizon,
             "width": self.card.top_k if width is None else width,
         }
+        if cached + staging < 1:
+            raise ConfigError(
+                f"OffloadedMoE: capacity={capacity} holds no expert and staging={staging}: an expert that is missing "
+                "needs a slot"
+            )
         one, self.host_LEN = self.packed_L[0], list[Tensor]()
         shape = cached + staging, one.numbers
         with torch.inference_mode(False):  # whoever copies is another thread
@@ -86,13 +95,14 @@ class OffloadedMoE(nn.Module):
         self.body: Any = LiveBody(blocks_L, self.pool_SN)
         if isinstance(one, Repacked):
             self.body = LiveKernels(self.pool_SN, one.layout, self.card.n_experts)
-        backend = (CudaBackend if is_gpu else CpuBackend)(self.pool_SN, self._block, self.body)
+        backend = (CudaBackend if is_gpu else CpuBackend)(
+            self.pool_SN, _block_of(self.host_LEN), self.body
+        )
+        weakref.finalize(self, backend.stop)  # whoever forgets the model forgets its copies
         self.engine = LiveEngine(backend, cached + staging, self.card, **decided)
+        self._hooks: list[Any] = []
+        self._passes, self._whose = threading.Lock(), 0  # the thread whose pass it is
         self._take_over()
-
-    def _block(self, entry: Entry) -> Tensor:
-        layer, expert = entry
-        return self.host_LEN[layer][expert]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -132,14 +142,19 @@ class OffloadedMoE(nn.Module):
 
     def restore(self) -> Any:
         """The model as it was, its experts in their places again."""
-        self._hook.remove()
+        if not self._hooks:
+            return self.model
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         self.engine.backend.close()
-        for packed, host_EN in zip(self.packed_L, self.host_LEN, strict=True):
+        self.pool_SN = self.pool_SN.new_empty(0, self.pool_SN.shape[1])
+        for packed in self.packed_L:
             module = _module_of(packed)
-            for name, weight in packed.unpack(host_EN).items():
-                getattr(module, name).data = weight.to(self.device)
+            for name, weight in packed.unpack(self.host_LEN.pop(0)).items():
+                getattr(module, name).data = weight.to(self.home)
             del module.forward
-        return self.model
+        return self.model.to(self.home)
 
     def _take_over(self) -> None:
         """Layer by layer, so that no more than one of them is held twice."""
@@ -149,11 +164,17 @@ class OffloadedMoE(nn.Module):
             module.forward = MethodType(_forward_of(self, layer), module)
             for param in module.parameters(recurse=False):
                 param.data = param.data.new_empty(0)
+            self._hooks.append(module.register_state_dict_pre_hook(_refuse_to_save))
         self.model.to(self.device)  # what is left of it
-        self._hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model, begin, end = self.model, self._begin, self._end
+        self._hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(end, always_call=True))
 
     def _begin(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """How many requests and tokens a forward pass is about, and whether it begins them."""
+        """How many requests and tokens a forward pass is about, and whether it begins them. One pass at a time."""
+        if self._whose != threading.get_ident():  # else one of its own was interrupted
+            self._passes.acquire()
+            self._whose = threading.get_ident()
         given = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
         if given is None:
             given = kwargs.get("inputs_embeds")
@@ -164,7 +185,27 @@ class OffloadedMoE(nn.Module):
         past = kwargs.get("past_key_values")
         is_new = past is None or int(past.get_seq_length()) == 0
         n_requests, n_tokens = given.shape[:2]
-        self.engine.step(n_requests, n_requests * n_tokens, is_new=is_new)
+        mask = kwargs.get("attention_mask")
+        told = None
+        if isinstance(mask, Tensor) and mask.shape == (n_requests, n_tokens) and n_tokens > 1:
+            told = mask.bool().cpu().numpy()
+        self.engine.step(n_requests, n_requests * n_tokens, is_new=is_new, is_real_BS=told)
+
+    def _end(self, *_: Any) -> None:
+        """Also of a pass that failed."""
+        if self._whose == threading.get_ident():
+            self._whose = 0
+            self._passes.release()
+
+
+def _refuse_to_save(module: Any, *_: Any) -> None:
+    raise ConfigError(
+        f"{type(module).__name__} holds no weights while its model is offloaded: restore() gives them back, then save"
+    )
+
+
+def _block_of(host_LEN: list[Tensor]) -> Callable[[Entry], Tensor]:
+    return lambda entry: host_LEN[entry[0]][entry[1]]
 
 
 def _forward_of(offloaded: OffloadedMoE, layer: int) -> Any:
@@ -172,6 +213,11 @@ def _forward_of(offloaded: OffloadedMoE, layer: int) -> Any:
         _self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         body, engine, shape = offloaded.body, offloaded.engine, hidden_states.shape
+        if _self.training and torch.is_grad_enabled():
+            raise ConfigError(
+                "OffloadedMoE serves and does not train: experts have no gradients; call model.eval(), or train the "
+                "untouched model (restore() gives it back)"
+            )
         with torch.no_grad():
             if isinstance(body, LiveKernels) and engine.is_resident:
                 body.take(hidden_states.reshape(-1, shape[-1]), top_k_index, top_k_weights, 0)
@@ -193,7 +239,16 @@ def _module_of(packed: Any) -> Any:
 
 def _layers(model: Any) -> list[Blocks]:
     """Blocks of every MoE layer."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"OffloadedMoE: expected a loaded model, got {model!r}")
     found = list(expert_modules(model))
+    weights = [getattr(module, "gate_up_proj", None) for module in model.modules()]
+    if any(isinstance(weight, nn.Parameter) and weight.numel() == 0 for weight in weights):
+        raise ConfigError("the model is offloaded already; restore() gives it back")
+    if any(module.gate_up_proj.is_meta for _, module in found):
+        raise ConfigError(
+            "the model's weights are not loaded (they are on `meta`): load it without a device map"
+        )
     if not found:
         raise ConfigError(
             f"{type(model).__name__}: no layer holds its experts as gate_up_proj and down_proj with one entry per "
@@ -240,22 +295,34 @@ def _card_of(model: Any, packed_L: Sequence[Any]) -> ModelCard:
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k")
 
 
-def _checked(staging: int, cache_slots: int) -> int:
-    if cache_slots + staging < 1 or staging < 0:
-        raise ConfigError(
-            f"OffloadedMoE: {cache_slots} slots of cache and {staging} of staging: an expert that is missing needs one"
-        )
-    return staging
+def _check(*, scope: str, staging: Any, horizon: Any, width: Any) -> None:
+    if scope not in SCOPES:
+        raise ConfigError(f"scope={scope!r}: expected one of {', '.join(SCOPES)}")
+    least = {"staging": (staging, 0), "horizon": (horizon, 1), "width": (width or 0, 0)}
+    for name, (value, low) in least.items():
+        if not is_count(value) or value < low:
+            raise ConfigError(f"{name}={value!r}: expected a whole number from {low} on")
 
 
 def _policy_of(policy: Policy | str) -> Policy:
     if not isinstance(policy, str):
-        return policy
+        return _told_nothing(policy)
     path = config.CONFIGS / "policy" / f"{policy}.yaml"
     if not path.is_file():
         raise ConfigError(f"policy {policy!r}: there are {', '.join(config.choices('policy'))}")
     root = OmegaConf.create({"seed": 0, "policy": OmegaConf.load(path)})
-    made: Policy = config.instantiate(root.policy, "policy")
+    return _told_nothing(config.instantiate(root.policy, "policy"))
+
+
+def _told_nothing(policy: Any) -> Policy:
+    if not hasattr(policy, "rules"):
+        raise ConfigError(f"policy={policy!r}: expected a name of configs/policy, or a policy")
+    if policy.needs:
+        raise ConfigError(
+            f"policy {type(policy).__name__} needs {policy.needs[0]}, which a model that runs does not tell; use one "
+            "that is told nothing but uses: lru, lfu, lfru, sieve, arc, s3fifo, ..."
+        )
+    made: Policy = policy
     return made
 
 

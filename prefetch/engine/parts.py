@@ -116,9 +116,9 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def need_same_answers(blocks: Blocks, where: str) -> None:
     """The module's own eager forward, against what is computed here from blocks: bit for bit, or it is not taken."""
-    told = probe(blocks)
     with torch.no_grad():
         try:
+            told = probe(blocks)
             packed_EM = blocks.pack()
             held = {expert: packed_EM[expert] for expert in told[1].unique().tolist()}
             is_same = torch.equal(eager(blocks, *told), summed(blocks, *told, held))

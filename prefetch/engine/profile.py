@@ -45,7 +45,6 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
         clock = Clock(place)
         dtypes = tuple(dict.fromkeys(cell.dtype for cell in grid.cells))
         machine = measured_machine(clock, store.root, dtypes)
-        log.info("sealed %s: hardware=measured uses it", seal(store, machine))
         bench = Bench(grid, clock, machine.roofs, room_bytes, cfg.seed)
         table = measure(bench)
     try:
@@ -57,6 +56,7 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     drawn, traced = utilisation.drawn(bench.counts), utilisation.of_trace(cfg, store)
     loads = utilisation.table_of(drawn, traced, grid.factor)
     told = _told(rows, loads, bench, machine)
+    log.info("sealed %s: hardware=measured uses it", seal(store, machine))
     return _write(cfg, outputs, told, machine, grid, [*(load for _, load in drawn), *traced])
 
 

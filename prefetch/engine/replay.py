@@ -5,14 +5,15 @@ It knows no weights: what a launch computes is the backend's affair.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from prefetch.engine.backend import COMPUTE, Backend
-from prefetch.engine.engine import Engine
+from prefetch.engine.engine import IN_FLIGHT, Engine
 from prefetch.errors import ConfigError
 from prefetch.progress import Progress
 from prefetch.sim.cell import Cell
@@ -69,7 +70,7 @@ def run(
     make: Callable[[int], Backend],
     *,
     title: str = "running",
-    in_flight: int = 2,
+    in_flight: int = IN_FLIGHT,
 ) -> Ran:
     """`make`: the backend with a pool of so many slots, which is closed here."""
     need_runnable(cell)
@@ -83,9 +84,13 @@ def run(
 
 
 def drive(engine: Engine, work: Workload, title: str = "running") -> Ran:
-    """All steps of a workload."""
+    """All steps of a workload. What the start has copied counts for nothing."""
+    backend = engine.backend
+    before = Counter({**backend.waited_ns, "link_ns": backend.link_ns})
     time_S = _steps(engine, work, title)
-    return Ran(_timed(engine, work, time_S), engine.record, engine.copied_bytes)
+    since = Counter({**backend.waited_ns, "link_ns": backend.link_ns})
+    since.subtract(before)
+    return Ran(_timed(engine, work, time_S, since), engine.record, engine.copied_bytes)
 
 
 def _steps(engine: Engine, work: Workload, title: str) -> np.ndarray[Any, Any]:
@@ -116,10 +121,13 @@ def _event(engine: Engine, work: Workload, step: int, event: int) -> None:
     engine.event(event, accesses, tokens)
 
 
-def _timed(engine: Engine, work: Workload, time_S: np.ndarray[Any, Any]) -> Timed:
+def _timed(
+    engine: Engine, work: Workload, time_S: np.ndarray[Any, Any], since: Mapping[str, int]
+) -> Timed:
     outcome_A = np.array([engine.outcome[a] for a in range(work.n_accesses)], np.uint8)
-    waited, took_ns = engine.backend.waited_ns, int(time_S.sum())
-    counts = {**engine.counts, **waited, "now_ns": took_ns, "link_ns": engine.backend.link_ns}
-    counts["compute_ns"] = max(0, took_ns - sum(waited.values()))  # and whatever the host takes
+    took_ns = int(time_S.sum())
+    counts = {**engine.counts, **since, "now_ns": took_ns}
+    waited = sum(ns for name, ns in since.items() if name != "link_ns")
+    counts["compute_ns"] = max(0, took_ns - waited)  # and whatever the host takes
     resident = sum(len(cache.slot) for cache in engine.caches.caches)
     return Timed(time_S, outcome_A, {name: int(n) for name, n in counts.items()}, resident)

@@ -66,8 +66,12 @@ class Drawn:
         layer, expert = entry
         return self.blocks_EN[(layer * self.n_experts + expert) % len(self.blocks_EN)]
 
-    def pool(self, n_slots: int) -> Tensor:
+    def need(self, n_slots: int) -> None:
+        """A pool that cannot be had is refused before it is asked for."""
         _need_memory(n_slots * self.layout.bytes, self.device, f"a pool of {n_slots} slots")
+
+    def pool(self, n_slots: int) -> Tensor:
+        self.need(n_slots)
         shape = (n_slots, self.layout.numel)
         return torch.zeros(shape, dtype=self.layout.dtype, device=self.device)
 

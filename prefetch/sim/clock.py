@@ -27,6 +27,8 @@ class Clock(Protocol):
 
 
 def check_clock(cfg: Config) -> None:
+    if cfg.simulator.rounds < 1:
+        raise ConfigError(f"simulator.rounds={cfg.simulator.rounds}: must be at least 1")
     clocks = [SIMULATED, *cfg.clocks]
     if cfg.simulator.clock not in clocks:
         raise ConfigError(
@@ -37,8 +39,8 @@ def check_clock(cfg: Config) -> None:
 def need_simulated(cfg: Config, stage: str) -> None:
     if cfg.simulator.clock != SIMULATED:
         raise ConfigError(
-            f"simulator.clock={cfg.simulator.clock}: stage={stage} compares what nobody could run one by one; "
-            "leave it out, or use stage=evaluate or stage=validate"
+            f"simulator.clock={cfg.simulator.clock}: stage={stage} simulates what it compares; "
+            "leave it out, or use stage=evaluate"
         )
 
 
@@ -53,5 +55,6 @@ def clock_of(bench: Bench) -> Clock | None:
         device=bench.simulator.device,
         lookup_bytes=bench.beside.lookup_bytes,
         seed=bench.cfg.seed,
+        rounds=bench.simulator.rounds,
     )
     return clock

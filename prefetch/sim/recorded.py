@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefetch.errors import PrefetchError
 from prefetch.sim.ahead import Ahead
 from prefetch.sim.pool import MISS
 from prefetch.sim.reference import Entry
+from prefetch.sim.storage_reference import NEVER_STALE
 
 # what a record says: a step begins with an event; an event's routing is known; a guess's copy has landed; a copy was
 # to begin (entry, whether the last event's experts were still in use)
 BEGIN, EVENT, LAND, TRY = "begin", "event", "land", "try"
 Record = list[tuple[str, Any]]
+
+
+class RecordError(PrefetchError):
+    """What a device did is not what was decided."""
 
 
 class Recorded(Ahead):
@@ -54,7 +60,9 @@ class Recorded(Ahead):
         self._enqueue_next(event, layer)
 
     def _try(self, entry: Entry, is_busy: bool) -> None:
-        copy = next(copy for copy in self.queue if copy.entry == entry)
+        copy = self._next(NEVER_STALE)
+        if copy is None or copy.entry != entry:
+            raise RecordError(f"a copy of {entry} began where {copy} was next")
         self.queue.remove(copy)
         if self._start(copy, self.step, self.in_use if is_busy else ()):
             self.counts["moved_bytes"] += int(self.machine.bytes_L[entry[0]])

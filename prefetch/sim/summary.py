@@ -190,11 +190,12 @@ def source(bench: Bench) -> str:
 
 
 def said(bench: Bench) -> str:
-    work = bench.work
+    work, full_ms = bench.work, bench.full_ns / 1e6
+    resident = "not measured" if math.isnan(full_ms) else f"{full_ms:.2f} ms per token"
     return (
         f"{work.n_steps} steps, {int(work.decode_S.sum())} generated tokens, semantics {bench.simulator.semantics}, "
         f"batch {bench.simulator.batch}; sizes of {bench.card.name} ({bench.card.expert_precision}); "
-        f"all resident {bench.full_ns / 1e6:.2f} ms per token"
+        f"all resident {resident}"
     )
 
 

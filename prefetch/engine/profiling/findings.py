@@ -180,7 +180,10 @@ def _out_of_memory(told: Told) -> str:
     out = table[table.status.str.startswith(NO_MEMORY)]
     if out.empty:
         return f"No row was predicted to need more than the {words.size(told.room_bytes)} that may be used."
-    smallest = least(out, "predicted_bytes")
+    predicted = out[out.predicted_bytes.notna()]
+    if predicted.empty:
+        return f"Out of memory while they ran: {words.count(len(out), 'row')} of {len(table):,}, none predicted."
+    smallest, out = least(predicted, "predicted_bytes"), predicted
     return (
         f"Out of memory: {words.count(len(out), 'row')} of {len(table):,} would need more than the "
         f"{words.size(told.room_bytes)} that may be used, and {'was' if len(out) == 1 else 'were'} not run. The "
@@ -217,10 +220,10 @@ def compute_bottlenecks(told: Told) -> Sentences:
     if len(computes):
         yield (
             f"{words.count(len(computes), 'layer')} of {len(layers)} {'is' if len(computes) == 1 else 'are'} bound by "
-            f"products, from {words.tokens(int(computes.tokens.min()))} on; reading weights binds the others."
+            f"products, none under {words.tokens(int(computes.tokens.min()))}; memory traffic bounds the others."
         )
     else:
-        yield f"None of {words.count(len(layers), 'layer')} is bound by products: reading weights is what takes time."
+        yield f"None of {words.count(len(layers), 'layer')} is bound by products: memory traffic bounds them all."
     farthest = least(layers, "of_bound")
     yield (
         f"Farthest from its bound: {words.tokens(int(farthest.tokens))}, {farthest.experts} experts, "

@@ -48,6 +48,7 @@ REPEATS = 15
 ROOF_TYPES = ("fp32", "bf16")
 LEAST_CHUNK, MOST_CHUNK = 2**18, 2**23  # bytes
 REACHED = 0.9  # of the best rate, by one chunk
+MOST_RESERVE = 2**30  # bytes
 SMALL = 64  # hidden and inner size of experts whose computing takes no time
 Fields = dict[str, Any]
 
@@ -96,7 +97,7 @@ def measured_machine(clock: Clock, store_root: Path, dtypes: tuple[str, ...] = (
             "bytes_per_s": disk.bytes_per_s,
             "chunk_bytes": chunk_bytes(disk.latency_ns, disk.bytes_per_s),
         },
-        "reserve_bytes": place.total_bytes - place.free_bytes,
+        "reserve_bytes": reserve_bytes(place),
         "measured_error": None,
     }
     fields["sources"] = _sources(fields, fits, disk, place)
@@ -104,6 +105,11 @@ def measured_machine(clock: Clock, store_root: Path, dtypes: tuple[str, ...] = (
     if place.is_gpu:
         torch.cuda.empty_cache()  # buffers of the measurement are no longer in anybody's way
     return Measured(fields, device.facts(place), copies, fits, roofs)
+
+
+def reserve_bytes(place: Place) -> int:
+    """What a run cannot have because it runs: a GPU's context. What others hold now is no property of a machine."""
+    return min(MOST_RESERVE, place.total_bytes - place.free_bytes) if place.is_gpu else 0
 
 
 def _link(copies: pd.DataFrame, fits: dict[str, CopyFit]) -> Fields:
@@ -205,7 +211,9 @@ def _sources(fields: Fields, fits: dict[str, CopyFit], disk: Disk, place: Place)
         "storage.latency_ns": f"measured: reads of 4 KiB in the store's folder, {cold}",
         "storage.bytes_per_s": f"measured: reading 64 MiB in the store's folder, {cold}",
         "storage.chunk_bytes": f"chosen: the smallest power of two whose read reaches {REACHED:.0%} of that rate",
-        "reserve_bytes": "measured: in use before the run began",
+        "reserve_bytes": "measured: in use before the run began, 1 GiB at most: what is more is other programs'"
+        if place.is_gpu
+        else "0 on a CPU: what other programs hold changes",
     }  # fmt: skip
     rates = fields["device"]["operations_per_s"]
     narrow = (name for name in ("fp8", "int8") if rates[name] is not None)

@@ -22,7 +22,7 @@ from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.engine.clock import DeviceClock
 from prefetch.engine.cuda import need_device
-from prefetch.engine.replay import Ran, told_of
+from prefetch.engine.replay import Ran, n_slots, need_runnable, told_of
 from prefetch.engine.validating.costs import Costs
 from prefetch.errors import ConfigError
 from prefetch.models.cards import card_names, load_architecture
@@ -43,8 +43,13 @@ NS_PER_MS = 1e6
 WARM = 0.1  # of the steps, that no time counts
 # what is run where nothing was asked for
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"steps": 24, "capacities": [0.25, 0.5], "batches": [1, 4]},
-    "cuda": {"steps": 220, "capacities": [0.25, 0.5, 1.0], "batches": [1, 4, 16]},
+    "cpu": {"steps": 24, "capacities": [0.25, 0.5], "horizons": [0, 4], "batches": [1, 4]},
+    "cuda": {
+        "steps": 220,
+        "capacities": [0.25, 0.5, 1.0],
+        "horizons": [0, 1, 4],
+        "batches": [1, 4, 16],
+    },
 }
 
 
@@ -125,7 +130,7 @@ def _stalled(timed: Timed) -> float:
 
 def check(cfg: Config) -> None:
     told = cfg.validate
-    for name in ("capacities", "policies", "horizons", "batches"):
+    for name in ("model_cards", "capacities", "policies", "horizons", "batches"):
         if getattr(told, name) is not None and not len(getattr(told, name)):
             raise ConfigError(f"validate.{name}=[]: names nothing; give at least one")
     least = {"horizons": 0, "batches": 1}
@@ -146,7 +151,10 @@ def check(cfg: Config) -> None:
 def cases_of(cfg: Config, store: Store) -> list[Case]:
     cfg = _with_defaults(cfg)
     first = Bench(_root(cfg, None, 1), store)
-    return [case for card in _cards(cfg, first) for case in _of_card(cfg, card, store)]
+    cases = [case for card in _cards(cfg, first) for case in _of_card(cfg, card, store)]
+    if not cases:
+        raise ConfigError("validate: no cell of the grid fits into this device's memory")
+    return cases
 
 
 def _with_defaults(cfg: Config) -> Config:
@@ -201,13 +209,28 @@ def _clock_of(cfg: Config, bench: Bench) -> DeviceClock:
     )
 
 
+def _fits(clock: DeviceClock, cell: Cell, names: dict[str, Any]) -> bool:
+    """A pool that this device cannot hold is no reason to leave the others out."""
+    try:
+        clock.weights.need(n_slots(cell, clock.card.n_experts))
+    except ConfigError as reason:
+        log.warning("not run: %s, cache %s: %s", names["model_card"], names["capacity"], reason)
+        return False
+    return True
+
+
 def _of_bench(cfg: Config, bench: Bench, clock: DeviceClock) -> Iterator[Case]:
     """Cells of one batch share what was timed alone."""
     told, steps = cfg.validate, min(cfg.validate.steps or 0, bench.work.n_steps)
     work = cut_work(bench.work, 0, steps)
+    if not work.is_decode_S[int(WARM * steps) :].any():
+        raise ConfigError(
+            f"validate.steps={steps}, batch {bench.simulator.batch}: the first steps are prompts, and no token is "
+            "generated after the first tenth; give more validate.steps or smaller validate.batches"
+        )
     costs, noise = Costs(clock, work), Noise(work, cfg.seed)
     for policy, capacity, horizon in itertools.product(
-        told.policies, told.capacities or [], told.horizons
+        told.policies, told.capacities or [], told.horizons or []
     ):
         names = {
             "model_card": bench.card.name,
@@ -217,9 +240,12 @@ def _of_bench(cfg: Config, bench: Bench, clock: DeviceClock) -> Iterator[Case]:
             "horizon": horizon,
         }
         cell = cell_of(bench, "validate", policy, "none", capacity, max(1, horizon))
+        need_runnable(cell)
         cell = cut_cell(cell, 0, steps)
         guesses = noise.guesses(told.recall, horizon) if horizon else None
         cell = dataclasses.replace(cell, guesses=guesses)
+        if not _fits(clock, cell, names):
+            continue
         by_file = cell if bench.hardware.is_measured else None
         cell = dataclasses.replace(cell, machine=costs.machine(cell))
         yield Case(names, cell, work, clock, by_file)

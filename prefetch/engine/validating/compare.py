@@ -15,7 +15,7 @@ NOTICED = 0.01  # of the time; a smaller stall has no relative error
 TARGETS = {
     "median_abs_error": 0.03,
     "worst_abs_error": 0.05,
-    "stall_error": 0.10,
+    "worst_stall_error": 0.10,
     "pairs_in_order": 0.95,
 }
 NAIVE = ("roofline", "constants")
@@ -55,7 +55,8 @@ def headline(table: pd.DataFrame) -> dict[str, float]:
         "median_abs_error": float(error.median()),
         "worst_abs_error": float(error.max()),
         "median_signed_error": float(table.error.median()),
-        "stall_error": stall_error(table),
+        "stall_error": float(stall_errors(table).median()),
+        "worst_stall_error": float(stall_errors(table).max()),
         "rank_correlation": rank_correlation(table),
         "pairs_in_order": pairs_in_order(table),
         "engine_spread": float(table.engine_spread.median()),
@@ -68,20 +69,18 @@ def headline(table: pd.DataFrame) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not np.isnan(value)}
 
 
-def stall_error(table: pd.DataFrame) -> float:
-    """Median over cells that stall noticeably: of the time waited for copies, how far off."""
-    waits = table[table.measured_stall > NOTICED]
-    if waits.empty:
-        return float("nan")
+def stall_errors(table: pd.DataFrame) -> pd.Series:
+    """Of the time waited for copies, how far off, where either says that it is noticeable."""
+    waits = table[table[["measured_stall", "predicted_stall"]].max(axis=1) > NOTICED]
     predicted = waits.predicted_stall * waits.predicted_ms
-    return float((predicted / (waits.measured_stall * waits.measured_ms) - 1).abs().median())
+    return (predicted / (waits.measured_stall * waits.measured_ms) - 1).abs()
 
 
 def rank_correlation(table: pd.DataFrame) -> float:
-    """Kendall's tau of the cells of one model card and batch, the mean over those."""
+    """Kendall's tau of the policies, each with the same cache, guesses, batch and model; the mean over those."""
     taus = [
         kendalltau(part.predicted_ms, part.measured_ms).statistic
-        for _, part in table.groupby(GROUP)
+        for _, part in table.groupby([*GROUP, "capacity", "horizon"])
         if len(part) > 1
     ]
     return float(np.nanmean(taus)) if taus and not np.isnan(taus).all() else float("nan")

@@ -5,6 +5,7 @@ Nothing here is fitted on the time of a token. It knows no table.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 
 from prefetch.engine.backend import COMPUTE, COPY, Backend
 from prefetch.engine.clock import DeviceClock
@@ -23,17 +25,20 @@ from prefetch.sim.workload import Workload
 
 ROUNDS = 5  # medians are over so many
 AT_ONCE = 8  # copies, and launches, that are timed together
+SETS = 3  # of a layer's experts, in turn: no cache of a device holds them all
+EVENTS = 10  # of the workload that launches are timed on
 
 
 class Silent:
     """A device that has always done everything: what is left is the host's own time."""
 
     waited_ns: Mapping[str, int] = {}
-    link_ns = 0
+    link_ns = n_copies = 0
 
     def now_ns(self) -> int:
         return time.monotonic_ns()
 
+    def spend(self, ns: int) -> None: ...
     def before(self, step: int, layer: int) -> None: ...
     def copy(self, entry: Any, slot: int) -> None: ...
     def publish(self, layer: int, slots: Any) -> None: ...
@@ -56,7 +61,7 @@ class Costs:
     def __init__(self, clock: DeviceClock, work: Workload) -> None:
         self.work = work
         n_experts = work.card.n_experts
-        self.backend: Backend = clock.backend(work)(n_experts)  # a pool of one layer's experts
+        self.backend: Backend = clock.backend(work)(SETS * n_experts)
         with torch.no_grad():
             self.copy_ns, self.issue_ns = self._copies(n_experts)
             self.launch_ns, self.weight_ns, self.token_ns = self._experts()
@@ -96,31 +101,47 @@ class Costs:
         return int(median(whole)), int(median(issue))
 
     def _experts(self) -> tuple[int, int, int]:
-        """What a launch costs whatever it runs, and each expert more: of one token, and per token of many."""
-        together = min(AT_ONCE, self.work.card.n_experts)
-        most = max(2, int(self.work.tokens_A.max(initial=1)))
-        one, several = self._launch(1, 1), self._launch(together, 1)
-        weight = max(0.0, several - one) / max(1, together - 1)
-        fixed = max(0.0, one - weight)
-        each = max(0.0, self._launch(together, most) - fixed) / together
-        return int(fixed), int(weight), int(each / most)
+        """What an event's launch costs whatever it runs, each expert more, and each token of one (least squares).
 
-    def _launch(self, n_experts: int, n_tokens: int) -> float:
-        """Nanoseconds of one launch of so many experts, each for so many tokens of its own."""
+        Events of the workload itself, so that the kernels are those that run; all their experts in one launch.
+        """
+        took, terms, most = list[float](), list[tuple[float, float, float]](), 1
+        for step, layer in self._some_events():
+            event = step * self.work.card.n_layers + layer
+            accesses = slice(self.work.start_V[event], self.work.start_V[event + 1])
+            ids, tokens = self.work.ids_A[accesses].tolist(), self.work.tokens_A[accesses].tolist()
+            if ids:
+                took.append(self._launch(step, layer, dict(zip(ids, tokens, strict=True))))
+                terms.append((1.0, len(ids), sum(tokens) - len(ids)))
+                most = max(most, *tokens)
+        fixed, weight, more = nnls(np.array(terms), np.array(took))[0]
+        return int(fixed), int(weight), int((weight + more * (most - 1)) / most)
+
+    def _some_events(self) -> list[tuple[int, int]]:
+        """Spread over the workload, and those with the fewest and the most experts."""
+        n_layers, size_V = self.work.card.n_layers, np.diff(self.work.start_V)
+        spread = np.linspace(0, len(size_V) - 1, EVENTS).astype(int)
+        chosen = {*spread.tolist(), int(size_V.argmin()), int(size_V.argmax())}
+        return [divmod(event, n_layers) for event in sorted(chosen)]
+
+    def _launch(self, step: int, layer: int, tokens: dict[int, int]) -> float:
+        """Nanoseconds of one launch behind another: rows and their sum, from slots that change."""
         body: Any = self.backend.body  # type: ignore[attr-defined]
-        experts = torch.arange(n_experts, dtype=torch.int32)
-        x_TD = body.states_TD[:1].expand(n_tokens * n_experts, -1).contiguous()
-        ids_TK = experts.repeat(n_tokens)[:, None].to(x_TD.device)
-        even_TK = torch.ones_like(ids_TK, dtype=torch.float32)
-        slots = {expert: expert for expert in range(n_experts)}
+        n_experts, n_sets = self.work.card.n_experts, SETS
+        fuses, body.fuses = body.fuses, False
+        body.before(step, layer)
+        turn = itertools.count()
 
         def launch() -> None:
-            body.take(x_TD, ids_TK, even_TK, n_experts)
-            self.backend.publish(0, slots)
-            self.backend.launch(0, dict.fromkeys(slots, n_tokens))
-            self.backend.combine(0)
+            for _ in range(AT_ONCE):
+                first = next(turn) % n_sets * n_experts
+                self.backend.publish(0, {expert: first + expert for expert in tokens})
+                self.backend.launch(0, tokens)
+                self.backend.combine(0)
 
-        return self._timed(launch)
+        took = self._timed(launch) / AT_ONCE
+        body.fuses = fuses
+        return took
 
     def _before(self, step: int) -> int:
         return int(self._timed(lambda: self.backend.before(step, 0)))

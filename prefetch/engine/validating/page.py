@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 WORDS = {
     "median_abs_error": "median error of a token's time",
     "worst_abs_error": "largest error of a cell",
-    "stall_error": "median error of the time waited for copies",
+    "worst_stall_error": "largest error of a cell's time waited for copies",
     "pairs_in_order": f"pairs more than {APART:.0%} apart in the right order",
 }
 NAIVES = {
-    "roofline": "every expert resident (roofline only)",
+    "roofline": "every expert resident, at the same measured costs",
     "constants": "hits and misses times constants",
 }
 
@@ -79,7 +79,8 @@ def _decisions(table: pd.DataFrame, metrics: Mapping[str, float]) -> Iterator[st
     if len(ahead):
         most = float(ahead.free_hit_difference.abs().max())
         yield (
-            f"* With guesses the simulator was given the order of copies that the device had. Running free, its hit "
+            f"* With guesses the decisions were taken again for the order in which copies began and landed on the "
+            f"device; each copy was the one that was next. Running free, the simulator's hit "
             f"rate is at most {most:.3f} from the device's."
         )
 
@@ -116,7 +117,7 @@ def _times(metrics: Mapping[str, float], *, is_judged: bool) -> Iterator[str]:
     if "rank_correlation" in metrics:
         yield ""
         yield (
-            f"Rank correlation (Kendall's tau within a model card and batch): {metrics['rank_correlation']:.2f}. The "
+            f"Rank correlation of the policies (Kendall's tau, all else equal): {metrics['rank_correlation']:.2f}. The "
             f"engine's own spread between runs of a cell: {metrics['engine_spread']:.1%} (median)."
         )
 

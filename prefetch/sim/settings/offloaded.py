@@ -35,8 +35,9 @@ def offloaded(placement: Placement) -> Block:
     other_way = placement.way not in (ALL, CACHE)
     precision = str(card.expert_precision)
     is_other = other_way or precision not in COMPUTED or not _is_told(placement)
+    nearest = "; nearest: a cache of that size" if precision in COMPUTED else ""
     if is_other:
-        says.append(f"{_why(placement)} so not '{placement.told}'; nearest: a cache of that size.")
+        says.append(f"{_why(placement)} so not '{placement.told}'{nearest}.")
     elif placement.way == ALL:
         says.append(f"Every expert on the GPU, counted at {precision}.")
     else:
@@ -48,6 +49,11 @@ def offloaded(placement: Placement) -> Block:
             f"predictor.safetensors: what stage=train predictor={placement.predictor} train.export=true leaves, with "
             f"train.horizons=[{placement.horizon}]."
         )
+    if precision not in COMPUTED:  # rooms and host memory here are of another size
+        says.append(
+            "What to call at bf16 is said by the same command with simulator.precision=bf16."
+        )
+        return Block(ENGINE, READ_AT, False, tuple(says), ())
     return Block(ENGINE, READ_AT, not is_other, tuple(says), (_program(placement),))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from functools import cache
 from typing import Any, cast
 
@@ -238,14 +240,75 @@ def test_a_failing_copy_is_an_error_and_no_hang():
         said(offloaded)
 
 
+def test_an_interrupted_pass_is_not_gone_on_with():
+    """Ctrl-C in the middle of a layer: the next request runs, and says what it would have said."""
+    offloaded = OffloadedMoE(model_of("qwen3_moe"), capacity=3)
+    launch, calls = offloaded.body.launch, iter(range(10**6))
+
+    def interrupted(*told: Any) -> None:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        launch(*told)
+
+    offloaded.body.launch = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        said(offloaded)
+    offloaded.body.launch = launch
+    assert is_same(said(offloaded), untouched("qwen3_moe"))
+    engine = offloaded.engine
+    assert len(engine.slot_of) + len(engine.free) == len(offloaded.pool_SN)
+
+
+def test_training_is_refused():
+    model = model_of("mixtral").train()
+    offloaded = OffloadedMoE(model, capacity=2)
+    with pytest.raises(ConfigError, match="serves and does not train"):
+        offloaded(torch.arange(6)[None])
+
+
+def test_whoever_forgets_the_model_forgets_its_thread():
+    gc.collect()
+    before = threading.active_count()
+    offloaded = OffloadedMoE(model_of("mixtral"), capacity=2)
+    assert threading.active_count() == before + 1
+    del offloaded
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_padding_is_no_history():
+    """Of a prompt that is padded on the left predictors see the tokens."""
+    seen: list[int] = []
+
+    class Counts(Again):
+        def observe(self, layer: int, ids: Any, gate_input: Any = None) -> None:
+            seen.append(layer)
+            super().observe(layer, ids)
+
+    class Watches:
+        def online(self, horizon: int) -> Counts:
+            return Counts(12)
+
+    offloaded = OffloadedMoE(model_of("qwen3_moe"), capacity=0.5, predictor=Watches(), horizon=1)
+    prompt, mask = torch.arange(14).reshape(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        offloaded(input_ids=prompt, attention_mask=mask)
+    assert len(seen) == 3 * (7 + 2)
+
+
 @pytest.mark.parametrize(
     ("told", "said_of_it"),
     [
-        ({"capacity": 0, "staging": 0}, "0 slots of cache and 0 of staging"),
+        ({"capacity": 0, "staging": 0}, "capacity=0 holds no expert and staging=0"),
         ({"capacity": 99}, "has 12 experts in a layer"),
         ({"policy": Belady()}, "needs future, which a model that runs does not tell"),
         ({"policy": "best"}, "policy 'best': there are .*lru"),
-        ({"device": "tpu"}, "expected auto, cpu or cuda"),
+        ({"device": "tpu"}, "expected auto, cpu, cuda or cuda:N"),
+        ({"scope": "layer"}, "expected one of per_layer, global"),
+        ({"staging": "2"}, "staging='2': expected a whole number from 0 on"),
+        ({"width": -1}, "width=-1: expected a whole number"),
+        ({"policy": 3}, "policy=3: expected a name"),
         ({"predictor": object()}, "cannot be asked event by event"),
         ({"predictor": "nowhere.safetensors"}, "predictor=nowhere.safetensors: "),
         ({"predictor": Guesser(), "horizon": 9}, "expected 1 to 3 layers ahead"),
@@ -254,6 +317,28 @@ def test_a_failing_copy_is_an_error_and_no_hang():
 def test_what_cannot_be_is_said(told, said_of_it):
     with pytest.raises(ConfigError, match=said_of_it):
         OffloadedMoE(model_of("qwen3_moe"), **told)
+
+
+def test_an_offloaded_model_is_not_offloaded_again_nor_saved(tmp_path):
+    offloaded = OffloadedMoE(model_of("gpt_oss"), capacity=2)
+    for again in (offloaded, offloaded.model):
+        with pytest.raises(ConfigError, match="offloaded already"):
+            OffloadedMoE(again)
+    with pytest.raises(ConfigError, match="holds no weights while its model is offloaded"):
+        offloaded.model.save_pretrained(tmp_path)
+    offloaded.restore().save_pretrained(tmp_path)
+    assert offloaded.restore() is offloaded.model
+
+
+def test_two_threads_take_turns():
+    """Passes of several threads are run one after the other: each says what it says alone."""
+    offloaded, found = OffloadedMoE(model_of("mixtral"), capacity=2), list[Any]()
+    threads = [threading.Thread(target=lambda: found.append(said(offloaded))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(found) == 3 and all(is_same(one, untouched("mixtral")) for one in found)
 
 
 def test_other_models_are_refused():

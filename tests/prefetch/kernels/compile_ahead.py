@@ -27,7 +27,6 @@ from triton.compiler import ASTSource
 from prefetch.kernels import combine, decode, grouped, plan_kernel, route_kernel, swapped
 from prefetch.kernels.launch import down_constants, options, sum_constants, up_constants
 from prefetch.kernels.layout import ExpertLayout
-from prefetch.kernels.plan import most_tiles
 from prefetch.kernels.shipped import (
     DECODE,
     GROUPED,
@@ -137,13 +136,13 @@ def routing(n_tokens: int, n_experts: int, top_k: int, groups: int) -> Compiled:
 
 
 def planning(n_rows: int, n_experts: int, block: int) -> Compiled:
-    function, B = plan_kernel.plan_rows, most_tiles(n_rows, n_experts, block)
-    types = {name: "*i32" for name in function.arg_names[:10]} | {"R": "i32"}
+    function, rows = plan_kernel.plan_rows, next_power(n_rows)
+    types = {name: "*i32" for name in function.arg_names[:10]} | {"R": "i32", "B": "i32"}
     constants = {
-        "E": n_experts, "E_PAD": next_power(n_experts), "BLOCK": next_power(n_rows), "BM": block,
-        "MOST": -(-n_rows // block), "B": B, "B_PAD": next_power(B),
+        "E": n_experts, "E_PAD": next_power(n_experts), "BLOCK": rows, "BM": block,
+        "B_PAD": plan_kernel.tiles_padded(rows, n_experts, block),
     }  # fmt: skip
-    of = plain(plan_warps(next_power(n_rows)))
+    of = plain(plan_warps(rows))
     return Compiled(f"plan_{n_rows}_{n_experts}_{block}", function, types, constants, of)
 
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import shlex
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -174,8 +175,8 @@ def test_all_resident_needs_no_option():
         for block in others:
             assert block.is_exact and len(block.commands) == 1
             assert not re.search("moe|-ot|--kt|offload", block.commands[0])
-        assert f"capacity={card.n_experts}," in ours.commands[0]
-        assert ours.is_exact == (card.expert_precision == "bf16")
+        assert ours.is_exact == bool(ours.commands) == (card.expert_precision == "bf16")
+        assert not ours.commands or f"capacity={card.n_experts}," in ours.commands[0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -269,10 +270,14 @@ def test_our_own_engine_is_called_as_it_can_be():
         == 8 * GIB // LITE.expert_bytes_L[0] * LITE.expert_bytes_L[0]
     )
     assert not offloaded(placed(way=CACHE, policy="hobbit")).is_exact
-    for name in TOLD_NOTHING:
-        made = policy_named(name)
-        assert not made.needs, name
-    assert {name for name in choices("policy") if not policy_named(name).needs} == TOLD_NOTHING
+    served = set()
+    for name in choices("policy"):
+        with suppress(ConfigError):
+            served.add(name)
+            policy_named(name)
+            continue
+        served.discard(name)
+    assert served == TOLD_NOTHING
 
 
 def test_no_block_is_silent():
