@@ -1,0 +1,176 @@
+"""What MoE is called: rules from `configs/moe_names`, and a user's own before them. It reads no profile.
+
+A rule says what a name is (its role), how its inputs are laid out, and which number types it says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefetch.config import CONFIGS
+from prefetch.errors import ConfigError
+
+BUILTIN = CONFIGS / "moe_names" / "builtin.yaml"
+ROLES = (
+    "layer", "experts", "up", "down", "gemm", "router", "routing", "prepare", "activation", "combine", "dispatch",
+    "other",
+)  # fmt: skip
+SECTIONS = ("operations", "modules", "frames", "kernels", "hints")
+PLAIN = ("not_hints", "steps", "tokens", "graph_launch", "types")
+SAID = ("weight", "activation", "output", "tile")
+KEYS = {"match", "role", "library", "dims", "concrete", "inside", "note", *SAID}
+
+
+@dataclass(frozen=True)
+class Rule:
+    pattern: re.Pattern[str]
+    role: str
+    library: str
+    dims: tuple[tuple[str, ...] | None, ...] = ()
+    concrete: Mapping[str, int] = field(default_factory=dict, hash=False)
+    inside: bool = False
+    said: Mapping[str, str] = field(default_factory=dict, hash=False)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A rule that fits a name, and the number types and the tile that the name says."""
+
+    rule: Rule
+    said: Mapping[str, str] = field(hash=False)
+
+    @property
+    def role(self) -> str:
+        return self.rule.role
+
+
+class Names:
+    """Asked once per distinct name: answers are kept."""
+
+    def __init__(self, rules: Mapping[str, list[Rule]], plain: Mapping[str, Any]) -> None:
+        self._rules = rules
+        self._kept: dict[tuple[str, str], Found | None] = {}
+        self._not_hints = [_pattern(text, "not_hints") for text in plain["not_hints"]]
+        self.steps = [_pattern(text, "steps") for text in plain["steps"]]
+        self.tokens = [_pattern(text, "tokens") for text in plain["tokens"]]
+        self._graphs = [_pattern(text, "graph_launch") for text in plain["graph_launch"]]
+        self.types = {
+            spelt: name for name, spellings in plain["types"].items() for spelt in spellings
+        }
+
+    def find(self, section: str, name: str) -> Found | None:
+        key = section, name
+        if key not in self._kept:
+            self._kept[key] = self._look(section, name)
+        return self._kept[key]
+
+    def _look(self, section: str, name: str) -> Found | None:
+        for rule in self._rules[section]:
+            if match := rule.pattern.search(name):
+                groups = {k: v for k, v in match.groupdict().items() if v is not None}
+                return Found(rule, {**rule.said, **groups})
+        return None
+
+    def hint(self, name: str) -> bool:
+        """Whether a name looks like MoE that no rule knows."""
+        if any(pattern.search(name) for pattern in self._not_hints):
+            return False
+        return self.find("hints", name) is not None
+
+    def is_graph_launch(self, name: str) -> bool:
+        return any(pattern.search(name) for pattern in self._graphs)
+
+    def is_step(self, name: str) -> bool:
+        return any(pattern.search(name) for pattern in self.steps)
+
+    def tokens_of(self, name: str) -> int | None:
+        """Tokens of the step that an annotation names: of prompts and generated ones together."""
+        told = self._tokens_by_phase(name)
+        return sum(told.values()) or None
+
+    def is_decode(self, name: str) -> bool | None:
+        """Whether the annotated step only generates; None where it does not say."""
+        told = self._tokens_by_phase(name)
+        return None if not told else not told.get("prefill")
+
+    def _tokens_by_phase(self, name: str) -> dict[str, int]:
+        matches = (pattern.search(name) for pattern in self.tokens)
+        groups = next((match.groupdict() for match in matches if match), {})
+        return {phase: int(n) for phase, n in groups.items() if n}
+
+    def type_of(self, spelt: str | None) -> str | None:
+        return None if spelt is None else self.types.get(spelt)
+
+
+def load_names(own: str | Path | None = None) -> Names:
+    """The project's rules; those of `own` go before them."""
+    tables = [_read(Path(path)) for path in (own, BUILTIN) if path is not None]
+    rules = {name: [rule for table in tables for rule in table[0][name]] for name in SECTIONS}
+    plain: dict[str, Any] = {
+        name: [text for table in tables for text in table[1].get(name, [])]
+        for name in PLAIN
+        if name != "types"
+    }
+    types: dict[str, list[str]] = {}
+    for _, given in tables:
+        for name, spellings in given.get("types", {}).items():
+            types.setdefault(name, []).extend(spellings)
+    return Names(rules, {**plain, "types": types})
+
+
+def _read(path: Path) -> tuple[dict[str, list[Rule]], dict[str, Any]]:
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise ConfigError(f"diagnose.names={path}: cannot be read as YAML ({told})") from error
+    known = (*SECTIONS, *PLAIN)
+    if not isinstance(table, dict) or (unknown := sorted(set(table) - set(known))):
+        found = table if not isinstance(table, dict) else unknown
+        raise ConfigError(
+            f"{path}: a table of names has the sections {', '.join(known)}; found {found}"
+        )
+    rules = {
+        name: [_rule(row, f"{path}: {name}[{i}]") for i, row in enumerate(table.get(name) or [])]
+        for name in SECTIONS
+    }
+    plain = {name: _listed(table[name]) for name in PLAIN if name in table}
+    return rules, plain
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _rule(row: Any, where: str) -> Rule:
+    if not isinstance(row, dict) or "match" not in row or (unknown := sorted(set(row) - KEYS)):
+        found = row if not isinstance(row, dict) or "match" not in row else unknown
+        raise ConfigError(f"{where}: a rule needs match and may have {sorted(KEYS)}; found {found}")
+    role = row.get("role", "other")
+    if role not in ROLES:
+        raise ConfigError(f"{where}: role {role!r} is none of {', '.join(ROLES)}")
+    dims: Iterable[Any] = row.get("dims") or ()
+    return Rule(
+        pattern=_pattern(row["match"], where),
+        role=role,
+        library=str(row.get("library", "")),
+        dims=tuple(None if axes is None else tuple(axes) for axes in dims),
+        concrete=dict(row.get("concrete") or {}),
+        inside=bool(row.get("inside", False)),
+        said={name: str(row[name]) for name in SAID if name in row},
+        note=str(row.get("note", "")),
+    )
+
+
+def _pattern(text: Any, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"{where}: {text!r} is no regular expression ({error})") from error
