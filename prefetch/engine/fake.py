@@ -89,7 +89,8 @@ class FakeBackend:
     def combine(self, layer: int) -> None: ...
 
     def record(self, stream: str) -> Moment:
-        return Moment(self.free_ns[stream], self.known[stream].copy())
+        at_ns = max(self.free_ns[stream], self.host_ns)  # on a stream that is idle: now
+        return Moment(at_ns, self.known[stream].copy())
 
     def after(self, stream: str, done: Moment, reason: str = "") -> None:
         idle = max(0, done.at_ns - max(self.free_ns[stream], self.host_ns))
