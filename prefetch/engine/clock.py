@@ -55,7 +55,8 @@ class DeviceClock:
     def machine(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        n_threads = torch.get_num_threads()
+        return f"{platform.machine()} CPU, {n_threads} thread{'s' * (n_threads != 1)}"
 
     def backend(self, work: Workload) -> Callable[[int], Backend]:
         def make(n_slots: int) -> Backend:

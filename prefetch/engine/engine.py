@@ -225,9 +225,6 @@ class Engine(Ahead):
         self.ready.pop(entry, None)
         self.free.append(self.slot_of.pop(entry))
 
-    def _outcome(self, a: int, outcome: int) -> None:
-        self.outcome[a] = outcome
-
     def _check(self, is_there: set[Entry], missing: set[Entry]) -> None:
         """What the pool holds is what the policy believes that it holds."""
         if is_there & missing or self.in_use - is_there - missing:

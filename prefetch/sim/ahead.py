@@ -34,6 +34,8 @@ class Needed:
 class Ahead:
     """Caches with guesses that are copied ahead: queues, places and counts. `host`: its time, where simulated."""
 
+    outcome: list[int] | dict[int, int]  # of every access; made by whoever runs it
+
     def __init__(
         self,
         work: Workload,
@@ -102,7 +104,7 @@ class Ahead:
     def _need(
         self, event: int, accesses: range, entries: dict[int, Entry], late: Collection[int]
     ) -> Needed:
-        """Everything that the routing of an event decides. `_outcome` hears of every access what it was."""
+        """Everything that the routing of an event decides. `outcome` says of every access what it was."""
         caches, (step, layer) = self.caches, divmod(event, self.work.card.n_layers)
         if self.machine.cancels:
             self._drop_stale(event)
@@ -114,7 +116,7 @@ class Ahead:
             order += wave
             for a in wave:
                 is_there = caches.has(entries[a]) or a in brought
-                self._outcome(a, LATE if a in late else HIT if is_there else MISS)
+                self.outcome[a] = LATE if a in late else HIT if is_there else MISS
                 missing += [] if is_there else [a]
                 if is_there and entries[a] in self.unused:
                     self.unused.discard(entries[a])
@@ -133,9 +135,6 @@ class Ahead:
             del self.beside[entries[a]]
         self._drop_beside(event)
         return Needed(order, missing, at_once, is_big)
-
-    def _outcome(self, a: int, outcome: int) -> None:
-        raise NotImplementedError
 
     def _is_there(self, entry: Entry) -> bool:
         return self.caches.has(entry) or entry in self.beside

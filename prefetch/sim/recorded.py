@@ -68,6 +68,3 @@ class Recorded(Ahead):
             self.counts["moved_bytes"] += int(self.machine.bytes_L[entry[0]])
         else:
             self.counts["prefetch_dropped"] += 1
-
-    def _outcome(self, a: int, outcome: int) -> None:
-        self.outcome[a] = outcome

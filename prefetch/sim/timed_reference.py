@@ -40,9 +40,6 @@ class TimedReplay(Ahead):
         self.counts["now_ns"] = self.now
         return self
 
-    def _outcome(self, a: int, outcome: int) -> None:
-        self.outcome[a] = outcome
-
     def _event(self, event: int, step: int, layer: int, accesses: range) -> None:
         caches, before = self.caches, int(self.machine.before_S[step])
         now = self.now + before
