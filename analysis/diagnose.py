@@ -11,12 +11,15 @@ from typing import Any
 import pandas as pd
 
 from analysis.device import page, rows, seed_files, tracelens
-from analysis.device.diagnosis import Beside, Diagnosis, Profile, diagnose, diagnose_tables, read
+from analysis.device.beside import Beside, active_of
+from analysis.device.diagnosis import Diagnosis, Profile, diagnose, diagnose_tables, read
 from analysis.device.findings import ERROR
 from analysis.device.machine import judging_hardware
 from analysis.device.names import Names, load_names
 from analysis.device.offload import MOST_ROWS, Offloaded, offloaded
-from analysis.device.roofline import BYTES, peaks_of
+from analysis.device.operations import Active
+from analysis.device.plain_text import one_line, shown
+from analysis.device.roofline import BYTES, Peaks, peaks_of
 from analysis.device.routing_tables import RoutingTables, routing_tables
 from analysis.device.shapes import Given, Known
 from analysis.device.step_routing import step_routing
@@ -24,11 +27,12 @@ from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError, MissingData
 from prefetch.models.cards import load_architecture, load_card
+from prefetch.outputs import Outputs, write_json
 from prefetch.sim.hardware import Hardware
 from prefetch.trace.parquet import TraceReader
-from prefetch.tracking import Outputs, write_json
 
 log = logging.getLogger(__name__)
+NO_TOKENS = "the profile does not tell the tokens of a step: pass diagnose.tokens beside trace="
 PHASES = ("auto", "decode", "prefill")
 SUFFIXES = (".json", ".json.gz", ".gz")
 
@@ -93,50 +97,57 @@ def _diagnosed(cfg: Config, path: Path, names: Names) -> Diagnosis:
     profile = read(path, names)
     known = Known(names, given, known.card, profile.step_tokens, profile.trace.ranks)
     hardware, why = judging_hardware(cfg, profile.trace.meta, is_cpu=profile.trace.is_cpu)
-    beside = _beside(cfg, known, hardware, why, profile)
+    peaks = None if hardware is None else peaks_of(hardware, host=profile.trace.is_cpu)
+    beside = Beside(peaks, notes=[why])
+    if cfg.trace is not None:
+        tokens = given.tokens or known.step_tokens or _tokens_of_calls(profile)
+        beside = _with_routing(cfg, cfg.trace, beside, hardware, tokens, profile.is_decode)
     return diagnose(profile, known, beside)
 
 
 def _of_tables(cfg: Config, path: Path, known: Known) -> Diagnosis:
-    """The folder's own peaks, unless a hardware file was chosen."""
+    """The folder's own peaks, unless a hardware file was chosen; with routing its operations are judged again."""
     hardware, why = judging_hardware(cfg, {}, is_cpu=False)
     peaks = peaks_of(hardware) if hardware is not None else None
+    found = _read_tables(path, known, peaks, None)
+    beside = Beside(notes=[] if found.peaks is not None and hardware is None else [why])
+    if cfg.trace is not None:
+        sizes = {op.shape.tokens for op in found.operations if op.shape.tokens is not None}
+        tokens = known.given.tokens or (sizes.pop() if len(sizes) == 1 else None)
+        beside = _with_routing(cfg, cfg.trace, beside, hardware, tokens, None)
+        found = _read_tables(path, known, peaks, active_of(beside.routing))
+    return diagnose_tables(found, known, beside)
+
+
+def _read_tables(
+    path: Path, known: Known, peaks: Peaks | None, active: Active | None
+) -> tracelens.TraceLensOutput:
     if path.is_dir():
-        found = tracelens.read_output(path, known, peaks)
-    else:
-        table = tracelens.read_table(path, known, peaks)
-        found = tracelens.TraceLensOutput(path, table, None, peaks, {})
-    notes = [] if found.peaks is not None and hardware is None else [why]
-    return diagnose_tables(found, known, Beside(notes=notes))
+        return tracelens.read_output(path, known, peaks, active)
+    table = tracelens.read_table(path, known, peaks, active)
+    return tracelens.TraceLensOutput(path, table, None, peaks, {})
 
 
-def _beside(
-    cfg: Config, known: Known, hardware: Hardware | None, why: str, profile: Profile
+def _with_routing(
+    cfg: Config,
+    source: str,
+    beside: Beside,
+    hardware: Hardware | None,
+    tokens: int | None,
+    told: bool | None,
 ) -> Beside:
-    peaks = None if hardware is None else peaks_of(hardware, host=profile.trace.is_cpu)
-    if cfg.trace is None:
-        return Beside(peaks, notes=[why])
-    trace, notes = TraceReader(cfg.trace), [why]
-    tokens = known.given.tokens or known.step_tokens or _tokens_of_calls(profile)
+    """`told`: whether the profile's steps only generate, where it says."""
     if tokens is None:
-        raise ConfigError(
-            "the profile does not tell the tokens of a step: pass diagnose.tokens beside trace="
-        )
-    is_decode = _is_decode(cfg, profile, notes)
-    routing = step_routing(trace, tokens, is_decode=is_decode, source=str(cfg.trace))
-    tables = routing_tables(trace, tokens)
+        raise ConfigError(NO_TOKENS)
+    trace, notes = TraceReader(source), list(beside.notes)
+    is_decode = _is_decode(cfg, told, notes)
+    routing = step_routing(trace, tokens, is_decode=is_decode, source=source)
+    tables = routing_tables(trace, routing.steps)
     notes += [
-        f"{name} of the routing: not computable ({reason})"
-        for name, reason in tables.missing.items()
+        f"{name} of the routing: not computable ({why})" for name, why in tables.missing.items()
     ]
-    return Beside(
-        peaks,
-        routing,
-        _remedies(tables),
-        _offloaded(cfg, trace, hardware, notes),
-        tables.tables,
-        notes,
-    )
+    simulated = _offloaded(cfg, trace, hardware, notes)
+    return Beside(beside.peaks, routing, _remedies(tables), simulated, tables.tables, notes)
 
 
 def _tokens_of_calls(profile: Profile) -> int | None:
@@ -148,14 +159,14 @@ def _tokens_of_calls(profile: Profile) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _is_decode(cfg: Config, profile: Profile, notes: list[str]) -> bool:
+def _is_decode(cfg: Config, told: bool | None, notes: list[str]) -> bool:
     if cfg.diagnose.phase != "auto":
         return bool(cfg.diagnose.phase == "decode")
-    if profile.is_decode is None:
+    if told is None:
         notes.append(
             "Steps of the routing are taken as prompts (consecutive tokens): pass diagnose.phase=decode if not."
         )
-    return bool(profile.is_decode)
+    return bool(told)
 
 
 def _remedies(tables: RoutingTables) -> pd.DataFrame:
@@ -186,37 +197,38 @@ def _offloaded(
 
 def _write(cfg: Config, found: Diagnosis, outputs: Outputs) -> dict[str, float]:
     print(page.first_line(found))
-    outputs.table(
-        "operations",
-        pd.DataFrame([rows.operation_row(op, found.moe_ns) for op in found.operations]),
-    )
-    outputs.table("kernels", found.kernels)
-    outputs.table("passages", found.layer_us)
-    for name, table in found.sections.items():
+    listed = [rows.operation_row(op, found.moe_ns) for op in found.operations]
+    tables = {"operations": pd.DataFrame(listed), "kernels": found.kernels}
+    for name, table in {**tables, "passages": found.layer_us, **found.sections}.items():
         outputs.table(name, table)
-    (outputs.folder / "findings.md").write_text(page.page(found))
+    (outputs.folder / "findings.md").write_text(page.page(found), encoding="utf-8")
     write_json(outputs.folder / "findings.json", rows.to_json(found))
     if cfg.diagnose.compatible:
         seed_files.write(found, outputs.folder)
     numbers = rows.metrics(found)
     outputs.metrics(numbers)
     if cfg.diagnose.figures:
-        from analysis.device.pictures import draw_all  # matplotlib: slow, and not everyone draws
-
-        for path in draw_all(found, outputs.folder):
-            if path.suffix == ".png":
-                outputs.figure(path)
+        _draw(found, outputs)
     for one in found.findings:
-        print(f"{one.kind}: {one.title}, {one.time_ns / 1e3:,.1f} µs: {one.why}")
+        print(one_line(f"{one.kind}: {one.title}, {one.time_ns / 1e3:,.1f} µs: {one.why}"))
     for note in found.notes:
-        print(note)
+        print(one_line(note))
     return numbers
+
+
+def _draw(found: Diagnosis, outputs: Outputs) -> None:
+    from analysis.device.pictures import draw_all  # matplotlib: slow, and not everyone draws
+
+    for path in draw_all(found, outputs.folder):
+        if path.suffix == ".png":
+            outputs.figure(path)
 
 
 def _write_error(cfg: Config, error: str, outputs: Outputs) -> None:
     print(ERROR)
     told: Mapping[str, Any] = {"status": ERROR, "source": str(cfg.profile_trace), "error": error}
     write_json(outputs.folder / "findings.json", told)
-    (outputs.folder / "findings.md").write_text(f"# Diagnosis\n\n**{ERROR}**\n\n{error}\n")
+    text = f"# Diagnosis\n\n**{ERROR}**\n\n{shown(error)}\n"
+    (outputs.folder / "findings.md").write_text(text, encoding="utf-8")
     if cfg.diagnose.compatible:
         seed_files.write_error(error, outputs.folder)

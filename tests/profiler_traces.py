@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from prefetch.config import CONFIGS
+from prefetch.sim.hardware import Hardware, hardware
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "profiles"  # never copied into the project
 Event = dict[str, Any]
+
+
+def shipped_hardware(name: str) -> Hardware:
+    leaf = yaml.safe_load((CONFIGS / "hardware" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return hardware(**{key: value for key, value in leaf.items() if key != "_target_"})
 
 
 def real(name: str) -> Path:

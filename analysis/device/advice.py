@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
-from analysis.device.findings import BOTTLENECK, Finding
+from analysis.device.beside import Beside
+from analysis.device.findings import BOTTLENECK, Finding, percent
 from analysis.device.offload import Offloaded
 from analysis.device.operations import Operation
-from analysis.device.roofline import BYTES, Peaks
+from analysis.device.roofline import BYTES, PRODUCTS, Peaks
 from analysis.device.shapes import Shape
-from analysis.device.step_routing import Imbalance, StepRouting, slowest_ns
+from analysis.device.step_routing import Imbalance, StepRouting, rate_of, slowest_ns
 
 ALGORITHM, KERNEL = "algorithmic", "kernel"
 LOW, MEDIUM, HIGH = "low", "medium", "high"
 NOT_COMPUTABLE = "not computable from this input"
 TILES = (16, 32, 64, 128, 256)
+TILES_TITLE = "Choose the tile of the expert products by tokens per expert"
+REPLAY = "Replay it alone with these sizes, and compare MoE implementations, tile sizes and number types on it."
+FUSE = "Fuse it with its neighbours, or replay it alone and compare MoE implementations."
 BETTER = {"pin experts": 1, "replicate experts": -1, "place experts": -1, "raise capacity": -1}
 REPLAYED = {  # what a replayed remedy is called, and what it rests on
     "pin experts": (
@@ -59,25 +64,20 @@ class Recommendation:
 def advise(
     operations: Sequence[Operation],
     found: Sequence[Finding],
-    *,
-    moe_ns: int,
     shape: Shape | None,
-    peaks: Peaks | None,
-    routing: StepRouting | None,
+    beside: Beside,
     imbalances: Sequence[Imbalance],
-    remedies: pd.DataFrame,
-    offload: Offloaded | None,
 ) -> list[Recommendation]:
-    """Kernels first, then routing; computed ones before those that cannot be."""
+    """Those with a computed impact first, by the time that they may save."""
     all_of = [
-        *_kernels(found, moe_ns),
-        *_tiles(operations, shape, peaks, routing),
+        *_kernels(found, sum(op.time_ns for op in operations) or 1),
+        *_tiles(operations, shape, beside.peaks, beside.routing),
         *_balance(imbalances),
-        *_replayed(remedies),
-        *_offloading(offload),
-        *_network(routing, shape),
+        *_replayed(beside.remedies),
+        *_offloading(beside.offload),
+        *_network(beside.routing, shape),
     ]
-    if routing is None:
+    if beside.routing is None:
         all_of += _without_routing()
     return sorted(all_of, key=lambda one: (not one.is_computed, -(one.impact_us or 0.0)))
 
@@ -87,15 +87,15 @@ def _kernels(found: Sequence[Finding], moe_ns: int) -> Iterator[Recommendation]:
         if one.kind != BOTTLENECK or one.recoverable_ns is None or one.efficiency is None:
             continue
         us = one.recoverable_ns / 1e3
+        action = REPLAY if one.role in PRODUCTS else FUSE
         yield Recommendation(
             KERNEL,
-            f"Bring the {one.title} nearer to the roofline",
-            f"It runs at {one.efficiency:.1%} of the {one.bound} bound. Make a replay artifact of it, and compare MoE "
-            "implementations, tile sizes and number types on it; fuse short kernels.",
+            f"Speed up the {one.title}",
+            f"It runs at {percent(one.efficiency)} of the {one.bound} bound. {action}",
             f"at most {us:,.1f} µs of the profile, {us * 1e3 / moe_ns:.1%} of the MoE time",
             us,
             HIGH,
-            "a kernel that reaches the hardware file's peaks; none does, so this is an upper limit",
+            "GPU kernels that reach the hardware file's peaks; none does, so this is an upper limit",
         )
 
 
@@ -107,31 +107,41 @@ def _tiles(
 ) -> Iterator[Recommendation]:
     """Rows that are computed because an expert's tokens do not fill its last tile."""
     tile = next((op.tile for op in operations if op.tile), None)
-    if routing is None or shape is None or shape.missing("experts") or peaks is None:
-        if tile is not None:
-            why = "needs the routing (trace=...), the layer's shape and a hardware file"
-            yield _unknown(
-                KERNEL, "Choose the tile of the expert products by tokens per expert", MEDIUM, why
-            )
+    lacks = {
+        "the routing (pass trace=FOLDER)": routing is None,
+        "the layer's shape": shape is None or bool(shape.missing("experts")),
+        "a hardware file with a rate for it": shape is None
+        or not peaks
+        or not rate_of(shape, peaks),
+        "the tile, which no kernel's name tells": tile is None,
+    }
+    missing = [what for what, lacking in lacks.items() if lacking]
+    if missing or tile is None or shape is None or peaks is None or routing is None:
+        if any(op.role in PRODUCTS for op in operations):
+            yield _unknown(KERNEL, TILES_TITLE, MEDIUM, "it needs " + ", ".join(missing))
         return
-    now = tile or max(TILES)
+    yield from _smaller_tile(tile, shape, peaks, routing)
+
+
+def _smaller_tile(
+    now: int, shape: Shape, peaks: Peaks, routing: StepRouting
+) -> Iterator[Recommendation]:
     best = min(TILES, key=lambda size: (routing.padding(size), -size))
     before, after = (
         float(slowest_ns(routing.counts_SLE, shape, peaks, 1, size).sum(axis=1).mean()) / 1e3
         for size in (now, best)
     )
-    known = "as the kernel's name says" if tile else "assumed: no kernel's name says it"
     if after >= before:
         return
     yield Recommendation(
         KERNEL,
-        "Choose the tile of the expert products by tokens per expert",
-        f"Tiles of {now} tokens ({known}) compute {routing.padding(now):.2f} rows for each that was asked for; tiles "
-        f"of {best}, {routing.padding(best):.2f}.",
+        TILES_TITLE,
+        f"Tiles of {now} tokens (as the kernel's name says) compute {routing.padding(now):.2f} rows for each that was "
+        f"asked for; tiles of {best}, {routing.padding(best):.2f}.",
         f"{before:,.1f} -> {after:,.1f} µs a step at the roofline, over all layers",
-        max(0.0, before - after),
+        before - after,
         MEDIUM,
-        "one tile belongs to one expert, and padding costs operations but no bytes of weights",
+        "a tile holds tokens of one expert; padding costs operations and no bytes; smaller tiles run as fast",
     )
 
 
@@ -154,70 +164,63 @@ def _balance(imbalances: Sequence[Imbalance]) -> Iterator[Recommendation]:
 
 
 def _replayed(remedies: pd.DataFrame) -> Iterator[Recommendation]:
+    """One for each remedy, with all of its settings that help."""
+    helping: dict[str, list[Any]] = {}
     for row in remedies.itertuples():
-        title, assumption = REPLAYED[str(row.remedy)]
-        before, after = float(row.before), float(row.after)  # type: ignore[arg-type]
-        if (after - before) * BETTER[str(row.remedy)] <= 0:
-            continue
+        if (float(row.after) - float(row.before)) * BETTER[str(row.remedy)] > 0:  # type: ignore[arg-type]
+            helping.setdefault(str(row.remedy), []).append(row)
+    for remedy, rows in helping.items():
+        (title, assumption), first = REPLAYED[remedy], rows[0]
+        effects = "; ".join(f"{row.setting}: {row.before:.3f} -> {row.after:.3f}" for row in rows)
         yield Recommendation(
-            ALGORITHM, f"{title}: {row.setting}", str(row.how), f"{row.unit}: {before:.3f} -> {after:.3f}", None,
-            str(row.complexity), assumption,
+            ALGORITHM, title, f"{str(first.how)[:1].upper()}{str(first.how)[1:]}.", f"{first.unit}, {effects}", None,
+            str(first.complexity), assumption,
         )  # fmt: skip
 
 
 def _offloading(found: Offloaded | None) -> Iterator[Recommendation]:
     if found is None:
         return
-    demand, rests = (
-        found.demand_ns / 1e6,
-        "experts offloaded to host memory; simulated on the hardware file",
-    )
-    ways = (
-        (
-            f"Pin {found.pinned} of {found.slots} slots per layer",
-            found.pinned_ns,
-            LOW,
-            "pinned by their use in earlier requests",
-        ),
-        (
-            f"Prefetch {found.horizon} layers ahead",
-            found.perfect_ns,
-            HIGH,
-            "guesses that are always right: no predictor does better",
-        ),
-    )
-    for title, after_ns, effort, what in ways:
+    pinned = "pinned by their use in earlier requests"
+    perfect = "guesses that are always right: no predictor does better"
+    for title, after_ns, effort, what in (
+        (f"Pin {found.pinned} of {found.slots} slots per layer", found.pinned_ns, LOW, pinned),
+        (f"Prefetch {found.horizon} layers ahead", found.perfect_ns, HIGH, perfect),
+    ):
         if after_ns >= found.demand_ns:
             continue
-        after = after_ns / 1e6
         yield Recommendation(
             ALGORITHM, title, f"Of interest only where experts do not fit the GPU; {what}.",
-            f"simulated step {demand:.2f} -> {after:.2f} ms with {found.slots} experts of each layer on the GPU",
-            None, effort, rests,
+            f"simulated step {found.demand_ns / 1e6:.2f} -> {after_ns / 1e6:.2f} ms with {found.slots} experts of "
+            "each layer on the GPU", None, effort,
+            "experts offloaded to host memory; simulated on the hardware file",
         )  # fmt: skip
 
 
 def _network(routing: StepRouting | None, shape: Shape | None) -> Iterator[Recommendation]:
     if routing is None or shape is None or shape.hidden is None:
         return
-    b = BYTES[shape.activation or "bf16"]
-    for ranks in (ranks for ranks in (2, 4, 8) if routing.card.n_experts % ranks == 0):
-        once, each = (sent * shape.hidden * b for sent in routing.sent(ranks))
-        if once >= each:
-            continue
-        yield Recommendation(
-            ALGORITHM,
-            f"Send a token once to each of {ranks} ranks, not once per expert",
-            "Dispatch without duplicates; the way back likewise.",
-            f"dispatch bytes of a step: {each / 2**20:,.2f} -> {once / 2**20:,.2f} MiB",
-            None,
-            MEDIUM,
-            "experts in blocks of their ids; tokens' own ranks are not recorded and assumed round-robin",
-        )
+    mib = shape.hidden * BYTES[shape.activation or "bf16"] / 2**20
+    effects = [
+        f"{ranks} ranks: {each * mib:,.2f} -> {once * mib:,.2f} MiB"
+        for ranks, (once, each) in routing.sent_R.items()
+        if once < each
+    ]
+    if not effects:
+        return
+    yield Recommendation(
+        ALGORITHM,
+        "Send a token once to each rank that it needs, not once per expert",
+        "Dispatch without duplicates; the way back likewise.",
+        f"dispatch bytes of a step, {'; '.join(effects)}",
+        None,
+        MEDIUM,
+        "experts in blocks of their ids; tokens' own ranks are not recorded and assumed round-robin",
+    )
 
 
 def _without_routing() -> Iterator[Recommendation]:
-    needs = "record the routing (stage=collect, or any of its sources) and pass trace=FOLDER"
+    needs = "it needs the routing (pass trace=FOLDER)"
     for title, effort in (
         ("Check expert routing balance, and what imbalance costs", MEDIUM),
         ("Capacity factor: dropped tokens", LOW),

@@ -30,7 +30,7 @@ class ChromeTrace:
         self.meta: dict[str, Any] = {}
         self._text, self._at, self._done, self._read = "", 0, False, 0
         self._decoder = json.JSONDecoder()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self._file: IO[bytes] | None = None
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -41,6 +41,7 @@ class ChromeTrace:
                 yield from self._object()
             else:
                 raise self._wrong(f"expected JSON that begins with {{ or [, found {self._near()!r}")
+            self._end()
 
     def _open(self) -> IO[bytes]:
         with self.path.open("rb") as file:
@@ -64,6 +65,7 @@ class ChromeTrace:
                 self._next()
                 self.meta[str(key)] = self._value()
             self._comma("}")
+        self._at += 1
         if not found_events:
             raise self._wrong(
                 f"expected a list {EVENTS!r}, found only {sorted(self.meta)[:8]}; "
@@ -79,6 +81,15 @@ class ChromeTrace:
             yield event
             self._comma("]")
         self._at += 1
+
+    def _end(self) -> None:
+        """Reads to the end of the file, where a gzip has its checksum: two profiles in one file are none."""
+        while self._text[self._at :].strip(SPACE) == "":
+            self._at = len(self._text)
+            if not self._more():
+                return
+        self._next()
+        raise self._wrong(f"expected the end of the file, found {self._near()!r}")
 
     def _comma(self, end: str) -> None:
         found = self._next()

@@ -21,7 +21,7 @@ class Efficiency:
         None  # operations over what the peaks of their types allow in that time
     )
     bandwidth_utilisation: float | None = None
-    expert_bytes: float | None = None  # of one expert's matrices here, without scales
+    expert_bytes: float | None = None  # of one expert's matrices here
     resident_experts: int | None = None
     active_experts: float | None = None  # per call
     is_exact: bool = False
@@ -68,7 +68,7 @@ def _of_memory(op: Operation) -> Efficiency:
         expert_bytes=shape.hidden
         * shape.inner
         * (3 if shape.gated else 2)
-        * BYTES[shape.weight or "bf16"],
+        * (BYTES[shape.weight or "bf16"] + shape.scale_bytes),
         resident_experts=shape.local_experts or shape.experts,
         active_experts=active,
         is_exact=op.is_exact,

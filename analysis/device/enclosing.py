@@ -5,6 +5,7 @@ It knows spans of the host and no kernel. S spans, Q moments to look up.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,14 +23,19 @@ from analysis.device.profile_trace import (
     ProfileTrace,
 )
 
+NUMBER = re.compile(r"_\d+$")  # of a module's instance
 SECTION = {OPERATION: "operations", MODULE: "modules", FRAME: "frames"}
-Open = tuple[int, int, int, int, int]  # what `Around` holds, at one moment
+Open = tuple[
+    int, int, int, int, int
+]  # scope, detail, operation, module, backward: as `Around` holds them
 
 
 @dataclass(frozen=True, eq=False)
 class Around:
     """What was open on the same thread at each of Q moments, as places among the spans."""
 
+    thread_Q: NDArray[np.int64]
+    at_Q: NDArray[np.int64]
     scope_Q: NDArray[np.int64]
     detail_Q: NDArray[np.int64]
     operation_Q: NDArray[np.int64]
@@ -50,26 +56,35 @@ def found_spans(trace: ProfileTrace, names: Names) -> dict[int, Found]:
             answers[name, kind] = _answer(trace.names[name], kind, names)
         if (answer := answers[name, kind]) is not None:
             found[i] = answer
-    for span in _holders(trace, found):
+    for span in _holders(trace, found, names):
         del found[span]
     return found
 
 
-def _holders(trace: ProfileTrace, found: dict[int, Found]) -> list[int]:
-    """Modules that hold several layers: whole models are called MoE too."""
+def _holders(trace: ProfileTrace, found: dict[int, Found], names: Names) -> list[int]:
+    """Modules that hold several layers, or something that no layer has: whole models are called MoE too."""
     spans = trace.spans
     layers = [
         s for s, answer in found.items() if spans.kind[s] == MODULE and answer.role == "layer"
     ]
+    others = [] if not layers else _outside(trace, names)
+    layers += others
     layers.sort(key=lambda s: (int(spans.thread[s]), int(spans.start[s]), -int(spans.took[s])))
     inside, stack = dict.fromkeys(layers, 0), list[int]()
     for s in layers:
         while stack and not _holds(trace, stack[-1], s):
             stack.pop()
         if stack:
-            inside[stack[-1]] += 1
+            inside[stack[-1]] += 1 if s in found else 2
         stack.append(s)
-    return [s for s, n in inside.items() if n > 1]
+    return [s for s, n in inside.items() if n > 1 and s in found]
+
+
+def _outside(trace: ProfileTrace, names: Names) -> list[int]:
+    """Modules that stand beside MoE layers and never in them."""
+    spans = trace.spans
+    kind = np.array([names.is_outside(asked_name(name, MODULE)) for name in trace.names], bool)
+    return [int(s) for s in np.flatnonzero((spans.kind == MODULE) & kind[spans.name])]
 
 
 def _holds(trace: ProfileTrace, outer: int, inner: int) -> bool:
@@ -89,8 +104,16 @@ def _answer(name: str, kind: int, names: Names) -> Found | None:
     return found
 
 
+def looks_like_moe(asked: str, kind: int, names: Names) -> Found | None:
+    """By a rule that needs nothing round it, or by a hint."""
+    found = names.find(SECTION[kind], asked)
+    if found is not None and not found.rule.inside:
+        return found
+    return names.find("hints", asked) if names.hint(asked) else None
+
+
 def asked_name(name: str, kind: int) -> str:
-    return name.removeprefix(MODULE_PREFIX).rsplit("_", 1)[0] if kind == MODULE else name
+    return NUMBER.sub("", name.removeprefix(MODULE_PREFIX)) if kind == MODULE else name
 
 
 def around(
@@ -103,13 +126,15 @@ def around(
     out = np.full((5, len(at_Q)), NOBODY, np.int64)
     spans, wrappers = trace.spans, set[int]()
     for thread in np.unique(thread_Q):
-        place_S = np.flatnonzero((spans.thread == thread) & (spans.kind != ANNOTATION))
-        place_S = place_S[np.lexsort((-spans.took[place_S], spans.start[place_S]))]
+        in_order = _in_order(trace, int(thread), spans.kind != ANNOTATION)
         mine_Q = np.flatnonzero(thread_Q == thread)
         mine_Q = mine_Q[np.argsort(at_Q[mine_Q], kind="stable")]
-        for q, row in _sweep(trace, found, place_S.tolist(), mine_Q.tolist(), at_Q, wrappers):
+        for q, row in _sweep(trace, found, in_order, mine_Q.tolist(), at_Q, wrappers):
             out[:, q] = row
-    return Around(out[0], out[1], out[2], out[3], out[4], frozenset(wrappers))
+    scope_Q, detail_Q, operation_Q, module_Q, backward_Q = out
+    return Around(
+        thread_Q, at_Q, scope_Q, detail_Q, operation_Q, module_Q, backward_Q, frozenset(wrappers)
+    )
 
 
 def _sweep(
@@ -121,24 +146,34 @@ def _sweep(
     wrappers: set[int],
 ) -> Iterator[tuple[int, Open]]:
     """A stack of what is open; each entry knows what it and all below it are."""
-    start_S, took_S, kind_S = trace.spans.start, trace.spans.took, trace.spans.kind
-    stack: list[tuple[int, Open]] = []
+    start_S, stack = trace.spans.start, list[tuple[int, Open]]()
     nothing, place = (NOBODY,) * 5, 0
     for q in moments:
         now = int(at_Q[q])
         while place < len(spans) and start_S[spans[place]] <= now:
-            span = spans[place]
+            _open(trace, found, spans[place], stack, wrappers)
             place += 1
-            while stack and stack[-1][0] <= start_S[span]:
-                stack.pop()
-            below = stack[-1][1] if stack else nothing
-            opened = _opened(span, int(kind_S[span]), below, found, trace)
-            if below[0] not in (NOBODY, opened[0]):
-                wrappers.add(below[0])
-            stack.append((int(start_S[span] + took_S[span]), opened))
         while stack and stack[-1][0] < now:
             stack.pop()
         yield q, stack[-1][1] if stack else nothing
+
+
+def _open(
+    trace: ProfileTrace,
+    found: dict[int, Found],
+    span: int,
+    stack: list[tuple[int, Open]],
+    wrappers: set[int],
+) -> None:
+    start, took = int(trace.spans.start[span]), int(trace.spans.took[span])
+    # one that only begins before the end of another (clocks are rounded) is not inside it
+    while stack and stack[-1][0] <= start + took // 2:
+        stack.pop()
+    below = stack[-1][1] if stack else (NOBODY,) * 5
+    opened = _opened(span, int(trace.spans.kind[span]), below, found, trace)
+    if below[0] not in (NOBODY, opened[0]):
+        wrappers.add(below[0])
+    stack.append((start + took, opened))
 
 
 def _opened(
@@ -159,21 +194,60 @@ def _opened(
     return scope, detail, operation, module, backward
 
 
-def own_time(trace: ProfileTrace) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Each operation's time without those that it calls, and whether it is no product inside another's."""
-    spans = trace.spans
-    own_S, is_outer_S = spans.took.copy(), np.ones(len(spans), bool)
+@dataclass(frozen=True, eq=False)
+class OwnTime:
+    """G stretches of time in which an operation did not wait for one that it had called; S spans."""
+
+    owner_G: NDArray[np.int64]
+    start_G: NDArray[np.int64]
+    took_G: NDArray[np.int64]
+    is_outer_S: NDArray[np.bool_]  # no product inside another's
+
+    @property
+    def own_S(self) -> NDArray[np.int64]:
+        total_S = np.zeros(len(self.is_outer_S), np.int64)
+        np.add.at(total_S, self.owner_G, self.took_G)
+        return total_S
+
+
+def own_time(trace: ProfileTrace) -> OwnTime:
+    """Each operation's time without those that it calls."""
+    spans, stretches = trace.spans, list[tuple[int, int, int]]()
+    is_outer_S = np.ones(len(spans), bool)
     for thread in np.unique(spans.thread):
-        place_S = np.flatnonzero((spans.thread == thread) & (spans.kind == OPERATION))
-        place_S = place_S[np.lexsort((-spans.took[place_S], spans.start[place_S]))]
-        stack: list[tuple[int, int, bool]] = []
-        for s in place_S.tolist():
-            start, end = int(spans.start[s]), int(spans.start[s] + spans.took[s])
-            while stack and stack[-1][0] <= start:
-                stack.pop()
-            in_product = bool(stack) and stack[-1][2]
-            if stack:
-                own_S[stack[-1][1]] -= min(end, stack[-1][0]) - start
-            is_outer_S[s] = not in_product
-            stack.append((end, s, in_product or bool(spans.flops[s])))
-    return np.maximum(own_S, 0), is_outer_S
+        in_order = _in_order(trace, int(thread), spans.kind == OPERATION)
+        stretches += _stretches(trace, in_order, is_outer_S)
+    table = np.array(stretches, np.int64).reshape(-1, 3)
+    return OwnTime(table[:, 0], table[:, 1], table[:, 2] - table[:, 1], is_outer_S)
+
+
+def _stretches(
+    trace: ProfileTrace, in_order: list[int], is_outer_S: NDArray[np.bool_]
+) -> Iterator[tuple[int, int, int]]:
+    """(operation, from, to) of one thread, each nanosecond once: the innermost that is open has it."""
+    spans, now = trace.spans, -(2**63)
+    stack: list[tuple[int, int, bool]] = []
+    for s in [*in_order, NOBODY]:
+        start, took = (int(spans.start[s]), int(spans.took[s])) if s != NOBODY else (2**63, 0)
+        while stack and stack[-1][0] <= start + took // 2:
+            end, owner, _ = stack.pop()
+            end = min(end, start)
+            if end > now:
+                yield owner, now, end
+            now = max(now, end)
+        if s == NOBODY:
+            return
+        if stack and start > now:
+            yield stack[-1][1], now, start
+        in_product = bool(stack) and stack[-1][2]
+        is_outer_S[s] = not in_product
+        stack.append((start + took, s, in_product or bool(spans.flops[s])))
+        now = max(now, start)
+
+
+def _in_order(trace: ProfileTrace, thread: int, wanted_S: NDArray[np.bool_]) -> list[int]:
+    """A thread's spans by their start; of those that begin together the longest first, as it holds the others."""
+    spans = trace.spans
+    place_S = np.flatnonzero((spans.thread == thread) & wanted_S)
+    in_order = place_S[np.lexsort((-spans.took[place_S], spans.start[place_S]))]
+    return [int(s) for s in in_order]

@@ -46,17 +46,8 @@ def findings_of(operations: Sequence[Operation]) -> list[Finding]:
 
 def _finding(op: Operation, total_ns: int) -> Finding | None:
     share, judged = op.time_ns / total_ns if total_ns else 0.0, op.judged
-    found = Finding(
-        UNMODELED,
-        op.title,
-        op.role,
-        op.time_ns,
-        share,
-        None,
-        None,
-        op.why_not or "no formula",
-        None,
-    )
+    why = op.why_not or "no formula"
+    found = Finding(UNMODELED, op.title, op.role, op.time_ns, share, None, None, why, None)
     if judged is None:
         return replace(found, kind=NOT_JUDGED if op.is_modelled else UNMODELED)
     if judged.is_anomaly:
@@ -84,12 +75,21 @@ def _reason(op: Operation) -> str:
     limit = (
         "moving its bytes" if op.judged.bound == MEMORY else f"its operations in {op.judged.ran_in}"
     )
-    text = f"{took_us:,.1f} µs a call, where {limit} needs {least_us:,.1f} µs"
+    text = f"{took_us:,.1f} µs a call, where {limit} needs {digits(least_us)} µs"
     if op.role not in PRODUCTS and took_us < 20:
-        text += (
-            "; a kernel so short mostly starts and waits: fewer kernels help more than faster ones"
-        )
+        text += "; work so short mostly starts and waits: fewer kernels help more than faster ones"
     return text
+
+
+def digits(value: float) -> str:
+    """Three that count: a small number is not printed as none."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1g}"
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 or share == 0 else "less than 0.1%"
 
 
 def band(efficiency: float | None) -> str:

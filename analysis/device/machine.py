@@ -16,19 +16,22 @@ from prefetch.sim.hardware import Hardware
 
 # Number of multiprocessors and major version: AMD's profiles have an empty name where the driver gives none.
 UNNAMED = {(304, 9): "mi300x_pcie5"}
-SHIPPED = {
-    r"B200\b": "b200_pcie5",
-    r"H200\b": "h200_pcie5",
-    r"H100\b": "h100_pcie5",
-    r"A100.*80GB": "a100_80gb_pcie4",
-    r"MI300X": "mi300x_pcie5",
-    r"RTX 4090\b": "rtx4090_pcie4",
-    r"RTX 5090\b": "rtx5090_pcie5",
-    r"RTX 3090\b": "rtx3090_pcie4",
-    r"RTX 3060\b": "rtx3060_pcie4",
-    r"RTX A6000": "a6000_pcie4",
-    r"RTX 4070 Laptop": "laptop_rtx4070",
+SHIPPED = {  # whole names: a PCIe, NVL, Ti, D or laptop version is another device
+    r"\bB200$": "b200_pcie5",
+    r"\bH200$": "h200_pcie5",
+    r"\bH100( SXM5?)? 80GB HBM3$": "h100_pcie5",
+    r"\bA100 80GB PCIe$": "a100_80gb_pcie4",
+    r"\bMI300X( VF)?$": "mi300x_pcie5",
+    r"\bRTX 4090$": "rtx4090_pcie4",
+    r"\bRTX 5090$": "rtx5090_pcie5",
+    r"\bRTX 3090$": "rtx3090_pcie4",
+    r"\bRTX 3060$": "rtx3060_pcie4",
+    r"\bRTX A6000$": "a6000_pcie4",
+    r"\bRTX 4070 Laptop GPU$": "laptop_rtx4070",
 }
+SAME_MEMORY = (
+    0.08  # devices of one name come with several memories; drivers tell a little less than the file
+)
 
 
 def default_name() -> str:
@@ -41,42 +44,48 @@ def device_file(meta: Mapping[str, Any]) -> str | None:
     """The shipped file of the first device that the profile names, by name or by what it tells of itself."""
     devices = meta.get("deviceProperties")
     rows = devices if isinstance(devices, list) else []
-    for row in (row for row in rows if isinstance(row, dict)):
-        for pattern, file in SHIPPED.items():
-            if re.search(pattern, str(row.get("name", ""))):
-                return file
-        found = UNNAMED.get((row.get("numSms", 0), row.get("computeMajor", 0)))
-        if found is not None:
-            return found
-    return None
+    first = next((row for row in rows if isinstance(row, dict)), {})
+    name = str(first.get("name", "")).strip()
+    found = next((file for pattern, file in SHIPPED.items() if re.search(pattern, name)), None)
+    if not name:
+        found = UNNAMED.get((first.get("numSms", 0), first.get("computeMajor", 0)))
+    return found if found is not None and _has_memory_of(found, first) else None
+
+
+def _has_memory_of(file: str, device: Mapping[str, Any]) -> bool:
+    told = device.get("totalGlobalMem")
+    if not isinstance(told, int):
+        return True
+    leaf: Any = OmegaConf.load(CONFIGS / "hardware" / f"{file}.yaml")
+    expected = int(leaf.device.memory_bytes)
+    return abs(told - expected) <= SAME_MEMORY * expected
 
 
 def judging_hardware(
     cfg: Config, meta: Mapping[str, Any], *, is_cpu: bool
 ) -> tuple[Hardware | None, str]:
     """The hardware, and a sentence about why it. A wrong machine would make every efficiency wrong: then none."""
-    chosen_name = str(cfg.hardware.get("name", "measured"))
-    is_chosen = cfg.diagnose.hardware == "chosen" or chosen_name != default_name()
-    if is_chosen:
-        return instantiate(cfg.hardware, "hardware"), f"hardware={chosen_name}, as chosen."
+    chosen = str(cfg.hardware.get("name", "measured"))
+    if cfg.diagnose.hardware == "chosen" or chosen != default_name():
+        return instantiate(cfg.hardware, "hardware"), f"Peaks: hardware={chosen}, as chosen."
     if is_cpu:
-        return (
-            None,
-            "No hardware was chosen for this CPU: pass hardware=NAME to be told efficiencies.",
-        )
+        return None, "No hardware was chosen for this CPU: pass hardware=NAME to get efficiencies."
     name = device_file(meta)
     if name is not None and (CONFIGS / "hardware" / f"{name}.yaml").is_file():
         leaf = with_choice(cfg, "hardware", name).hardware
-        return instantiate(leaf, "hardware"), f"hardware={name}: the profile names that device."
-    told = [
-        str(row.get("name")) for row in meta.get("deviceProperties") or () if isinstance(row, dict)
-    ][:1]
+        return instantiate(leaf, "hardware"), f"Peaks: hardware={name}, the profile's own device."
+    return None, _no_file(meta)
+
+
+def _no_file(meta: Mapping[str, Any]) -> str:
+    devices = meta.get("deviceProperties")
+    rows = devices if isinstance(devices, list) else []
+    told = next((str(row.get("name")) for row in rows if isinstance(row, dict)), None)
     device = (
-        f"the profile's device {told[0]!r} has no shipped file"
-        if told
-        else "the profile names no device"
+        "the profile names no device"
+        if told is None
+        else f"the profile's device {told!r} has no shipped file"
     )
     return (
-        None,
-        f"No hardware: {device}; pass hardware=NAME diagnose.hardware=chosen to be told efficiencies.",
+        f"No hardware: {device}; pass hardware=NAME diagnose.hardware=chosen to get efficiencies."
     )

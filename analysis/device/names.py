@@ -6,7 +6,7 @@ A rule says what a name is (its role), how its inputs are laid out, and which nu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from prefetch.errors import ConfigError
 
 BUILTIN = CONFIGS / "moe_names" / "builtin.yaml"
 ROLES = (
-    "layer", "experts", "up", "down", "gemm", "router", "routing", "prepare", "activation", "combine", "dispatch",
-    "other",
+    "layer", "experts", "up", "down", "gemm", "router", "routing", "prepare", "permute", "activation", "combine",
+    "dispatch", "collect", "other",
 )  # fmt: skip
 SECTIONS = ("operations", "modules", "frames", "kernels", "hints")
-PLAIN = ("not_hints", "steps", "tokens", "graph_launch", "types")
+PLAIN = ("not_hints", "outside", "steps", "tokens", "graph_launch", "types")
+AXES = ("tokens", "hidden", "experts", "up", "inner", "top_k", "rows", "width")
 SAID = ("weight", "activation", "output", "tile")
 KEYS = {"match", "role", "library", "dims", "concrete", "inside", "note", *SAID}
 
@@ -58,6 +59,7 @@ class Names:
         self._rules = rules
         self._kept: dict[tuple[str, str], Found | None] = {}
         self._not_hints = [_pattern(text, "not_hints") for text in plain["not_hints"]]
+        self._outside = [_pattern(text, "outside") for text in plain["outside"]]
         self.steps = [_pattern(text, "steps") for text in plain["steps"]]
         self.tokens = [_pattern(text, "tokens") for text in plain["tokens"]]
         self._graphs = [_pattern(text, "graph_launch") for text in plain["graph_launch"]]
@@ -84,11 +86,17 @@ class Names:
             return False
         return self.find("hints", name) is not None
 
+    def is_outside(self, module: str) -> bool:
+        """Whether a module of this class is never inside a MoE layer."""
+        return any(pattern.search(module) for pattern in self._outside)
+
     def is_graph_launch(self, name: str) -> bool:
         return any(pattern.search(name) for pattern in self._graphs)
 
-    def is_step(self, name: str) -> bool:
-        return any(pattern.search(name) for pattern in self.steps)
+    def n_steps(self, annotations: Sequence[str]) -> int:
+        """Steps that are annotated, by the first pattern that any fits: the others' steps hold these."""
+        counts = (sum(bool(step.search(name)) for name in annotations) for step in self.steps)
+        return next((n for n in counts if n), 0)
 
     def tokens_of(self, name: str) -> int | None:
         """Tokens of the step that an annotation names: of prompts and generated ones together."""
@@ -138,15 +146,28 @@ def _read(path: Path) -> tuple[dict[str, list[Rule]], dict[str, Any]]:
             f"{path}: a table of names has the sections {', '.join(known)}; found {found}"
         )
     rules = {
-        name: [_rule(row, f"{path}: {name}[{i}]") for i, row in enumerate(table.get(name) or [])]
+        name: [_rule(row, f"{path}: {name}[{i}]") for i, row in enumerate(_rows(table, name, path))]
         for name in SECTIONS
     }
-    plain = {name: _listed(table[name]) for name in PLAIN if name in table}
+    plain = {name: _listed(table[name], f"{path}: {name}") for name in PLAIN if name in table}
     return rules, plain
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _rows(table: Mapping[str, Any], name: str, path: Path) -> list[Any]:
+    rows = table.get(name) or []
+    if not isinstance(rows, list):
+        raise ConfigError(f"{path}: {name}: expected a list of rules, found {rows!r}")
+    return rows
+
+
+def _listed(value: Any, where: str) -> Any:
+    """A text, several, or (types) several under each of several names."""
+    if where.endswith(": types") and isinstance(value, dict):
+        return {str(name): _listed(spelt, f"{where}.{name}") for name, spelt in value.items()}
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{where}: expected a text or a list of texts, found {value!r}")
+    return texts
 
 
 def _rule(row: Any, where: str) -> Rule:
@@ -156,17 +177,41 @@ def _rule(row: Any, where: str) -> Rule:
     role = row.get("role", "other")
     if role not in ROLES:
         raise ConfigError(f"{where}: role {role!r} is none of {', '.join(ROLES)}")
-    dims: Iterable[Any] = row.get("dims") or ()
     return Rule(
         pattern=_pattern(row["match"], where),
         role=role,
         library=str(row.get("library", "")),
-        dims=tuple(None if axes is None else tuple(axes) for axes in dims),
-        concrete=dict(row.get("concrete") or {}),
+        dims=_dims(row, where),
+        concrete=_concrete(row, where),
         inside=bool(row.get("inside", False)),
         said={name: str(row[name]) for name in SAID if name in row},
         note=str(row.get("note", "")),
     )
+
+
+def _dims(row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...] | None, ...]:
+    dims = row.get("dims") or []
+    if not isinstance(dims, list) or not all(axes is None or _are_axes(axes) for axes in dims):
+        raise ConfigError(
+            f"{where}: dims: expected for each input null or a list of {', '.join(AXES)}, found {dims!r}"
+        )
+    return tuple(None if axes is None else tuple(axes) for axes in dims)
+
+
+def _are_axes(axes: Any) -> bool:
+    return isinstance(axes, list) and bool(axes) and set(map(str, axes)) <= set(AXES)
+
+
+def _concrete(row: Mapping[str, Any], where: str) -> dict[str, int]:
+    told = row.get("concrete") or {}
+    is_right = isinstance(told, dict) and all(
+        axis in AXES and type(place) is int and place >= 0 for axis, place in told.items()
+    )
+    if not is_right:
+        raise ConfigError(
+            f"{where}: concrete: expected {{axis: place of the input}}, found {told!r}"
+        )
+    return dict(told)
 
 
 def _pattern(text: Any, where: str) -> re.Pattern[str]:

@@ -56,24 +56,24 @@ def offloaded(
     work = workload_of(rows.rows(slice(half, None)), phase="decode")
     slots = max(card.top_k, int(share * card.n_experts))
     n_pinned = min(slots // 2, slots - card.top_k)
+    often = _most_used(rows.rows(slice(0, half)), n_pinned)
+    ways = ((NOBODY, None), (often, None), (NOBODY, perfect(work, horizon)))
+    took = [_step_ns(work, card, hardware, slots, *way) for way in ways]
+    return Offloaded(slots, n_pinned, horizon, *took)
+
+
+def _step_ns(
+    work: Workload,
+    card: ModelCard,
+    hardware: Hardware,
+    slots: int,
+    pinned: NDArray[np.int64],
+    ahead: Guesses | None,
+) -> float:
     machine = machine_of(card, hardware, work)
     room, size = [slots] * card.n_layers, [1] * card.n_layers
-    often = _most_used(rows.rows(slice(0, half)), n_pinned)
-    guesses = perfect(work, horizon)
-
-    def step_ns(pinned: NDArray[np.int64], ahead: Guesses | None) -> float:
-        return float(
-            timed_replay(work, Lru(), room, size, machine, ahead, pinned=pinned).time_S.mean()
-        )
-
-    return Offloaded(
-        slots,
-        n_pinned,
-        horizon,
-        step_ns(NOBODY, None),
-        step_ns(often, None),
-        step_ns(NOBODY, guesses),
-    )
+    done = timed_replay(work, Lru(), room, size, machine, ahead, pinned=pinned)
+    return float(done.time_S.mean())
 
 
 def perfect(work: Workload, horizon: int) -> Guesses:

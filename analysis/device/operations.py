@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import pandas as pd
 
 from analysis.device.attribution import BY_HINT, BY_KERNEL, Work
 from analysis.device.enclosing import asked_name
+from analysis.device.matrix_products import ARITHMETIC
 from analysis.device.names import Found, Names, Rule
 from analysis.device.profile_trace import FRAME, NOBODY, OPERATION, ProfileTrace
 from analysis.device.roofline import (
@@ -28,6 +29,14 @@ from analysis.device.roofline import (
 )
 from analysis.device.shapes import Known, Shape, shape_of
 
+WORDS = {  # beside each the role, as figures and tables call it
+    "experts": "expert products (experts)", "up": "first expert product (up)", "down": "second expert product (down)",
+    "gemm": "expert product (gemm)", "router": "product of the router", "routing": "routing",
+    "prepare": "preparing of tokens (prepare)", "permute": "sorting of tokens by expert (permute)",
+    "activation": "activation", "combine": "combining of outputs (combine)",
+    "dispatch": "sending of tokens to ranks (dispatch)", "collect": "collecting over ranks (collect)",
+    "other": "other work",
+}  # fmt: skip
 Active = Callable[[Shape], float | None]  # experts that a call needed, where routing is known
 
 
@@ -70,7 +79,7 @@ class Operation:
 
     @property
     def title(self) -> str:
-        return f"{self.role} of {self.name}" if self.role != "layer" else self.name
+        return f"{WORDS[self.role]} of {self.name}" if self.role in WORDS else self.name
 
 
 def operations_of(
@@ -135,36 +144,59 @@ def _operation(
     active: Active | None,
 ) -> Operation:
     name, role, _, told = key
-    kernels: dict[str, tuple[int, int]] = {}
-    for w in pieces:
-        count, took = kernels.get(trace.names[work.name_W[w]], (0, 0))
-        kernels[trace.names[work.name_W[w]]] = count + 1, took + int(work.took_W[w])
-    calls = len({int(work.call_W[w]) for w in pieces})
+    kernels = _kernels(trace, work, pieces)
     detail = int(work.detail_W[pieces[0]])
     rule, inputs = _rule(trace, detail, known.names), _inputs(trace, detail)
     said = _said(kernels, known.names)
-    shape = shape_of(known, rule, inputs, said)
-    per_call = pd.Series(work.took_W[pieces]).groupby(work.call_W[pieces]).sum()
-    modules = {
-        trace.names[trace.spans.name[m]] for m in {int(work.module_W[w]) for w in pieces} if m >= 0
-    }
+    calls = _n_calls(work, pieces, rule if inputs.get("Input Dims") else None)
+    tile = str(said.get("tile", ""))
     base = Operation(
         name=name, role=role, library=_library(kernels, rule, known.names), told_by=told, calls=calls,
-        time_ns=sum(took for _, took in kernels.values()), kernels=kernels, shape=shape,
-        args=str(inputs.get("Input Dims", "")), modules=tuple(sorted(modules)[:3]),
-        mean_rate_per_ns=float((1 / per_call[per_call > 0]).mean()) if (per_call > 0).any() else 0.0,
-        tile=int(said["tile"]) if str(said.get("tile", "")).isdigit() else None,
+        time_ns=sum(took for _, took in kernels.values()), kernels=kernels,
+        shape=shape_of(known, rule, inputs, said), args=str(inputs.get("Input Dims", "")),
+        modules=_modules(trace, work, pieces), mean_rate_per_ns=_mean_rate(work, pieces),
+        tile=int(tile) if tile.isdigit() else None,
     )  # fmt: skip
     counted = _counted(work, pieces, calls) if role not in PRODUCTS[:3] else None
     return judged(base, peaks, active, counted)
 
 
+def _kernels(trace: ProfileTrace, work: Work, pieces: Sequence[int]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for w in pieces:
+        name = trace.names[work.name_W[w]]
+        count, took = found.get(name, (0, 0))
+        found[name] = count + 1, took + int(work.took_W[w])
+    return found
+
+
+def _n_calls(work: Work, pieces: Sequence[int], rule: Rule | None) -> int:
+    """Passages through the layer; of an operation that is called with these inputs several times in each, its calls."""
+    passages = len({int(work.call_W[w]) for w in pieces})
+    if rule is None or not rule.dims:
+        return passages
+    products = sum(int(work.flops_W[w] > 0) for w in pieces)
+    return max(passages, products or len({int(work.detail_W[w]) for w in pieces}))
+
+
+def _modules(trace: ProfileTrace, work: Work, pieces: Sequence[int]) -> tuple[str, ...]:
+    innermost = {int(work.module_W[w]) for w in pieces} - {NOBODY}
+    return tuple(sorted({trace.names[trace.spans.name[m]] for m in innermost})[:3])
+
+
+def _mean_rate(work: Work, pieces: Sequence[int]) -> float:
+    per_call = pd.Series(work.took_W[pieces]).groupby(work.call_W[pieces]).sum()
+    is_timed = per_call > 0
+    return float((1 / per_call[is_timed]).mean()) if is_timed.any() else 0.0
+
+
 def _counted(work: Work, pieces: Sequence[int], calls: int) -> Cost | None:
     """Products whose sizes the profile gives one by one need no formula."""
     flops, n_bytes = int(work.flops_W[pieces].sum()), int(work.bytes_W[pieces].sum())
-    return (
-        Cost(flops / calls, n_bytes / calls, "fp32" if work.is_cpu else "bf16") if flops else None
-    )
+    if not flops:
+        return None
+    longest = max(pieces, key=lambda w: int(work.flops_W[w]))
+    return Cost(flops / calls, n_bytes / calls, ARITHMETIC[int(work.kind_W[longest])])
 
 
 def judged(
@@ -174,30 +206,28 @@ def judged(
     exact = active(base.shape) if active is not None and base.role in PRODUCTS else None
     by_formula = cost_of(base.role, base.shape, exact)  # knows that idle experts are not read
     cost = by_formula or counted
-    values = {
-        **vars(base),
-        "cost": cost,
-        "is_exact": exact is not None or (by_formula is None and counted is not None),
-    }
-    if cost is None:
-        missing = ", ".join(base.shape.missing(base.role))
-        why = f"{missing} not known" if missing else "no formula for what it does"
-        return Operation(
-            **{**values, "why_not": "; ".join(filter(None, (why, base.shape.why_not)))}
-        )
+    is_exact = exact is not None or (by_formula is None and counted is not None)
+    op = replace(base, cost=cost, is_exact=is_exact)
+    found = None if cost is None or peaks is None else judge(cost, base.mean_ns, peaks)
+    if cost is None or peaks is None or found is None:
+        return replace(op, why_not=_why_not(op, peaks))
+    if not found.is_anomaly:
+        return replace(op, judged=found)
+    why = why_too_fast(base.role, base.shape, base.mean_ns, peaks, is_exact=exact is not None)
+    return replace(op, judged=found, anomaly=why)
+
+
+def _why_not(op: Operation, peaks: Peaks | None) -> str:
+    """Why there is no cost, else why there is no efficiency."""
+    if op.cost is None:
+        missing = ", ".join(op.shape.missing(op.role))
+        why = f"not known: {missing}" if missing else "no formula for what it does"
+        return "; ".join(filter(None, (why, op.shape.why_not if missing else "")))
     if peaks is None:
-        return Operation(**{**values, "why_not": "no hardware file for this device"})
-    found = judge(cost, base.mean_ns, peaks)
-    if found is None:
-        why = (
-            "the network's rate is not known"
-            if cost.on_network
-            else f"{peaks.name} has no rate for it"
-        )
-        why = why if base.time_ns else "no time was measured"
-        return Operation(**{**values, "why_not": why})
-    anomaly = why_too_fast(base.role, base.shape, base.mean_ns, peaks) if found.is_anomaly else ""
-    return Operation(**{**values, "judged": found, "anomaly": anomaly})
+        return "no hardware file for this device"
+    if op.cost.on_network:
+        return "the network's rate is not known"
+    return f"{peaks.name} has no rate for it" if op.time_ns else "no time was measured"
 
 
 def _rule(trace: ProfileTrace, span: int, names: Names) -> Rule | None:

@@ -5,17 +5,22 @@ They look as `prefetch.figures` says, and count nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.device.diagnosis import Diagnosis
 from analysis.device.operations import Operation
+from analysis.device.plain_text import one_line
 from analysis.device.roofline import COMPUTE, MEMORY, PRODUCTS, Peaks
 from prefetch.figures import (
+    BLACK,
     BLUE,
+    CATEGORIES,
     GREEN,
     GREY,
     ORANGE,
@@ -35,10 +40,16 @@ from prefetch.figures import (
 from prefetch.sim.panels import Stacked
 
 LOOKS = {
-    "up": BLUE, "down": SKY, "experts": BLUE, "gemm": SKY, "router": PURPLE, "routing": ORANGE, "prepare": YELLOW,
-    "activation": PURPLE, "combine": GREEN, "dispatch": VERMILLION, "other": GREY,
+    "up": BLUE, "down": SKY, "experts": BLUE, "gemm": SKY, "router": BLACK, "routing": ORANGE, "prepare": YELLOW,
+    "permute": "#A6761D", "activation": PURPLE, "combine": GREEN, "dispatch": VERMILLION, "collect": "#8C2D04",
+    "other": GREY,
 }  # fmt: skip
 REST = Key("not MoE", "#CFCFCF", shape="bar")
+BOUNDS = [
+    Key("memory bound", BLUE, shape="bar"),
+    Key("compute bound", ORANGE, shape="bar"),
+    Key("anomaly: over 100 %", VERMILLION, shape="bar"),
+]
 MOST_OPERATIONS = 8
 AIR = 1.5  # round the values of a logarithmic axis
 DASHES: tuple[Dash, ...] = ("-", "--", ":")
@@ -55,7 +66,13 @@ class Decades(Lines):
             getattr(axes, f"set_{which}lim")(found.min() / AIR, found.max() * AIR)
             axis = getattr(axes, f"{which}axis")
             axis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_minor_formatter(lambda value, _: "")
+            axis.set_minor_formatter(_some_digits)
+
+
+def _some_digits(value: float, _: int) -> str:
+    """Of the ticks between decades those at two and five: an axis of one decade has two labels more."""
+    first = f"{value:e}"[0]
+    return f"{value:g}" if first in "25" else ""
 
 
 def draw_all(found: Diagnosis, folder: Path) -> list[Path]:
@@ -83,7 +100,7 @@ def time_by_role(found: Diagnosis, folder: Path) -> list[Path]:
         rest = (found.times.kernel_ns - found.times.moe_kernel_ns) / 1e6
         parts = np.vstack([parts, [[rest]]])
     panel = Stacked(
-        "Kernel time" if found.times is not None else "MoE kernel time",
+        found.times.sum_of.capitalize() if found.times is not None else "MoE kernel time",
         Axis("time (ms)", low=0),
         Axis(""),
         names=["profile"],
@@ -100,29 +117,19 @@ def efficiency(found: Diagnosis, folder: Path) -> list[Path]:
     shown = [op for op in found.operations if op.judged is not None][:MOST_OPERATIONS]
     if not shown:
         return []
-    kinds = [
-        Key("memory bound", BLUE, shape="bar"),
-        Key("compute bound", ORANGE, shape="bar"),
-        Key("anomaly: over 100 %", VERMILLION, shape="bar"),
-    ]
-    looks = {MEMORY: kinds[0].label, COMPUTE: kinds[1].label}
     judged = [op.judged for op in shown if op.judged is not None]
+    looks = {MEMORY: BOUNDS[0].label, COMPUTE: BOUNDS[1].label}
     panel = Bars(
         "Operations, the longest first",
         Axis("", names=tuple(_short(op, shown) for op in shown)),
         Axis("roofline / time (%)", low=0),
-        marks=(Mark(40.0, "bottleneck below", ":"), Mark(100.0, "the roofline")),
+        marks=(Mark(40.0, "40 %: a bottleneck below, if long", ":"), Mark(100.0, "the roofline")),
         heights_E=np.array([100 * one.efficiency for one in judged]),
-        kind_E=[kinds[2].label if one.is_anomaly else looks[one.bound] for one in judged],
-        kinds=kinds,
+        kind_E=[BOUNDS[2].label if one.is_anomaly else looks[one.bound] for one in judged],
+        kinds=BOUNDS,
     )
-    return draw(
-        folder / "efficiency",
-        "How near to the hardware's limit",
-        [panel],
-        note=note(found),
-        panel_size=(6, 2.8),
-    )
+    title = "How near to the hardware's limit"
+    return draw(folder / "efficiency", title, [panel], note=note(found), panel_size=(6, 2.8))
 
 
 def _short(op: Operation, shown: Sequence[Operation]) -> str:
@@ -134,7 +141,7 @@ def _short(op: Operation, shown: Sequence[Operation]) -> str:
 def by_passage(found: Diagnosis, folder: Path) -> list[Path]:
     us = found.layer_us.time_us.to_numpy()
     panel = Lines(
-        "MoE kernels of each passage",
+        "MoE work of each passage",
         Axis("passage through a MoE layer, in order of time", whole=True),
         Axis("time (µs)", low=0),
         [Line(np.arange(len(us)), us, "", BLUE, dots=len(us) <= 64)],
@@ -151,45 +158,42 @@ def by_passage(found: Diagnosis, folder: Path) -> list[Path]:
 
 def roofline(operations: Sequence[Operation], peaks: Peaks, folder: Path) -> list[Path]:
     """Achieved rate of the expert products by their intensity."""
-    shown = [op for op in operations if op.judged is not None and op.role in PRODUCTS]
+    shown = [op for op in operations if op.role in PRODUCTS and _has_place(op)]
     if not shown:
         return []
     x = np.array([op.judged.cost.flops / op.judged.cost.n_bytes for op in shown if op.judged])
     ran = sorted({op.judged.ran_in for op in shown if op.judged})
     span = np.geomspace(x.min() / 5, x.max() * 5, 100)
-    limits = [
-        Line(
-            span,
-            np.minimum(span * peaks.bytes_per_s, peaks.operations_per_s[kind]) / 1e12,
-            f"limit, {kind}",
-            GREY,
-            dash,
-            dots=False,
-        )
-        for kind, dash in zip(ran, DASHES, strict=False)
+    limits = [_limit(span, kind, peaks, dash) for kind, dash in zip(ran, DASHES, strict=False)]
+    colours = itertools.cycle(CATEGORIES)  # several may have one role
+    points = [
+        _point(float(at), op, _short(op, shown), colour)
+        for at, op, colour in zip(x, shown, colours, strict=False)
     ]
-    points = [_point(float(at), op) for at, op in zip(x, shown, strict=True)]
-    panel = Decades(
-        f"{peaks.name}",
-        Axis("operations per byte"),
-        Axis("TFLOP/s"),
-        [*limits, *points],
-    )
-    return draw(
-        folder / "roofline",
-        "Roofline",
-        [panel],
-        note=f"Peaks: {peaks.source}.",
-        panel_size=(5, 3.2),
-    )
+    axes = Axis("operations per byte"), Axis("TFLOP/s")
+    panel = Decades(one_line(peaks.name), *axes, [*limits, *points])
+    told = f"Peaks: {peaks.source}."
+    return draw(folder / "roofline", "Roofline", [panel], note=told, panel_size=(5, 3.2))
 
 
-def _point(intensity: float, op: Operation) -> Line:
+def _has_place(op: Operation) -> bool:
+    """Axes of decades have no nought."""
+    return op.judged is not None and min(op.judged.cost.flops, op.judged.cost.n_bytes) > 0
+
+
+def _limit(span: NDArray[np.float64], kind: str, peaks: Peaks, dash: Dash) -> Line:
+    rate = peaks.rate(kind)
+    assert rate is not None, "something ran in it"
+    y = np.minimum(span * peaks.bytes_per_s, rate[0]) / 1e12
+    return Line(span, y, f"limit, {kind}", GREY, dash, dots=False)
+
+
+def _point(intensity: float, op: Operation, name: str, colour: str) -> Line:
     assert op.judged is not None
     at = [intensity], [op.judged.cost.flops / op.mean_ns / 1e3]
-    return Line(*at, op.role, LOOKS.get(op.role, GREY), "none", dots=True)
+    return Line(*at, name, colour, "none", dots=True)
 
 
 def note(found: Diagnosis) -> str:
     against = f" Peaks: {found.peaks.name}, {found.peaks.source}." if found.peaks else ""
-    return f"{Path(found.source).name}, status {found.status}.{against}"
+    return one_line(f"{Path(found.source).name}, status {found.status}.{against}")

@@ -7,6 +7,7 @@ N device activities, S host spans, Q launches. Times are whole nanoseconds.
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.device.chrome_trace import ChromeTrace
+from analysis.device.matrix_products import MATMULS, NO_PRODUCT, Product, product_of
 from analysis.device.names import Names
 from prefetch.errors import FormatError, reading
 
@@ -34,9 +36,15 @@ LAUNCHES = {
     "driver",
 }
 MODULE_PREFIX = "nn.Module: "
-MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm"}
-ELEMENT_BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2}
+# columns
+ACTIVITY = ("name", "start", "took", "device", "stream", "correlation", "external", "kind")
+LAUNCH = ("correlation", "external", "start", "thread", "process", "name")
+SPAN = (
+    "name", "start", "took", "thread", "kind", "external", "inputs", "flops", "bytes", "arithmetic", "sequence",
+    "backward",
+)  # fmt: skip
 NOBODY = -1
+LATEST_NS, LONGEST_NS = 2**62, 2**52  # of a moment; of a duration, 52 days: sums of both stay whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +70,9 @@ class ProfileTrace:
     path: Path
     names: tuple[str, ...]
     meta: Mapping[str, Any]
-    activities: Columns  # name, start, took, device, stream, correlation, external, kind
-    spans: Columns  # name, start, took, thread, kind, external, inputs, flops, bytes, sequence, backward
-    launches: Columns  # correlation, external, start, thread, name
+    activities: Columns  # ACTIVITY
+    spans: Columns  # SPAN
+    launches: Columns  # LAUNCH
     inputs: tuple[dict[str, Any], ...]
     n_events: int
 
@@ -116,23 +124,9 @@ class _Reader:
         self.threads: dict[tuple[Any, Any], int] = {}
         self.inputs: list[dict[str, Any]] = []
         self.input_of: dict[str, int] = {}
-        self.activities = _Table(
-            "name", "start", "took", "device", "stream", "correlation", "external", "kind"
-        )
-        self.spans = _Table(
-            "name",
-            "start",
-            "took",
-            "thread",
-            "kind",
-            "external",
-            "inputs",
-            "flops",
-            "bytes",
-            "sequence",
-            "backward",
-        )
-        self.launches = _Table("correlation", "external", "start", "thread", "name")
+        self.activities, self.spans = _Table(*ACTIVITY), _Table(*SPAN)
+        self.launches = _Table(*LAUNCH)
+        self.processes: dict[Any, int] = {}
         self.n_events = 0
 
     def add(self, event: dict[str, Any]) -> None:
@@ -153,7 +147,7 @@ class _Reader:
 
     def _activity(self, event: dict[str, Any], kind: int) -> None:
         start, took = self._times(event)
-        args = event.get("args") or {}
+        args = self._args(event)
         self.activities.add(
             self._name(event), start, took, _whole(args.get("device", event.get("pid")), 0),
             _whole(args.get("stream", event.get("tid")), 0), _whole(args.get("correlation")),
@@ -161,20 +155,22 @@ class _Reader:
         )  # fmt: skip
 
     def _launch(self, event: dict[str, Any]) -> None:
-        args = event.get("args") or {}
+        args = self._args(event)
         external = _whole(args.get("External id", args.get("external id")))
         correlation = _whole(args.get("correlation"))
         if correlation == external == NOBODY:
             return
         start, _ = self._times(event)
-        self.launches.add(correlation, external, start, self._thread(event), self._name(event))
+        process = self.processes.setdefault(str(event.get("pid")), len(self.processes))
+        row = correlation, external, start, self._thread(event), process, self._name(event)
+        self.launches.add(*row)
 
     def _operation(self, event: dict[str, Any]) -> None:
-        name, args = str(event.get("name", "")), event.get("args") or {}
-        flops, n_bytes = _matmul(args) if name in MATMULS else (0, 0)
+        name, args = str(event.get("name", "")), self._args(event)
+        product = product_of(args) if name in MATMULS else NO_PRODUCT
         found = self.moe.find("operations", name)
         kept = self._keep(args) if found is not None else NOBODY
-        self._span(event, OPERATION, kept, flops, n_bytes)
+        self._span(event, OPERATION, kept, product)
 
     def _python(self, event: dict[str, Any]) -> None:
         """Modules, and functions that a rule names. Of the others there are too many."""
@@ -185,14 +181,14 @@ class _Reader:
             self._span(event, FRAME)
 
     def _span(
-        self, event: dict[str, Any], kind: int, kept: int = NOBODY, flops: int = 0, n_bytes: int = 0
+        self, event: dict[str, Any], kind: int, kept: int = NOBODY, product: Product = NO_PRODUCT
     ) -> None:
         start, took = self._times(event)
-        args = event.get("args") or {}
+        args = self._args(event)
         external = _whole(args.get("External id", args.get("external id")))
         backward = _whole(args.get("Fwd thread id"), 0)
         self.spans.add(
-            self._name(event), start, took, self._thread(event), kind, external, kept, flops, n_bytes,
+            self._name(event), start, took, self._thread(event), kind, external, kept, *product,
             _whole(args.get("Sequence number")), backward,
         )  # fmt: skip
 
@@ -209,17 +205,27 @@ class _Reader:
             self.inputs.append(wanted)
         return self.input_of[text]
 
+    def _args(self, event: dict[str, Any]) -> dict[str, Any]:
+        args = event.get("args") or {}
+        if not isinstance(args, dict):
+            raise self._wrong(event, f"expected args {{...}}, found {str(args)[:60]!r}")
+        return args
+
     def _times(self, event: dict[str, Any]) -> tuple[int, int]:
         try:
-            start, took = float(event["ts"]), float(event.get("dur", 0))
-            if took < 0 or not np.isfinite(start) or not np.isfinite(took):
+            start, took = _nanoseconds(event["ts"]), _nanoseconds(event["dur"])
+            if not 0 <= took <= LONGEST_NS or abs(start) > LATEST_NS:
                 raise ValueError
-            return round(start * 1000), round(took * 1000)
-        except (KeyError, TypeError, ValueError):
-            raise FormatError(
-                f"{self.path}: event {self.n_events:,} ({str(event.get('name'))[:60]!r}): expected numbers ts and dur "
-                f">= 0, found ts={event.get('ts')!r}, dur={event.get('dur')!r}"
+            return start, took
+        except (KeyError, TypeError, ValueError, OverflowError):
+            found = f"ts={str(event.get('ts'))[:30]}, dur={str(event.get('dur'))[:30]}"
+            raise self._wrong(
+                event, f"expected numbers ts and dur >= 0 (µs), found {found}"
             ) from None
+
+    def _wrong(self, event: dict[str, Any], what: str) -> FormatError:
+        name = str(event.get("name"))[:60]
+        return FormatError(f"{self.path}: event {self.n_events:,} ({name!r}): {what}")
 
     def _name(self, event: dict[str, Any]) -> int:
         text = (
@@ -228,7 +234,8 @@ class _Reader:
         return self.name_of.setdefault(text, len(self.name_of))
 
     def _thread(self, event: dict[str, Any]) -> int:
-        return self.threads.setdefault((event.get("pid"), event.get("tid")), len(self.threads))
+        who = str(event.get("pid")), str(event.get("tid"))
+        return self.threads.setdefault(who, len(self.threads))
 
 
 def read_profile(path: str | Path, names: Names) -> ProfileTrace:
@@ -243,6 +250,7 @@ def read_profile(path: str | Path, names: Names) -> ProfileTrace:
         reader.launches.done(), tuple(reader.inputs), reader.n_events,
     )  # fmt: skip
     _need_work(found)
+    _need_one_process(found)
     return found
 
 
@@ -262,29 +270,30 @@ def _need_work(trace: ProfileTrace) -> None:
         )
 
 
+def _need_one_process(trace: ProfileTrace) -> None:
+    """Each process numbers its launches from the same number: of several one cannot tell whose a kernel is."""
+    launches = trace.launches
+    place_Q = np.flatnonzero(launches.correlation != NOBODY)
+    order_Q = place_Q[np.argsort(launches.correlation[place_Q], kind="stable")]
+    number_Q, process_Q = launches.correlation[order_Q], launches.process[order_Q]
+    clash_Q = np.flatnonzero((np.diff(number_Q) == 0) & (np.diff(process_Q) != 0))
+    if len(clash_Q):
+        raise FormatError(
+            f"{trace.path}: expected one process, found {len(np.unique(launches.process))}, and {len(clash_Q):,} "
+            f"numbers of launches that two of them use (first {number_Q[clash_Q[0]]}): pass each rank's own profile"
+        )
+
+
+def _nanoseconds(us: Any) -> int:
+    """Of microseconds; what is behind the point apart, for moments since 1970 have no digits to spare."""
+    number = us if isinstance(us, int) else float(us)
+    whole = math.floor(number)
+    return whole * 1000 + round((number - whole) * 1000)
+
+
 def _whole(value: Any, otherwise: int = NOBODY) -> int:
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):
         return otherwise
     return number if abs(number) < 2**63 else otherwise
-
-
-def _matmul(args: Mapping[str, Any]) -> tuple[int, int]:
-    """Operations, and bytes of a matrix product that is read and written once, from what it was called with."""
-    dims, types = args.get("Input Dims"), args.get("Input type")
-    if not isinstance(dims, list) or not isinstance(types, list):
-        return 0, 0
-    pairs = [(d, t) for d, t in zip(dims, types, strict=False) if _is_matrix(d)]
-    if len(pairs) < 2:
-        return 0, 0
-    (left, kind), (right, _) = pairs[-2:]
-    rows, inner = int(np.prod(left[:-1])), left[-1]
-    columns = right[-1]
-    size = ELEMENT_BYTES.get(kind, 4)
-    touched = int(np.prod(left)) + int(np.prod(right)) + rows * columns
-    return 2 * rows * inner * columns, touched * size
-
-
-def _is_matrix(dims: Any) -> bool:
-    return isinstance(dims, list) and len(dims) in (2, 3) and all(isinstance(n, int) for n in dims)

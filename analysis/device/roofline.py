@@ -29,9 +29,11 @@ WIDER = {
     "fp8": "bf16",
     "int8": "bf16",
     "bf16": "fp32",
+    "fp16": "fp32",
 }  # where there are no such units
 COMPUTE, MEMORY = "compute", "memory"
 INDEX_BYTES = 4
+SAME_RATE = {"fp16": "bf16", "bf16": "fp16"}  # where only one of the two is told
 PRODUCTS = ("experts", "up", "down", "gemm")
 SCORES = "fp32"  # of routers
 
@@ -58,9 +60,10 @@ class Peaks:
 
     def rate(self, arithmetic: str) -> tuple[float, str] | None:
         """Operations per second, and in which type they really run."""
-        asked: str | None = "bf16" if arithmetic == "fp16" else arithmetic
+        asked: str | None = arithmetic
         while asked is not None:
-            if rate := self.operations_per_s.get(asked):
+            twin = self.operations_per_s.get(SAME_RATE.get(asked, asked))
+            if rate := self.operations_per_s.get(asked) or twin:
                 return rate, asked
             asked = WIDER.get(asked)
         return None
@@ -98,9 +101,9 @@ def active_experts(tokens: float, experts: int, top_k: int) -> float:
 
 
 def arithmetic_of(weight: str, activation: str) -> str:
-    """The wider of the two; two of four bits have units of their own."""
+    """The wider of the two; two of four bits have units of their own, if they are floating point."""
     wide = max((activation, weight), key=lambda kind: WIDTH[kind])
-    return {"mxfp4": "fp4", "int4": "fp4"}.get(wide, wide)
+    return {"mxfp4": "fp4", "int4": "int8"}.get(wide, wide)
 
 
 def cost_of(role: str, shape: Shape, active: float | None = None) -> Cost | None:
@@ -115,7 +118,10 @@ def cost_of(role: str, shape: Shape, active: float | None = None) -> Cost | None
 def _expected(shape: Shape, role: str) -> float:
     assert shape.experts is not None
     if role == "gemm":
-        return active_experts(shape.rows or 0, shape.local_experts or shape.experts, 1)
+        k, here = shape.top_k or 1, shape.local_experts or shape.experts
+        if k > 1 and here == shape.experts and (shape.rows or 0) % k == 0:
+            return active_experts((shape.rows or 0) // k, here, k)  # a token's choices differ
+        return active_experts(shape.rows or 0, here, 1)
     return active_experts(shape.tokens or 0, shape.experts, shape.top_k or 1) * shape.local_share
 
 
@@ -133,16 +139,17 @@ class _Sizes:
             shape.activation or "bf16",
             shape.output or "bf16",
         )
-        self.b_w, self.b_in, self.b_out = BYTES[weight], BYTES[activation], BYTES[output]
-        self.arithmetic = arithmetic_of(weight, activation)
+        self.b_w = BYTES[weight] + shape.scale_bytes
+        self.b_in, self.b_out = BYTES[activation], BYTES[output]
+        self.arithmetic, self.plain = arithmetic_of(weight, activation), output
+        self.weighing = max(0.0, 2 * self.choices - self.M) * self.K  # a product and a sum for each
 
 
 def _experts(s: _Sizes, active: float | None) -> Cost:
     a = active or 0.0
     product = 2 * s.choices * s.K * s.N
-    weighing = s.M * s.K * (2 * s.k - 1)
     n_bytes = s.M * s.K * s.b_in + a * s.N * s.K * s.b_w * (s.g + 1) + s.M * s.K * s.b_out
-    return Cost(product * s.g + product + weighing, n_bytes, s.arithmetic, a)
+    return Cost(product * s.g + product + s.weighing, n_bytes, s.arithmetic, a)
 
 
 def _up(s: _Sizes, active: float | None) -> Cost:
@@ -165,7 +172,7 @@ def _gemm(s: _Sizes, active: float | None) -> Cost:
 
 def _router(s: _Sizes, _: float | None) -> Cost:
     n_bytes = s.M * s.K * s.b_out + s.E * s.K * s.b_out + s.M * s.E * s.b_out
-    return Cost(2 * s.M * s.K * s.E, n_bytes, "bf16")
+    return Cost(2 * s.M * s.K * s.E, n_bytes, s.plain)
 
 
 def _routing(s: _Sizes, _: float | None) -> Cost:
@@ -178,6 +185,11 @@ def _prepare(s: _Sizes, _: float | None) -> Cost:
     return Cost(0.0, s.M * s.K * (s.b_out + s.b_in), SCORES)
 
 
+def _permute(s: _Sizes, _: float | None) -> Cost:
+    """Each token is read once, and written once for each of its experts."""
+    return Cost(0.0, s.M * s.K * s.b_out + s.choices * s.K * s.b_in, SCORES)
+
+
 def _activation(s: _Sizes, _: float | None) -> Cost:
     return Cost(0.0, s.choices * s.N * s.b_out * (s.g + 1), SCORES)
 
@@ -185,16 +197,21 @@ def _activation(s: _Sizes, _: float | None) -> Cost:
 def _combine(s: _Sizes, _: float | None) -> Cost:
     """The outputs of a token's experts in, their weighted sum out."""
     n_bytes = (s.choices + s.M) * s.K * s.b_out
-    return Cost(s.M * s.K * (2 * s.k - 1), n_bytes, SCORES)
+    return Cost(s.weighing, n_bytes, SCORES)
 
 
 def _dispatch(s: _Sizes, _: float | None) -> Cost:
     return Cost(0.0, s.M * s.K * s.b_in, SCORES, on_network=True)
 
 
+def _collect(s: _Sizes, _: float | None) -> Cost:
+    return Cost(0.0, s.M * s.K * s.b_out, SCORES, on_network=True)
+
+
 FORMULAS = {
     "experts": _experts, "up": _up, "down": _down, "gemm": _gemm, "router": _router, "routing": _routing,
-    "prepare": _prepare, "activation": _activation, "combine": _combine, "dispatch": _dispatch,
+    "prepare": _prepare, "permute": _permute, "activation": _activation, "combine": _combine,
+    "dispatch": _dispatch, "collect": _collect,
 }  # fmt: skip
 
 
@@ -210,8 +227,15 @@ def judge(cost: Cost, took_ns: float, peaks: Peaks) -> Judged | None:
     return Judged(cost, roofline_ns, bound, roofline_ns / took_ns, rate[1])
 
 
-def why_too_fast(role: str, shape: Shape, took_ns: float, peaks: Peaks) -> str:
+def why_too_fast(
+    role: str, shape: Shape, took_ns: float, peaks: Peaks, *, is_exact: bool = False
+) -> str:
     """Over 100 %: whether any routing could explain it, or the time or the shape must be wrong."""
+    if is_exact:
+        return (
+            "impossible on this device with the recorded routing: it is of another run, or the durations, the sizes, "
+            "the number type or the hardware file are not those of this one"
+        )
     fewest = float(shape.top_k or 1) * shape.local_share if role in PRODUCTS else None
     least = cost_of(role, shape, fewest)
     judged = judge(least, took_ns, peaks) if least is not None else None
@@ -221,6 +245,6 @@ def why_too_fast(role: str, shape: Shape, took_ns: float, peaks: Peaks) -> str:
             f"{judged.efficiency:.0%} of the roofline; record the routing (trace=...) to know"
         )
     return (
-        "impossible on this device whatever the routing: the durations, the shapes, the number type or the hardware "
+        "impossible on this device whatever the routing: the durations, the sizes, the number type or the hardware "
         "file are not those of this run"
     )

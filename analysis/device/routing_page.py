@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
-from analysis.device.diagnosis import Diagnosis, layer_shape
+from analysis.device.beside import layer_shape
+from analysis.device.diagnosis import Diagnosis
+from analysis.device.plain_text import shown
 from analysis.device.roofline import BYTES
+from analysis.device.step_routing import Imbalance
 
 
 def routing_page(found: Diagnosis) -> str:
@@ -20,33 +23,50 @@ def routing_page(found: Diagnosis) -> str:
 
 
 def _of_routing(found: Diagnosis) -> Iterator[str]:
-    routing = found.routing
-    assert routing is not None
-    together = "one token of as many requests" if routing.is_decode else "consecutive tokens"
-    yield (
-        f"{len(routing.counts_SLE):,} steps of {routing.tokens:,} tokens ({together}) of "
-        f"{routing.source or 'the trace'}: a layer needs {routing.active:.2f} of {routing.card.n_experts} experts "
-        "in a step, mean."
-    )
-    if "utilisation" in found.sections:
-        yield "### Expert utilisation\n\n" + _means(found.sections["utilisation"], UTILISATION)
-    yield "### Gating\n\n" + _gating(found.sections)
+    sections = found.sections
+    yield _steps(found)
+    if "utilisation" in sections:
+        yield "### Expert utilisation\n\n" + _means(sections["utilisation"], UTILISATION)
+    yield "### Gating\n\n" + _gating(sections)
     if found.imbalances:
-        yield "### Cost of imbalance\n\n" + "\n".join(
-            f"- {one.ranks} rank{'s' if one.ranks > 1 else ''}: busiest {one.max_over_mean:.3f} times the mean; "
-            f"products of a step take {one.actual_ns / 1e3:,.1f} µs at the roofline, balanced "
-            f"{one.balanced_ns / 1e3:,.1f}: imbalance costs {one.cost_ns / 1e3:+,.1f} µs ({one.cost_share:+.1%})"
-            for one in found.imbalances
-        )
+        lines = "\n".join(_imbalance(one) for one in found.imbalances)
+        yield f"### Cost of imbalance\n\nAll expert products of a step, at the roofline:\n\n{lines}"
     yield "### Communication\n\n" + _communication(found)
-    if "capacity" in found.sections:
-        yield "### Token dropping\n\n" + _dropping(found.sections["capacity"])
-    if "hotspots" in found.sections and len(found.sections["hotspots"]):
-        rows = found.sections["hotspots"].head(5)
+    if "capacity" in sections:
+        yield "### Token dropping\n\n" + _dropping(sections["capacity"])
+    if "hotspots" in sections and len(sections["hotspots"]):
+        rows = sections["hotspots"].head(5)
         yield "### Hotspots\n\n" + "\n".join(
             f"- layer {row.layer}, expert {row.expert}: {row.ratio:.2f} times its even share (z {row.z:.1f})"
             for row in rows.itertuples()
         )
+
+
+def _steps(found: Diagnosis) -> str:
+    routing = found.routing
+    assert routing is not None
+    together = (
+        "one token of each of as many requests" if routing.is_decode else "consecutive tokens"
+    )
+    if routing.is_decode and routing.steps.requests < routing.tokens:
+        together = f"of {routing.steps.requests:.1f} requests"
+    source = shown(routing.source or "the trace")
+    return (
+        f"{len(routing.counts_SLE):,} steps of {routing.tokens:,} tokens ({together}) of {source}: a layer needs "
+        f"{routing.active:.2f} of {routing.card.n_experts} experts in a step, mean."
+    )
+
+
+def _imbalance(one: Imbalance) -> str:
+    took = f"{one.actual_ns / 1e3:,.1f} µs, spread evenly {one.balanced_ns / 1e3:,.1f}"
+    if one.cost_ns < 0:
+        says = f"uneven routing saves {-one.cost_ns / 1e3:,.1f} µs ({-one.cost_share:.1%}), as fewer experts are read"
+    else:
+        says = f"imbalance costs {one.cost_ns / 1e3:,.1f} µs ({one.cost_share:.1%})"
+    if one.ranks == 1:
+        return f"- 1 rank: {took}: {says}"
+    busiest = f"the busiest has {one.max_over_mean:.2f} times the mean load"
+    return f"- {one.ranks} ranks, {busiest}: {took}: {says}"
 
 
 UTILISATION = {

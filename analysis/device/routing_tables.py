@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from analysis.device.steps import Steps
 from analysis.routing import balance, remedies, statistics
 from analysis.routing.batch import accumulate, plan_of
 from analysis.routing.router import router_statistics
@@ -25,11 +26,12 @@ class RoutingTables:
     missing: dict[str, str] = field(default_factory=dict)  # table -> why
 
 
-def routing_tables(trace: Traceable, tokens: int) -> RoutingTables:
-    """Windows are as large as the profile's step, so that drops and hotspots are those of its batches."""
-    plan = plan_of(trace)
-    usage, windows = statistics.Usage(plan), Windows(plan, tokens)
-    accumulate(trace, plan, [usage, windows])
+def routing_tables(trace: Traceable, steps: Steps) -> RoutingTables:
+    """Windows are the profile's steps, so that drops are those of its batches; all else is of the whole trace."""
+    plan, of_steps = plan_of(trace), plan_of(steps.rows)
+    usage, windows = statistics.Usage(plan), Windows(of_steps, steps.tokens)
+    accumulate(trace, plan, [usage])
+    accumulate(steps.rows, of_steps, [windows])
     counts_LE, tokens_L, card = usage.counts(), usage.tokens(), plan.card
     parts = usage.counts(part=TRAIN), usage.counts(part=TEST)
     load = balance.load(counts_LE, tokens_L, card.top_k, card)

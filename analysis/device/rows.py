@@ -25,6 +25,7 @@ def to_json(found: Diagnosis) -> dict[str, Any]:
         "source": found.source,
         "times": times,
         "moe_layers": found.n_layers,
+        "moe_layers_told_by": found.layers_told_by,
         "moe_calls": found.n_calls,
         "hardware": found.peaks.name if found.peaks else None,
         "operations": [operation_row(op, found.moe_ns) for op in found.operations],
@@ -32,7 +33,7 @@ def to_json(found: Diagnosis) -> dict[str, Any]:
         "recommendations": [asdict(one) for one in found.recommendations],
         "efficiency": asdict(efficiency_of(found.operations, found.peaks)),
         "imbalance": [{**asdict(one), "cost_ns": one.cost_ns} for one in found.imbalances],
-        "looks_like_moe": list(found.hinted),
+        "looks_like_moe": {name: took / 1e3 for name, took in found.hinted.items()},
         "notes": list(found.notes),
     }
 
@@ -57,6 +58,7 @@ def operation_row(op: Operation, moe_ns: int) -> dict[str, Any]:
         "kernels": len(op.kernels), "kernel": next(iter(op.kernels), ""), "args": op.args,
         "tokens": shape.tokens, "hidden": shape.hidden, "inner": shape.inner, "experts": shape.experts,
         "top_k": shape.top_k, "gated": shape.gated, "weight": shape.weight, "activation": shape.activation,
+        "scale_bytes": shape.scale_bytes,
         "gflop": cost.flops / 1e9 if cost else None, "mib": cost.n_bytes / 2**20 if cost else None,
         "flops_per_byte": cost.flops / cost.n_bytes if cost and cost.n_bytes else None,
         "tflop_s": tflops, "tb_s": tbs, "active_experts": cost.active_experts if cost else None,
@@ -80,19 +82,24 @@ def metrics(found: Diagnosis) -> dict[str, float]:
         "anomalies": sum(one.kind == ANOMALY for one in found.findings),
         "recommendations": len(found.recommendations),
         "moe_kernels": sum(count for op in found.operations for count, _ in op.kernels.values()),
+        **_of_time(found),
     }
     used = efficiency_of(found.operations, found.peaks)
     numbers |= {"flops_utilisation": used.flops_utilisation, "resident_use": used.resident_use}
-    if found.times is not None:
-        numbers |= {
-            "kernel_time_us": found.times.kernel_ns / 1e3,
-            "kernels": found.times.n_kernels,
-            **_shares(found),
-        }
-    elif found.total_ms:
-        numbers["moe_share_of_elapsed_time"] = found.moe_ns / 1e6 / found.total_ms
     for one in found.imbalances:
         numbers[f"imbalance_cost_us_{one.ranks}_ranks"] = one.cost_ns / 1e3
     if found.routing is not None:
         numbers["active_experts"] = found.routing.active
     return {name: float(value) for name, value in numbers.items() if value is not None}
+
+
+def _of_time(found: Diagnosis) -> dict[str, float | None]:
+    times = found.times
+    if times is not None:
+        return {
+            "kernel_time_us": times.kernel_ns / 1e3,
+            "kernels": times.n_kernels,
+            **_shares(found),
+        }
+    share = found.moe_ns / 1e6 / found.total_ms if found.total_ms else None
+    return {"moe_share_of_elapsed_time": share}

@@ -12,10 +12,11 @@ from typing import Any
 
 from analysis.device.advice import Recommendation
 from analysis.device.diagnosis import Diagnosis
-from analysis.device.findings import ANOMALY, BOTTLENECK, ERROR, NO_MOE, band
+from analysis.device.findings import ANOMALY, BOTTLENECK, ERROR, NO_MOE, Finding, band
 from analysis.device.operations import Operation
+from analysis.device.plain_text import short, shown
 from analysis.device.roofline import Peaks
-from prefetch.tracking import write_json
+from prefetch.outputs import write_json
 
 CATEGORY, NO_DATA = "moe_fused", "NO_DATA"
 METRICS = Path("category_data") / f"{CATEGORY}_metrics.json"
@@ -32,7 +33,7 @@ def write(found: Diagnosis, folder: Path) -> None:
 def write_error(error: str, folder: Path) -> None:
     metrics = {"category": CATEGORY, "status": ERROR, "error": error}
     why = "No bottleneck is reported: the data were not analysed."
-    text = f"# MoE analysis findings\n\n**Status:** ERROR\n\n{error}\n\n{why}\n"
+    text = f"# MoE analysis findings\n\n**Status:** ERROR\n\n{shown(error)}\n\n{why}\n"
     _write(folder, metrics, text)
 
 
@@ -54,7 +55,7 @@ def metrics_of(found: Diagnosis) -> dict[str, Any]:
         "category": CATEGORY,
         "status": "OK",
         "total_time_ms": round(total_ms, 3),
-        "percent_of_compute": round(100 * total_ms / found.total_ms, 2) if found.total_ms else 0,
+        "percent_of_compute": round(100 * total_ms / found.total_ms, 2) if found.total_ms else None,
         "operation_count": len(found.operations),
         "average_efficiency_percent": _average(found.operations),
         "operations": [_operation(op, found.moe_ns) for op in found.operations],
@@ -124,23 +125,31 @@ def page_of(found: Diagnosis) -> str:
         f"**Status:** OK\n\n**Diagnosis:** {found.status}",
         "## Operations\n\n" + _table(found.operations, found.moe_ns),
         "## Bottlenecks\n\n"
-        + ("\n".join(f"- {one.title}: {one.why}" for one in slow) or "None by the criteria."),
-        "## Anomalies\n\n" + ("\n".join(f"- {one.title}: {one.why}" for one in odd) or "None."),
+        + ("\n".join(_line(one) for one in slow) or "None by the criteria, of what was modelled."),
+        "## Anomalies\n\n" + ("\n".join(_line(one) for one in odd) or "None."),
         "## Recommendations\n\n" + _advice(found.recommendations),
         "## Detailed Analysis\n\n" + _details(found),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def _line(one: Finding) -> str:
+    return f"- {shown(short(one.title))}: {shown(one.why)}"
+
+
 def _table(operations: Sequence[Operation], moe_ns: int) -> str:
     head = "| Operation | Args | Kernel Name | Time (ms) | % of MoE | Count | FLOPS/Byte | Efficiency | Bound |\n"
     rows = [
-        f"| {op.title} | {op.args or '—'} | {next(iter(op.kernels), '—')[:60]} | {op.time_ns / 1e6:.3f} "
+        f"| {shown(short(op.title))} | {shown(short(op.args)) or '—'} | {_kernel(op)} | {op.time_ns / 1e6:.3f} "
         f"| {100 * op.time_ns / max(1, moe_ns):.1f} | {op.calls} | {_intensity(op)} "
         f"| {'—' if op.efficiency is None else f'{op.efficiency:.1%}'} | {op.judged.bound if op.judged else '—'} |"
         for op in operations
     ]
     return head + "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows)
+
+
+def _kernel(op: Operation) -> str:
+    return shown(short(next(iter(op.kernels), "—"), 60))
 
 
 def _intensity(op: Operation) -> str:
@@ -151,7 +160,8 @@ def _advice(recommendations: Sequence[Recommendation]) -> str:
     groups = []
     for kind, title in (("algorithmic", "Algorithmic"), ("kernel", "Kernel")):
         lines = [
-            f"- **{one.title}** ({one.effort} effort): {one.action.rstrip('.')}. Impact: {one.impact}."
+            f"- **{shown(one.title)}** ({one.effort} effort): {shown(one.action).rstrip('.')}. "
+            f"Impact: {shown(one.impact)}."
             for one in recommendations
             if one.kind == kind
         ]
@@ -168,10 +178,10 @@ def _details(found: Diagnosis) -> str:
             else f"at most {one.recoverable_ns / 1e3:,.1f} µs"
         )
         blocks.append(
-            f"<!-- reasoning-candidate tier=compute rank={rank} -->\n\n#### {one.title}\n\n"
+            f"<!-- reasoning-candidate tier=compute rank={rank} -->\n\n#### {shown(short(one.title))}\n\n"
             f"**Identification:** {one.share_of_moe:.1%} of the MoE time.\n\n**Data:** efficiency "
             f"{(one.efficiency or 0):.1%} ({band(one.efficiency)}), bound {one.bound}.\n\n"
-            f"**Reasoning for Slowdown:** {one.why}.\n\n"
+            f"**Reasoning for Slowdown:** {shown(one.why)}.\n\n"
             "**Resolution:** see the recommendations above.\n\n"
             f"**Impact estimate:** {gain}."
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from analysis.device.names import Names, Rule
-from prefetch.models.cards import Architecture
+from prefetch.models.cards import BITS_PER_WEIGHT, Architecture
 
 PROFILE, KERNEL_NAME, ANNOTATED, TYPED, CARD, ASSUMED = (
     "profile", "kernel name", "step annotation", "command line", "model card", "assumed",
@@ -23,16 +23,24 @@ NEEDS = {
     "router": ("tokens", "hidden", "experts"),
     "routing": ("tokens", "experts", "top_k"),
     "prepare": ("tokens", "hidden"),
-    "activation": ("tokens", "inner", "top_k"),
+    "permute": ("tokens", "hidden", "top_k"),
+    "activation": ("tokens", "inner", "top_k", "gated"),
     "combine": ("tokens", "hidden", "top_k"),
     "dispatch": ("tokens", "hidden"),
+    "collect": ("tokens", "hidden"),
 }
 LARGEST = 2**40  # of an axis: more is no tensor's
 WITH_WEIGHTS = ("experts", "up", "down", "gemm", "router")
+PLAIN_TYPES = ("fp32", "bf16", "fp16")
+TYPEABLE = ("tokens", "hidden", "inner", "experts", "top_k", "gated", "weight", "activation")
 CARD_TYPES = {
     "fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "fp8_block128": "fp8", "int8": "int8",
     "int4": "int4", "int4_g128": "int4", "mxfp4": "mxfp4", "q4_k_m": "int4",
 }  # fmt: skip
+SCALE_BYTES = {  # per weight, beside its own
+    "mxfp4": 1 / 32,  # a byte for each 32
+    "fp4": 1 / 16,  # NVFP4: a byte for each 16
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Given:
     activation: str | None = None
     tensor_parallel: int | None = None
     expert_parallel: int | None = None
+    scales: bool = True  # of quantised weights are counted where the format says how many
 
     @property
     def says_ranks(self) -> bool:
@@ -71,6 +80,7 @@ class Shape:
     weight: str | None = None
     activation: str | None = None
     output: str | None = None
+    scale_bytes: float = 0.0  # of a weight, beside its own
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
     why_not: str = ""  # a reason beyond a missing number
 
@@ -91,12 +101,20 @@ class Shape:
         types = (
             ("weight", "activation", "output") if role in WITH_WEIGHTS else ("activation", "output")
         )
-        return [
+        told = [
             f"{name}={getattr(self, name)} ({source})"
             for name in (*NEEDS.get(role, ()), *types)
             if (source := self.sources.get(name)) is not None
             and source not in (PROFILE, KERNEL_NAME)
         ]
+        return [*told, *self._of_scales(role)]
+
+    def _of_scales(self, role: str) -> list[str]:
+        if role not in (*WITH_WEIGHTS[:4],) or self.weight in (None, *PLAIN_TYPES):
+            return []
+        if self.scale_bytes:
+            return [f"scales: {self.scale_bytes:.4g} bytes for each {self.weight} weight"]
+        return [f"scales of {self.weight} weights: not counted"]
 
 
 @dataclass(frozen=True)
@@ -110,42 +128,55 @@ class Known:
     ranks: int | None = None
 
 
+class _Told:
+    """Values by name, each from the first that told it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+
+    def tell(self, source: str, **told: Any) -> None:
+        for name, value in told.items():
+            if value is not None and name not in self.values:
+                self.values[name], self.sources[name] = value, source
+
+
 def shape_of(
     known: Known, rule: Rule | None, inputs: Mapping[str, Any], said: Mapping[str, str]
 ) -> Shape:
     """The first that knows a number gives it: command line, the call itself, the annotation, the card."""
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
+    told, names = _Told(), known.names
+    told.tell(TYPED, **{name: getattr(known.given, name) for name in TYPEABLE})
+    spelt = {name: names.type_of(said.get(name)) for name in ("weight", "activation", "output")}
+    told.tell(KERNEL_NAME, **spelt)
+    told.tell(PROFILE, **_axes(rule, inputs))
+    told.tell(PROFILE, **_types(rule, inputs, names, packed="packed" in told.values))
+    told.tell(ANNOTATED, tokens=known.step_tokens)
+    why_not = _from_card(known, told.tell, told.values)
+    _assume(told)
+    _local(known, told.tell, told.values)
+    told.values.pop("packed", None)
+    sources = {name: source for name, source in told.sources.items() if name in told.values}
+    scales = scale_bytes(known, str(told.values["weight"]))
+    return Shape(**told.values, scale_bytes=scales, sources=sources, why_not=why_not)
 
-    def tell(source: str, **told: Any) -> None:
-        for name, value in told.items():
-            if value is not None and name not in values:
-                values[name], sources[name] = value, source
 
-    given, names = known.given, known.names
-    tell(
-        TYPED,
-        **{
-            n: getattr(given, n) for n in ("tokens", "hidden", "inner", "experts", "top_k", "gated")
-        },
-    )
-    tell(TYPED, weight=given.weight, activation=given.activation)
-    tell(KERNEL_NAME, **{n: names.type_of(said.get(n)) for n in ("weight", "activation", "output")})
-    tell(PROFILE, **_axes(rule, inputs))
-    tell(PROFILE, **_types(rule, inputs, names, packed="packed" in values))
-    values.pop("packed", None)
-    tell(ANNOTATED, tokens=known.step_tokens)
-    why_not = _from_card(known, tell, values)
-    tell(ASSUMED, weight="bf16", activation="bf16")
-    tell(
-        ASSUMED,
-        output="bf16" if values["activation"] not in ("fp32", "fp16") else values["activation"],
-    )
-    if "inner" in values and "hidden" in values:
-        tell(ASSUMED, gated=True)
-    _local(known, tell, values)
-    kept = {name: source for name, source in sources.items() if name in values}
-    return Shape(**values, sources=kept, why_not=why_not)
+def _assume(told: _Told) -> None:
+    told.tell(ASSUMED, weight="bf16", activation="bf16")
+    activation = told.values["activation"]
+    told.tell(ASSUMED, output=activation if activation in ("fp32", "fp16") else "bf16")
+    if "inner" in told.values and "hidden" in told.values:
+        told.tell(ASSUMED, gated=True)
+
+
+def scale_bytes(known: Known, weight: str) -> float:
+    """Of a type that always has as many, else as the card's precision says; TraceLens counts none."""
+    if not known.given.scales:
+        return 0.0
+    precision = known.card.expert_precision if known.card else ""
+    if weight in SCALE_BYTES or CARD_TYPES.get(precision) != weight:
+        return SCALE_BYTES.get(weight, 0.0)
+    return (BITS_PER_WEIGHT[precision] - BITS_PER_WEIGHT[weight]) / 8
 
 
 def _from_card(known: Known, tell: Any, values: Mapping[str, Any]) -> str:
@@ -222,8 +253,8 @@ def _settled(
     if "inner" in found:
         out["inner"] = found["inner"] * packing
     up = out.pop("up", None)
-    if up is not None and "inner" in out:
-        out["gated"] = up == 2 * out["inner"]
+    if "inner" in out and up in (out["inner"], 2 * out["inner"]):
+        out["gated"] = up != out["inner"]
     if "experts" in is_weight:
         out["experts_here"] = out.pop("experts")
     if packing > 1:
@@ -246,7 +277,14 @@ def _types(
             continue
         kind = names.type_of(str(spelt))
         if axes[0] == "experts" and len(axes) == 3:
-            told.setdefault("weight", "int4" if packed and kind in (None, "int4", "int8") else kind)
+            told.setdefault("weight", _of_weights(kind, packed=packed))
         elif axes[0] in ("tokens", "rows") and axes[-1] in ("hidden", "inner"):
             told.setdefault("activation", kind)
     return told
+
+
+def _of_weights(kind: str | None, *, packed: bool) -> str | None:
+    """Elements that hold several weights hold four bits of each; a plain byte that holds one is no int4."""
+    if packed:
+        return "int4" if kind in (None, "int4", "int8") else kind
+    return "int8" if kind == "int4" else kind

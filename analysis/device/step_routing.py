@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from analysis.device.roofline import BYTES, Peaks, arithmetic_of
 from analysis.device.shapes import Shape
-from prefetch.errors import FormatError
+from analysis.device.steps import Steps, steps_of
 from prefetch.sim.hardware import NS_PER_S
-from prefetch.trace.blocks import Traceable, blocks_of
+from prefetch.trace.blocks import Traceable
 from prefetch.trace.card import ModelCard
-from prefetch.trace.routing import RoutingTrace, no_expert
+from prefetch.trace.routing import no_expert
 
 RANKS = (2, 4, 8)  # that dispatch is counted for
-MOST_ROWS = 1 << 18  # of a trace, from its start: their mean is known to three digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +32,13 @@ class StepRouting:
     sent_R: Mapping[
         int, tuple[float, float]
     ]  # ranks -> tokens sent in a step: once per rank, per choice
-    tokens: int  # of a step
+    steps: Steps
     is_decode: bool  # a step holds one token of as many requests, else consecutive tokens
     source: str
+
+    @property
+    def tokens(self) -> int:
+        return self.steps.tokens
 
     @property
     def active(self) -> float:
@@ -70,25 +73,16 @@ class StepRouting:
 def step_routing(
     trace: Traceable, tokens: int, *, is_decode: bool, source: str = ""
 ) -> StepRouting:
-    """Whole steps only. A decode step takes the next token of as many requests, as they were generated together."""
-    rows, card = _rows(trace)
-    ids_TLK = rows.ids_TLK
-    if is_decode:
-        ids_TLK = ids_TLK[np.lexsort((rows.request_T, rows.position_T))]
+    """Whole steps only."""
+    steps = steps_of(trace, tokens, is_decode=is_decode, source=source)
+    card, ids_TLK = steps.rows.card, steps.rows.ids_TLK
     n_steps = len(ids_TLK) // tokens
-    if n_steps == 0:
-        raise FormatError(
-            f"{source or 'trace'}: expected at least the {tokens:,} tokens of one step of the profile, found "
-            f"{len(ids_TLK):,} executed rows; record more, or pass diagnose.tokens"
-        )
-    ids_TLK = ids_TLK[: n_steps * tokens]
     counts_SLE = count_steps(ids_TLK, n_steps, card.n_experts)
-    sent = {
-        ranks: tuple(total / n_steps for total in sent_tokens(ids_TLK, card.n_experts, ranks))
-        for ranks in RANKS
-        if card.n_experts % ranks == 0
-    }
-    return StepRouting(card, counts_SLE, sent, tokens, is_decode, source)  # type: ignore[arg-type]
+    sent = {}
+    for ranks in (ranks for ranks in RANKS if card.n_experts % ranks == 0):
+        once, each = sent_tokens(ids_TLK, card.n_experts, ranks)
+        sent[ranks] = once / n_steps, each / n_steps
+    return StepRouting(card, counts_SLE, sent, steps, is_decode, source)
 
 
 def sent_tokens(ids_TLK: NDArray[np.integer], n_experts: int, ranks: int) -> tuple[float, float]:
@@ -103,21 +97,6 @@ def sent_tokens(ids_TLK: NDArray[np.integer], n_experts: int, ranks: int) -> tup
         for rank in range(ranks):
             once += int(((rank_TK == rank) & is_away_TK).any(axis=1).sum())
     return float(once), float(each)
-
-
-def _rows(trace: Traceable) -> tuple[RoutingTrace, ModelCard]:
-    from prefetch.trace.parquet import concat
-
-    blocks, total = [], 0
-    for block in blocks_of(trace):
-        kept = block.rows(np.flatnonzero(block.executed_T))
-        blocks.append(kept)
-        total += kept.n_tokens
-        if total >= MOST_ROWS:
-            break
-    if not blocks:
-        raise FormatError("the trace has no rows")
-    return concat(blocks), blocks[0].card
 
 
 def count_steps(ids_TLK: NDArray[np.integer], n_steps: int, n_experts: int) -> NDArray[np.int64]:
@@ -180,15 +159,22 @@ def slowest_ns(
     """[S, L] the longer of the operations and the weights of both products, of the rank that takes longest."""
     hidden, inner = float(shape.hidden or 0), float(shape.inner or 0)
     weight, matrices = shape.weight or "bf16", 3 if shape.gated else 2
-    rate = peaks.rate(arithmetic_of(weight, shape.activation or "bf16"))
+    b_w = BYTES[weight] + shape.scale_bytes
+    rate = rate_of(shape, peaks)
     assert rate is not None, "whoever asks has checked"
     padded_SLE = -(-counts_SLE // tile) * tile
     by_rank = (*counts_SLE.shape[:2], ranks, -1)
     rows_SLR = padded_SLE.reshape(by_rank).sum(axis=3)
     active_SLR = (counts_SLE > 0).reshape(by_rank).sum(axis=3)
-    compute_SLR = rows_SLR * (2 * hidden * inner * matrices / rate[0])
-    weights_SLR = active_SLR * (hidden * inner * matrices * BYTES[weight] / peaks.bytes_per_s)
+    compute_SLR = rows_SLR * (2 * hidden * inner * matrices / rate)
+    weights_SLR = active_SLR * (hidden * inner * matrices * b_w / peaks.bytes_per_s)
     return np.asarray(np.maximum(compute_SLR, weights_SLR).max(axis=2) * NS_PER_S)
+
+
+def rate_of(shape: Shape, peaks: Peaks) -> float | None:
+    """Operations per second of the expert products; None where the device has no rate for their type."""
+    found = peaks.rate(arithmetic_of(shape.weight or "bf16", shape.activation or "bf16"))
+    return found[0] if found else None
 
 
 def fits(trace_card: ModelCard, experts: int | None, top_k: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Reading a large profile: seconds and peak memory of ours, and of the standard library's JSON reader on the same file.
+"""Reading a large profile: CPU seconds and peak memory of ours, and of the standard library's JSON reader on it.
 
     python scripts/bench/bench_diagnose.py [--profile trace.json] [--mb 300]
 
@@ -36,9 +36,9 @@ def work(path):
 MEASURE = """
 import resource, sys, time
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
+start = time.process_time()
 events = work(sys.argv[1])
-took, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+took, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(events, took, before / 1024, peak / 1024)
 """
 FRAMES = 12  # Python frames to each operation
@@ -59,49 +59,26 @@ def made_up(path: Path, megabytes: int) -> None:
 
 
 def _layer(number: int) -> list[dict[str, object]]:
-    at, who = 100.0 * number, {"ph": "X", "pid": 1, "tid": 1}
-    dims = {
-        "Input Dims": [[8, 64], [8, 16], []],
-        "Input type": ["c10::BFloat16", "c10::BFloat16", ""],
-    }
-    frame = {
-        **who,
-        "cat": "python_function",
-        "name": "torch/nn/modules/module.py(1773): _call_impl",
-    }
-    frames = [{**frame, "ts": at + i, "dur": 50.0, "args": {"Python id": i}} for i in range(FRAMES)]
-    moe = {
-        **who,
-        "cat": "cpu_op",
-        "name": "vllm::moe_forward",
-        "ts": at + 20,
-        "dur": 20.0,
-        "args": dims,
-    }
+    at = 100.0 * number
+    dims = {"Input Dims": [[8, 64], [8, 16], []], "Input type": ["c10::BFloat16"] * 2 + [""]}
+    frame = "torch/nn/modules/module.py(1773): _call_impl"
+    frames = [
+        _event("python_function", frame, at + i, 50.0, {"Python id": i}) for i in range(FRAMES)
+    ]
+    moe = _event("cpu_op", "vllm::moe_forward", at + 20, 20.0, dims)
     pairs: list[dict[str, object]] = []
     for i in range(2):
         args = {"correlation": 2 * number + i, "stream": 7, "device": 0}
-        pairs.append(
-            {
-                **who,
-                "cat": "cuda_runtime",
-                "name": "cudaLaunchKernel",
-                "ts": at + 25,
-                "dur": 1.0,
-                "args": args,
-            }
-        )
-        pairs.append(
-            {
-                **who,
-                "cat": "kernel",
-                "name": f"bmm_{i}",
-                "ts": at + 30 + 9 * i,
-                "dur": 8.0,
-                "args": args,
-            }
-        )
+        pairs.append(_event("cuda_runtime", "cudaLaunchKernel", at + 25, 1.0, args))
+        pairs.append(_event("kernel", f"bmm_{i}", at + 30 + 9 * i, 8.0, args))
     return [*frames, moe, *pairs]
+
+
+def _event(
+    category: str, name: str, ts: float, dur: float, args: dict[str, object]
+) -> dict[str, object]:
+    who = {"ph": "X", "pid": 1, "tid": 1}
+    return {**who, "cat": category, "name": name, "ts": ts, "dur": dur, "args": args}
 
 
 def measured(code: str, path: Path) -> list[float]:
@@ -120,7 +97,7 @@ def main() -> None:
         if asked.profile is None:
             made_up(path, asked.mb)
         print(f"{describe()}; {path.stat().st_size / 1e6:,.0f} MB")
-        print("reader               events  seconds  MiB before  MiB at most")
+        print("reader               events    CPU s  MiB before  MiB at most")
         for name, code in (("ours, attributed", OURS), ("json.load", STANDARD)):
             events, took, before, peak = measured(code, path.resolve())
             print(f"{name:18} {events:9,.0f} {took:8.1f} {before:11,.0f} {peak:12,.0f}")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import cast
 
+import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from profiler_traces import launched, operation, real, written
@@ -11,14 +12,16 @@ from routing_traces import random_trace
 
 from analysis.device import seed_files
 from analysis.device.machine import device_file
+from analysis.device.tracelens import TIME
 from analysis.diagnose import run
 from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError
+from prefetch.outputs import Outputs
 from prefetch.trace.provenance import Provenance
 from prefetch.trace.writer import TraceWriter
-from prefetch.tracking import NoTracker, Outputs
+from prefetch.tracking import NoTracker
 
 PROMISED = {
     "kernel_time_us", "moe_kernel_time_us", "moe_share_of_kernel_time", "moe_share_of_elapsed_time", "moe_kernels",
@@ -49,7 +52,7 @@ def test_the_first_line_is_the_status_and_the_folder_holds_what_is_promised(tmp_
     folder, numbers = ran(tmp_path, f"profile_trace={path}")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("OK: MoE 500.0 µs, 83.3% of kernel time")
-    assert any("hardware=h100_pcie5: the profile names that device" in line for line in lines)
+    assert any("hardware=h100_pcie5, the profile's own device" in line for line in lines)
     assert 0 < numbers["resident_use"] < 1 and 0 < numbers["flops_utilisation"] < 0.1
     assert PROMISED <= set(numbers) == set(json.loads((folder / "metrics.json").read_text()))
     assert numbers["findings"] == 1 and 0 < numbers["worst_efficiency"] < 0.4
@@ -107,6 +110,35 @@ def test_recorded_routing_explains_and_its_remedies_have_numbers(tmp_path, colle
         assert heading in page
     for name in ("expert_load", "capacity", "remedies"):
         assert (folder / f"{name}.csv").exists()
+
+
+def test_tables_of_tracelens_are_joined_with_recorded_routing(tmp_path, collect_into, capsys):
+    """Its 4 tokens x 3 choices need as many experts as were recorded, not as many as even routing expects."""
+    trace, table = collect_into(tmp_path / "trace"), tmp_path / "t.csv"
+    params = {
+        "num_tokens": 8,
+        "hidden_dim": 64,
+        "inter_dim": 32,
+        "num_experts": 16,
+        "topk": 3,
+        "gated": True,
+    }
+    row = {"name": "pseudo_op::moe_aiter_fused_1stage", TIME: 50.0, "perf_params": repr(params)}
+    pd.DataFrame([row]).to_csv(table, index=False)
+    words = (f"profile_trace={table}", "hardware=h200_pcie5", "diagnose.figures=false")
+    _, even = ran(tmp_path / "even", *words)
+    folder, told = ran(tmp_path / "told", *words, f"trace={trace}", "diagnose.simulate=false")
+    assert "active_experts" not in even
+    (op,) = json.loads((folder / "findings.json").read_text())["operations"]
+    assert op["is_exact"] and op["active_experts"] == told["active_experts"] < 16 * (
+        1 - (13 / 16) ** 8
+    )
+    assert "imbalance_cost_us_4_ranks" in told and (folder / "capacity.csv").exists()
+    with pytest.raises(ConfigError, match="has 16 experts, the profiled one 8"):
+        pd.DataFrame([{**row, "perf_params": repr({**params, "num_experts": 8})}]).to_csv(
+            table, index=False
+        )
+        ran(tmp_path / "other", *words, f"trace={trace}")
 
 
 @pytest.fixture

@@ -120,3 +120,64 @@ def test_memory_grows_by_columns_and_not_by_text(tmp_path):
     assert (
         peak < path.stat().st_size / 2
     )  # a few pieces of text; what reads it whole takes several times its size
+
+
+def test_what_stands_behind_a_profile_is_an_error_and_a_mark_before_it_is_none(tmp_path):
+    path = written(tmp_path, EVENTS)
+    path.write_text(path.read_text() + "\n")
+    assert list(ChromeTrace(path).events()) == EVENTS
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(ChromeTrace(path).events()) == EVENTS
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(FormatError, match="expected the end of the file"):
+        list(ChromeTrace(path).events())
+
+
+def test_a_gzip_with_a_wrong_checksum_is_damaged(tmp_path):
+    path = tmp_path / "t.json.gz"
+    whole = gzip.compress(json.dumps({"traceEvents": EVENTS}).encode())
+    path.write_bytes(whole[:-8] + bytes(4) + whole[-4:])
+    with pytest.raises(FormatError, match="damaged or cut off"):
+        list(ChromeTrace(path).events())
+
+
+@pytest.mark.parametrize(
+    "bad", [{"dur": 1e300}, {"dur": 10**30}, {"dur": None}, {"ts": float("inf")}, {"args": "x"}, {"args": [1]}]
+)  # fmt: skip
+def test_an_event_that_is_none_is_named(tmp_path, bad):
+    good = launched(1, "gemm", 1, 5, 3)
+    path = written(tmp_path, [*good, {**good[1], **bad}])
+    with pytest.raises(FormatError, match=r"event 3 \('gemm'\): expected"):
+        read_profile(path, NAMES)
+
+
+@pytest.mark.parametrize("key", ["ts", "dur"])
+def test_a_time_that_lacks_is_not_taken_for_nought(tmp_path, key):
+    good = launched(1, "gemm", 1, 5, 3)
+    bad = {name: value for name, value in good[1].items() if name != key}
+    with pytest.raises(FormatError, match=f"event 3.*{key}=None"):
+        read_profile(written(tmp_path, [*good, bad]), NAMES)
+
+
+def test_moments_since_1970_keep_their_nanoseconds(tmp_path):
+    events = launched(1, "gemm", 1, 1_763_800_000_000_001, 3) + launched(
+        2, "b", 2, 1_763_800_000_000_002, 3
+    )
+    start = read_profile(written(tmp_path, events), NAMES).activities.start
+    assert start.tolist() == [1_763_800_000_000_001_000, 1_763_800_000_000_002_000]
+
+
+def test_ranks_whose_numbers_clash_are_refused(tmp_path):
+    rank = launched(1, "gemm", 1, 5, 3)
+    other = [{**event, "pid": event["pid"] + 100} for event in rank]
+    with pytest.raises(
+        FormatError, match=r"expected one process, found 2.*each rank's own profile"
+    ):
+        read_profile(written(tmp_path, [*rank, *other]), NAMES)
+
+
+def test_sizes_that_no_tensor_has_cost_nothing(tmp_path):
+    huge = operation("aten::mm", 1, 2, [[2**50, 2**50], [2**50, 4]])
+    negative = operation("aten::mm", 4, 2, [[-5, 4], [4, 4]])
+    found = read_profile(written(tmp_path, [huge, negative]), NAMES)
+    assert found.spans.flops.tolist() == [0, 0]

@@ -4,12 +4,12 @@ import csv
 import json
 
 import pytest
-from profiler_traces import real
+from profiler_traces import real, shipped_hardware
 
 from analysis.device.diagnosis import Beside, Diagnosis, diagnose, read
 from analysis.device.findings import ANOMALY, BOTTLENECK, MOE_UNMODELED, OK
 from analysis.device.names import load_names
-from analysis.device.roofline import Peaks
+from analysis.device.roofline import Peaks, peaks_of
 from analysis.device.rows import rates
 from analysis.device.shapes import ASSUMED, Given, Known
 from analysis.device.tracelens import read_table
@@ -19,7 +19,7 @@ NAMES = load_names()
 MI300X = Peaks(
     "MI300X", 5.3e12, {"bf16": 708e12, "fp8": 1273e12, "fp32": 163.4e12}
 )  # as TraceLens has it
-B200 = Peaks("B200", 8e12, {"fp32": 75e12, "bf16": 2250e12, "fp8": 4500e12, "fp4": 9000e12})
+B200 = peaks_of(shipped_hardware("b200_pcie5"))
 UNIT = [
     "moe_01_many_experts_few_tokens", "moe_02_few_experts_many_tokens", "moe_03_top1_sparse", "moe_04_top2_dense",
     "moe_05_large_capacity", "moe_06_tiny_batch_many_experts",
@@ -73,9 +73,12 @@ def test_b200_with_its_card_needs_to_know_how_experts_were_cut():
 
 
 def decode() -> Diagnosis:
-    """Under the peer's assumptions: hidden and inner size as padded."""
+    """Under the peer's assumptions: hidden and inner size as padded, scales of weights left out."""
     return diagnosed(
-        "vllm_decode_full.json.gz", Given(hidden=3072, inner=3072), "gpt_oss_20b", MI300X
+        "vllm_decode_full.json.gz",
+        Given(hidden=3072, inner=3072, scales=False),
+        "gpt_oss_20b",
+        MI300X,
     )
 
 

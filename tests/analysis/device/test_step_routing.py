@@ -1,10 +1,12 @@
 """What uneven routing costs, against numbers that can be had by hand, and the exact in place of the uniform."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from profiler_traces import launched, operation, written
+from profiler_traces import launched, operation, shipped_hardware, written
 from routing_traces import random_trace
 
 from analysis.device.diagnosis import Beside, diagnose, read
@@ -14,9 +16,8 @@ from analysis.device.roofline import Peaks, active_experts
 from analysis.device.routing_tables import routing_tables
 from analysis.device.shapes import Given, Known, Shape
 from analysis.device.step_routing import balanced_twin, imbalance, sent_tokens, step_routing
-from prefetch.config import CONFIGS
+from analysis.device.steps import steps_of
 from prefetch.errors import ConfigError, FormatError
-from prefetch.sim.hardware import hardware
 from prefetch.sim.workload import workload_of
 from prefetch.trace.card import plain_card
 from prefetch.trace.routing import RoutingTrace, trace_of
@@ -154,7 +155,9 @@ def test_routing_of_another_model_is_refused(tmp_path):
 
 
 def test_tables_of_routing_are_those_of_the_analyses_and_what_lacks_is_said():
-    found = routing_tables(random_trace(), TOKENS)
+    trace = random_trace()
+    steps = steps_of(trace, TOKENS, is_decode=False, source="")
+    found = routing_tables(trace, steps)
     assert {"expert_load", "utilisation", "hotspots", "capacity", "remedies"} <= set(found.tables)
     assert "scores" in found.missing["gating"]
     drops = found.tables["capacity"]
@@ -165,17 +168,12 @@ def test_tables_of_routing_are_those_of_the_analyses_and_what_lacks_is_said():
 
 
 def test_pinning_and_perfect_prefetch_are_simulated():
-    import dataclasses
-
-    import yaml
-
     trace = random_trace(n_requests=6, tokens=20)
     card = dataclasses.replace(
         trace.card, expert_bytes_L=(1 << 20,) * 4, expert_precision="bf16", hidden_size=64, dense_bytes=1 << 20,
         shared_bytes=0, kv_bytes_per_token=64,
     )  # fmt: skip
-    leaf = yaml.safe_load((CONFIGS / "hardware" / "rtx4090_pcie4.yaml").read_text())
-    machine = hardware(**{k: v for k, v in leaf.items() if k != "_target_"})
+    machine = shipped_hardware("rtx4090_pcie4")
     found = offloaded(dataclasses.replace(trace, card=card), card, machine, horizon=2)
     assert (found.slots, found.pinned, found.horizon) == (4, 1, 2)
     assert 0 < found.perfect_ns < found.demand_ns

@@ -159,3 +159,63 @@ def test_the_older_eras_tree_says_who_called(tmp_path):
     tree.write_text("[]")
     with pytest.raises(FormatError, match=r"moe_fused_tree_data\.json.*mapping of ids"):
         diagnosed(folder)
+
+
+def test_moe_that_tracelens_files_elsewhere_is_found_there(tmp_path):
+    """As it does with `vllm::moe_forward` where it does not know the kernels."""
+    (tmp_path / "category_data").mkdir()
+    rows = [{"name": "vllm::moe_forward", TIME: 12.5}, {"name": "aten::mm", TIME: 99.0}]
+    pd.DataFrame(rows).to_csv(tmp_path / "category_data" / "other_ops.csv", index=False)
+    found = diagnosed(tmp_path)
+    assert found.status == "MOE_UNMODELED" and found.moe_ns == 12_500
+
+
+@pytest.mark.parametrize("took", ["inf", "abc", "-1", ""])
+def test_a_time_that_is_none_is_named(tmp_path, took):
+    path = tmp_path / "t.csv"
+    path.write_text(f"name,{TIME}\na,{took}\n")
+    with pytest.raises(FormatError, match=r"t\.csv, row 2: expected a kernel time"):
+        read_table(path, Known(NAMES), None)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"operation_count": "inf"}, {"kernel_details_summary": "[{'name': 'k', 'count': 'x', 'total_duration_us': 'y'}]"},
+     {"perf_params": "{'num_tokens': '12.5', 'hidden_dim': -3, 'inter_dim': 'abc', 'num_experts': 8, 'topk': 1}"},
+     {"GFLOPS": -1, "Data Moved (MB)": "x"}],
+)  # fmt: skip
+def test_cells_that_are_no_numbers_cost_nothing_but_the_model(tmp_path, row):
+    row = {"name": "pseudo_op::moe_aiter_fused_1stage", TIME: 5.0, **row}
+    found = diagnosed(folder_of(tmp_path / "out", [row], NEWER))
+    assert found.moe_ns == 5_000 and found.status == "MOE_UNMODELED"
+
+
+@pytest.mark.parametrize(
+    "bad", [{"peak_hbm_bw_tbs": "fast"}, {"peak_hbm_bw_tbs": 0}, {"max_achievable_tflops": [1]},
+            {"max_achievable_tflops": {"matrix_bf16": -5}}]
+)  # fmt: skip
+def test_peaks_that_are_none_are_named(tmp_path, bad):
+    with pytest.raises(FormatError, match=r"metadata.*(expected a number over 0)"):
+        diagnosed(folder_of(tmp_path / "out", [ROWS["newer"]], {**NEWER, **bad}))
+
+
+def test_a_second_product_does_not_say_that_its_experts_are_not_gated(tmp_path):
+    """TraceLens tells of the row: the second product is never gated, its expert has three matrices."""
+    params = PARAMS.replace("'gated': True", "'gated': False")
+    row = {**ROWS["newer"], "name": "pseudo_op::moe_triton_unfused_down", "perf_params": params}
+    (op,) = diagnosed(folder_of(tmp_path / "out", [row], NEWER)).operations
+    assert op.role == "down" and op.is_modelled and op.shape.gated is None
+
+
+def test_a_share_without_a_whole_is_null(tmp_path):
+    rows = [{"name": "vllm::moe_forward", TIME: 12.5}]
+    found = diagnosed(folder_of(tmp_path / "out", rows, {**NEWER, "gpu_utilization": {}}))
+    assert seed_files.metrics_of(found)["percent_of_compute"] is None
+
+
+def test_ids_of_operations_are_found_though_a_cell_is_empty(tmp_path):
+    rows = [{**ROWS["older"], "ex_UID": 17}, {**ROWS["older"], "ex_UID": None}]
+    folder = folder_of(tmp_path / "out", rows, OLDER)
+    tree = folder / "category_data" / "moe_fused_tree_data.json"
+    tree.write_text(json.dumps({"17": {"parent_chain": ["layer 3"]}}))
+    assert [op.modules for op in diagnosed(folder).operations] == [("layer 3",), ()]
