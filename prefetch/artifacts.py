@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +270,7 @@ def _seal(folder: Path, identity: Mapping[str, Any], seconds: float) -> None:
         raise ArtifactError(f"{folder}: the recipe {identity['kind']} wrote no file")
     manifest = {
         "identity": identity,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 3),
         "files": {
@@ -290,7 +290,8 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _git_commit() -> str | None:
+@cache  # the code that runs is the code that was imported
+def git_commit() -> str | None:
     command = [
         "git",
         "-C",

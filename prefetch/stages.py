@@ -8,20 +8,23 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefetch import config
+from prefetch import config, sweeps
 from prefetch.artifacts import Store, write_index
 from prefetch.config import Config
 from prefetch.errors import ConfigError, PrefetchError
+from prefetch.naming import About
+from prefetch.redaction import Redactor
+from prefetch.standing import Standing
 
 log = logging.getLogger(__name__)
 SAY_AGAIN_S = 10  # longer than tidying up takes
@@ -32,17 +35,19 @@ def run_stage(cfg: DictConfig) -> dict[str, float]:
     typed = cast(
         Config, cfg
     )  # the schema stands in the defaults list: Hydra checked names and types
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        config.check_values(typed)
         if cfg.stage.recorded:
-            return record(typed, Path(HydraConfig.get().runtime.output_dir))
+            return record(typed, folder)
+        config.check_values(typed)
         config.locate(cfg.stage._target_)(typed, open_store(typed))
         return {}
     except PrefetchError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            print(f"error in {HydraConfig.get().runtime.output_dir}: {error}", file=sys.stderr)
+        if sweeps.is_sweep():
+            said = Redactor(OmegaConf.to_container(cfg)).text(str(error))
+            print(f"error in {folder}: {said}", file=sys.stderr)
             raise  # the other jobs of the sweep go on; Hydra ends with the first that failed
-        raise SystemExit(_report(error)) from error
+        raise SystemExit(_report(error, OmegaConf.to_container(cfg))) from error
     except BrokenPipeError:
         raise SystemExit(_mute()) from None
 
@@ -52,36 +57,61 @@ def open_store(cfg: Config) -> Store:
 
 
 def record(cfg: Config, folder: Path) -> dict[str, float]:
-    """One stage with its folder, tracker and lineage; the folder is the last line it prints."""
-    from prefetch.tracking import Outputs
-
-    stage = cfg.stage.name
-    tracker = config.instantiate(cfg.tracker, "tracker")
+    """One stage with its folder, standing, tracker and lineage; the folder is the last line it prints."""
     plain = cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, cfg), resolve=True))
-    tracker.start(stage=stage, folder=folder, config=plain, group=_sweep())
-    store, outputs = open_store(cfg), Outputs(folder, tracker)
-    error: str | None = "interrupted"
+    standing = Standing(folder, cfg.stage.name, sweeps.words(cfg.stage.name), plain)
+    if sweeps.is_sweep() and (found := standing.done()) is not None:
+        log.info("found finished")
+        print(folder)
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    Redactor(plain).command_line(folder)
+    with standing.kept():
+        config.check_values(cfg)
+        metrics = _recorded(cfg, folder, plain)
+    print(folder)
+    return metrics
+
+
+def _recorded(cfg: Config, folder: Path, plain: dict[str, Any]) -> dict[str, float]:
+    from prefetch.outputs import Outputs
+
+    began_s, hidden = time.time(), Redactor(plain)
+    store, tracker = open_store(cfg), config.instantiate(cfg.tracker, "tracker")
+    outputs = Outputs(folder, tracker, store=store, hidden=hidden)
+    outputs.start(_about(cfg, folder, plain, hidden))
+    error, exit_code = cast(str | None, "interrupted"), 130
     try:
-        metrics = config.locate(cfg.stage._target_)(cfg, store, outputs)
+        with hidden.logs():
+            metrics = config.locate(cfg.stage._target_)(cfg, store, outputs)
         error = None
     except Exception as raised:
-        error = f"{type(raised).__name__}: {raised}"
-        (folder / "error.txt").write_text(error + "\n")  # the console forgets
+        error, exit_code = f"{type(raised).__name__}: {raised}", 1
+        raise
+    except SystemExit as left:
+        error = f"SystemExit: {left.code}"
+        exit_code = left.code if isinstance(left.code, int) and left.code else 1
         raise
     finally:
-        if error == "interrupted":
-            (folder / "error.txt").write_text("interrupted: what stands here is not complete\n")
-        outputs.lineage(store.used)
-        write_index(store, stage=stage, folder=folder, failed=error is not None)
-        outputs.finish(error)
-    print(folder)
+        write_index(store, stage=cfg.stage.name, folder=folder, failed=error is not None)
+        outputs.finish(error, exit_code, began_s)
     return cast(dict[str, float], metrics)
 
 
-def _sweep() -> str | None:
-    """The name that the runs of one sweep share."""
-    hydra = HydraConfig.get()
-    return Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
+def _about(cfg: Config, folder: Path, plain: dict[str, Any], hidden: Redactor) -> About:
+    """What the run is called, where runs are compared; those of one command share their group."""
+    hydra: Any = HydraConfig.get()
+    is_several = "stages" in cfg.stage or hydra.runtime.choices.stage != cfg.stage.name
+    together = f"{hydra.runtime.choices.stage}-{Path(hydra.runtime.output_dir).name}"
+    return About.safe(
+        stage=cfg.stage.name,
+        folder=folder,
+        words=sweeps.words(cfg.stage.name),
+        choices={str(name): choice for name, choice in hydra.runtime.choices.items()},
+        config=plain,
+        group=sweeps.name() or (together if is_several else None),
+        hidden=hidden,
+    )
 
 
 def list_stages(_cfg: Config, _store: Store) -> None:
@@ -117,7 +147,10 @@ def guarded(main: Callable[[], Any]) -> int:
             signal.signal(stop, _interrupt)
     try:
         _refuse_words(sys.argv[1:])
-        main()
+        try:
+            main()
+        finally:
+            sweeps.close(sys.argv[1:])
     except BrokenPipeError:
         return _mute()
     except (OSError, HydraException, OmegaConfBaseException, PrefetchError) as error:
@@ -148,8 +181,8 @@ def _mute() -> int:
     return 1
 
 
-def _report(error: BaseException) -> int:
-    print(f"error: {explain(error)}", file=sys.stderr)
+def _report(error: BaseException, settings: Any = None) -> int:
+    print(f"error: {Redactor(settings).text(explain(error))}", file=sys.stderr)
     return 2 if isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)) else 1
 
 

@@ -1,0 +1,98 @@
+"""How a run stands: `run.json` in its folder says what was asked, with which code, and what came of it.
+
+Written as a run begins and as it ends, so that a killed one is known by what it did not write. It knows no stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefetch import __version__
+from prefetch.artifacts import git_commit
+from prefetch.outputs import write_json
+from prefetch.redaction import Redactor
+
+NAME = "run.json"
+RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
+NO_RESULT = ("tracker",)  # settings that leave every number as it is
+
+
+@dataclass
+class Standing:
+    folder: Path
+    stage: str
+    words: Sequence[str]  # what was typed behind scripts/run.py
+    settings: Mapping[str, Any]  # all of them, resolved
+    _began_s: float = field(default=0.0, init=False)
+
+    def about(self) -> dict[str, Any]:
+        """What makes two runs the same run."""
+        told = {name: value for name, value in self.settings.items() if name not in NO_RESULT}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+        return {
+            "stage": self.stage,
+            "settings": digest.hexdigest(),
+            "version": __version__,
+            "commit": git_commit(),
+            "seen_from": str(Path.cwd()),  # what relative paths stand for
+        }
+
+    def done(self) -> dict[str, float] | None:
+        """The metrics of the same run, where this folder holds it whole."""
+        try:
+            told = json.loads((self.folder / NAME).read_text())
+            metrics = json.loads((self.folder / "metrics.json").read_text())
+        except (OSError, ValueError):
+            return None
+        same = isinstance(told, dict) and told.get("state") == FINISHED
+        same = same and all(told.get(name) == value for name, value in self.about().items())
+        return dict(metrics) if same and isinstance(metrics, dict) else None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """The run itself: how it ended is written down, whatever ended it."""
+        self._began_s = time.time()
+        for name in ("error.txt", "metrics.json"):  # of an attempt before this one
+            (self.folder / name).unlink(missing_ok=True)
+        self._write(RUNNING, None)
+        try:
+            yield
+        except Exception as error:
+            self._end(FAILED, f"{type(error).__name__}: {error}")
+            raise
+        except BaseException:
+            self._end(INTERRUPTED, "interrupted: what stands here is not complete")
+            raise
+        self._write(FINISHED, None)
+
+    def _end(self, state: str, error: str) -> None:
+        error = Redactor(self.settings).text(error)
+        (self.folder / "error.txt").write_text(error + "\n")  # the console forgets
+        self._write(state, error)
+
+    def _write(self, state: str, error: str | None) -> None:
+        entry = {
+            **self.about(),
+            "state": state,
+            "error": error,
+            "command": command(Redactor(self.settings).words(self.words)),
+            "began": datetime.fromtimestamp(self._began_s, UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self._began_s, 3),
+            "process": os.getpid(),
+        }
+        write_json(self.folder / NAME, entry)
+
+
+def command(words: Sequence[str]) -> str:
+    """As it can be pasted into a shell."""
+    return f"python scripts/run.py {shlex.join(words)}"
