@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prefetch.trace.parquet import TraceReader, wide_columns
 from prefetch.trace.routing import RoutingTrace
+from prefetch.trace.stretch import Stretch
 
 BLOCK_ROWS = 1 << 16
 Traceable = RoutingTrace | TraceReader | Path | str  # what a notebook may hand to whoever reads
@@ -20,6 +21,19 @@ def blocks_of(
     else:
         reader = trace if isinstance(trace, TraceReader) else TraceReader(trace)
         yield from reader.batches(*recorded, max_rows=max_rows)
+
+
+def numbered(
+    trace: Traceable, *recorded: str, max_rows: int = BLOCK_ROWS
+) -> Iterator[tuple[int, RoutingTrace]]:
+    """The same, each block with where its first row stands in the whole trace."""
+    if isinstance(trace, Stretch):
+        yield from trace.numbered(*recorded, max_rows=max_rows)
+        return
+    first = 0
+    for block in blocks_of(trace, *recorded, max_rows=max_rows):
+        yield first, block
+        first += block.n_tokens
 
 
 def columns_of(trace: Traceable) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from prefetch.errors import FormatError, reading
 from prefetch.trace.card import ModelCard
-from prefetch.trace.parquet import read_json
 from prefetch.trace.provenance import Provenance
+from prefetch.trace.version import read_json
 
 SCHEMA = "prefetch.counts/1"
 

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from prefetch.errors import FormatError, reading
 from prefetch.trace.card import ModelCard
+from prefetch.trace.columns import binary, codes_of, small_columns, unbinary, whole
 from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import NO_TOKEN, PHASES, RoutingTrace
+from prefetch.trace.version import read_json
 
 SCHEMA = "prefetch.trace/1"
 GROUP_BYTES = 16 << 20  # a row group is what the reader holds at once
@@ -56,42 +58,6 @@ def wide_columns(trace: RoutingTrace) -> dict[str, NDArray[Any]]:
         name: getattr(trace, field)
         for name, (_, field) in WIDE.items()
         if getattr(trace, field) is not None
-    }
-
-
-def binary(array: NDArray[Any]) -> pa.Array:
-    """[T, ...] as a column of T fixed-size binaries, without a copy."""
-    width = array[0].nbytes if len(array) else array.itemsize * int(np.prod(array.shape[1:]))
-    flat = np.ascontiguousarray(array)
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(width), len(array), [None, pa.py_buffer(flat)]
-    )
-
-
-def unbinary(column: pa.Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """The inverse of `binary`: a view of the column's buffer."""
-    width = dtype.itemsize * int(np.prod(shape))
-    if not pa.types.is_fixed_size_binary(column.type) or column.type.byte_width != width:
-        raise FormatError(
-            f"expected a column of {width} bytes a row ({dtype} {list(shape)}), found {column.type}"
-        )
-    if column.null_count:
-        raise FormatError(f"expected no nulls, found {column.null_count}")
-    view = np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width)
-    return view.view(dtype).reshape(len(column), *shape)
-
-
-def _small_columns(trace: RoutingTrace, domains: tuple[str, ...]) -> dict[str, pa.Array]:
-    domain = pa.array(trace.domain_T, mask=trace.domain_T < 0)
-    return {
-        "request": pa.array(trace.request_T),
-        "position": pa.array(trace.position_T),
-        "phase": pa.DictionaryArray.from_arrays(
-            pa.array(trace.phase_T.astype(np.int8)), list(PHASES)
-        ),
-        "executed": pa.array(trace.executed_T),
-        "token": pa.array(trace.token_T, mask=trace.token_T == NO_TOKEN),
-        "domain": pa.DictionaryArray.from_arrays(domain, pa.array(list(domains), pa.string())),
     }
 
 
@@ -138,14 +104,20 @@ class ShardWriter:
 
 
 class TraceFiles:
-    """The rows of a trace on their way to disk; what they mean is checked by `TraceWriter`."""
+    """The rows of a trace on their way to disk; what they mean is checked by `TraceWriter`.
+
+    The same rows give the same bytes, whatever the blocks that they come in: row groups are cut by their size alone,
+    and domains are listed as they first occur.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._shards = ShardWriter(folder)
         self._waiting: list[RoutingTrace] = []
-        self._waiting_bytes = 0
+        self._waiting_rows = 0
+        self._group_rows = 0
         self._last_request = -1
+        self._n_named = 0  # domains that the rows on disk have named
         self.domains: tuple[str, ...] = ()
         self.columns: dict[str, list[Any]] = {}
 
@@ -158,24 +130,30 @@ class TraceFiles:
                 f"{self.folder}: every block must record the same; first {self.columns}, now {columns}"
             )
         self.columns = columns
-        new = tuple(name for name in block.domains if name not in self.domains)
-        self.domains += new
-        codes = np.array([self.domains.index(name) for name in block.domains] + [-1], np.int32)
-        block = dataclasses.replace(block, domain_T=codes[block.domain_T], domains=self.domains)
         row_bytes = sum(array[:1].nbytes for array in wide_columns(block).values()) + 20
-        step = max(1, GROUP_BYTES // row_bytes)
-        for start in range(0, block.n_tokens, step):
-            part = block.rows(slice(start, start + step))
+        self._group_rows = max(1, GROUP_BYTES // row_bytes)
+        block = self._renamed(block)
+        for start in range(0, block.n_tokens, self._group_rows):
+            part = block.rows(slice(start, start + self._group_rows))
             self._waiting.append(part)
-            self._waiting_bytes += part.n_tokens * row_bytes
-            if self._waiting_bytes >= GROUP_BYTES:
+            self._waiting_rows += part.n_tokens
+            if self._waiting_rows >= self._group_rows:
                 self._flush()
 
+    def _renamed(self, block: RoutingTrace) -> RoutingTrace:
+        """Domains by their numbers in this trace."""
+        used, first = np.unique(block.domain_T[block.domain_T >= 0], return_index=True)
+        names = [block.domains[code] for code in used[np.argsort(first)].tolist()]
+        self.domains += tuple(name for name in names if name not in self.domains)
+        codes = np.full(len(block.domains) + 1, -1, np.int32)
+        codes[used] = [self.domains.index(block.domains[code]) for code in used.tolist()]
+        return dataclasses.replace(block, domain_T=codes[block.domain_T], domains=self.domains)
+
     def _flush(self) -> None:
-        if not self._waiting:
-            return
-        block = concat([dataclasses.replace(part, domains=self.domains) for part in self._waiting])
-        self._waiting, self._waiting_bytes = [], 0
+        """One row group."""
+        whole = concat([dataclasses.replace(part, domains=self.domains) for part in self._waiting])
+        block, rest = (whole.rows(rows) for rows in _halves(self._group_rows))
+        self._waiting, self._waiting_rows = [rest] * bool(rest.n_tokens), rest.n_tokens
         starts = block.starts_R[block.request_T[block.starts_R] != self._last_request]
         if self._shards.is_full and len(starts):
             if starts[0]:
@@ -186,13 +164,16 @@ class TraceFiles:
         self._last_request = int(block.request_T[-1])
 
     def _write(self, block: RoutingTrace, n_requests: int) -> None:
-        files: dict[str, dict[str, pa.Array]] = {"tokens": _small_columns(block, self.domains)}
+        self._n_named = max(self._n_named, int(block.domain_T.max()) + 1)
+        named = self.domains[: self._n_named]
+        files: dict[str, dict[str, pa.Array]] = {"tokens": small_columns(block, named)}
         for name, array in wide_columns(block).items():
             files.setdefault(WIDE[name][0], {})[name] = binary(array)
         self._shards.write({stem: pa.table(columns) for stem, columns in files.items()}, n_requests)
 
     def close(self, card: ModelCard, provenance: Provenance) -> None:
-        self._flush()
+        if self._waiting:
+            self._flush()
         self._shards.close()
         shards = self._shards.shards
         about = {
@@ -208,8 +189,15 @@ class TraceFiles:
         (self.folder / "trace.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
+def _halves(row: int) -> tuple[slice, slice]:
+    return slice(None, row), slice(row, None)
+
+
 class TraceReader:
     """Reads a trace in blocks of whole requests; opening it reads `trace.json` only."""
+
+    first_row = 0  # row groups that end before it are not read
+    row_of_first = 0  # of the rows that are read, where the first one stands; known once it is read
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -253,8 +241,12 @@ class TraceReader:
                 f"{self.folder}: this trace has not recorded {missing}; it has {sorted(self.columns)}"
             )
         carry: list[RoutingTrace] = []
+        row = 0
         for number, rows in self.shards:
-            for block in self._shard(number, rows, names, max_rows):
+            row += rows
+            if row <= self.first_row:
+                continue
+            for block in self._shard(number, rows, names, max_rows, row - rows):
                 last = int(block.starts_R[-1])
                 if last == 0 and carry and carry[-1].request_T[-1] == block.request_T[0]:
                     carry.append(block)
@@ -289,13 +281,16 @@ class TraceReader:
         return {int(name.removeprefix("layer.")): array for name, array in tensors.items()}
 
     def _shard(
-        self, number: int, rows: int, names: tuple[str, ...], max_rows: int
+        self, number: int, rows: int, names: tuple[str, ...], max_rows: int, row: int
     ) -> Iterator[RoutingTrace]:
         wanted: dict[str, list[str]] = {"tokens": list(SMALL)}
         for name in names:
             wanted.setdefault(WIDE[name][0], []).append(name)
         files = {stem: self._open(f"{stem}-{number:05d}.parquet", rows) for stem in wanted}
         for group in range(files["tokens"].num_row_groups):
+            row += files["tokens"].metadata.row_group(group).num_rows
+            if row <= self.first_row:
+                continue
             columns = {
                 name: column.combine_chunks()
                 for stem, names_here in wanted.items()
@@ -304,6 +299,8 @@ class TraceReader:
             if len({len(column) for column in columns.values()}) != 1:
                 raise FormatError(f"{self.folder}, shard {number}: its files have unequal rows")
             block = self._block(columns, names)
+            if row - block.n_tokens <= self.first_row:
+                self.row_of_first = row - block.n_tokens
             for start in range(0, block.n_tokens, max_rows):
                 yield block.rows(slice(start, start + max_rows))
         for file in files.values():
@@ -327,57 +324,28 @@ class TraceReader:
             )
         return file
 
+    def small(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """What every row has beside its choices, under the names of `RoutingTrace`, row group by row group."""
+        for number, rows in self.shards:
+            file = self._open(f"tokens-{number:05d}.parquet", rows)
+            for group in range(file.num_row_groups):
+                found = self._group(file, group, list(SMALL))
+                with reading(self.folder, "the columns of a trace"):
+                    yield self.small_of({name: c.combine_chunks() for name, c in found.items()})
+            file.close()
+
+    def small_of(self, columns: Mapping[str, pa.Array]) -> dict[str, NDArray[Any]]:
+        plain = ("request", "position", "executed")
+        small = {f"{name}_T": whole(columns[name], name) for name in plain}
+        return {
+            **small,
+            "phase_T": codes_of(columns["phase"], PHASES, "phase").astype(np.uint8),
+            "token_T": columns["token"].cast(pa.int32()).fill_null(NO_TOKEN).to_numpy(),
+            "domain_T": codes_of(columns["domain"], self.domains, "domain", nullable=True),
+        }
+
     def _block(self, columns: Mapping[str, pa.Array], names: tuple[str, ...]) -> RoutingTrace:
         with reading(self.folder, "the columns of a trace"):
             wide = {WIDE[name][1]: unbinary(columns[name], *self.columns[name]) for name in names}
-            small = {
-                name: _whole(columns[name], name) for name in ("request", "position", "executed")
-            }
-            return RoutingTrace(
-                card=self.card,
-                request_T=small["request"],
-                position_T=small["position"],
-                phase_T=_codes(columns["phase"], PHASES, "phase").astype(np.uint8),
-                executed_T=small["executed"],
-                token_T=columns["token"].cast(pa.int32()).fill_null(NO_TOKEN).to_numpy(),
-                domain_T=_codes(columns["domain"], self.domains, "domain", nullable=True),
-                domains=self.domains,
-                **wide,
-            )
-
-
-def _whole(column: pa.Array, name: str) -> NDArray[Any]:
-    """A small column without gaps, in the type of the schema."""
-    if column.null_count:
-        raise FormatError(f"column {name}: expected no nulls, found {column.null_count}")
-    kind = pa.bool_() if name == "executed" else pa.int32()
-    return column.cast(kind).to_numpy(zero_copy_only=False)
-
-
-def _codes(
-    column: pa.Array, names: tuple[str, ...], what: str, *, nullable: bool = False
-) -> NDArray[np.int32]:
-    """Index of every value in `names`, whatever order the writer's own dictionary has; -1 for null."""
-    if not pa.types.is_dictionary(column.type):
-        column = column.cast(pa.string()).dictionary_encode()
-    known = {name: code for code, name in enumerate(names)}
-    own = [known.get(value, -2) for value in column.dictionary.to_pylist()]
-    codes = np.array([*own, -1 if nullable else -2], np.int32)
-    codes_T = codes[column.indices.fill_null(len(own)).to_numpy(zero_copy_only=False)]
-    if (codes_T == -2).any():
-        raise FormatError(
-            f"column {what}: expected one of {names}, found {column.dictionary.to_pylist()}"
-        )
-    return codes_T
-
-
-def read_json(path: Path, schema: str) -> dict[str, Any]:
-    """A versioned description file; what it is not is said in one line."""
-    if not path.is_file():
-        raise FormatError(f"{path}: not found; expected a folder with {path.name} ({schema})")
-    with reading(path, f"JSON of schema {schema}"):
-        about = json.loads(path.read_text())
-    if not isinstance(about, dict) or about.get("schema") != schema:
-        found = about.get("schema") if isinstance(about, dict) else type(about).__name__
-        raise FormatError(f"{path}: expected schema {schema}, found {found}")
-    return about
+            small = self.small_of(columns)
+            return RoutingTrace(card=self.card, domains=self.domains, **small, **wide)

@@ -18,14 +18,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from prefetch.errors import FormatError, reading
-from prefetch.trace.parquet import (
-    GROUP_BYTES,
-    ShardWriter,
-    binary,
-    read_json,
-    unbinary,
-)
+from prefetch.trace.columns import binary, unbinary
+from prefetch.trace.parquet import GROUP_BYTES, ShardWriter
 from prefetch.trace.routing import IdArray, id_dtype, no_expert
+from prefetch.trace.version import read_json
 
 SCHEMA = "prefetch.predictions/1"
 CAUSALITIES = ("decode", "prefill", "cheats")

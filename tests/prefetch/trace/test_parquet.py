@@ -1,6 +1,7 @@
 """A trace goes to disk and comes back equal, in blocks of whole requests, and the same input gives the same bytes."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -110,6 +111,32 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
         write(tmp_path / name, random_trace([40, 50]))
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=12),
+    cuts=st.sets(st.integers(1, 100), max_size=6),
+    group_bytes=st.sampled_from([300, 3000]),
+)
+def test_the_same_rows_give_the_same_bytes_whatever_the_blocks(
+    lengths, cuts, group_bytes, tmp_path_factory
+):
+    """Blocks are cut anywhere, also within a request; domains are first seen in any of them."""
+    folder, trace = tmp_path_factory.mktemp("law"), random_trace(lengths)
+    names = tuple(f"domain {number}" for number in range(3))
+    trace = dataclasses.replace(trace, domains=names, domain_T=2 - trace.request_T % 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "GROUP_BYTES", group_bytes)
+        patch.setattr(parquet, "SHARD_BYTES", 3 * group_bytes)
+        edges = [0, *sorted(cut for cut in cuts if cut < sum(lengths)), sum(lengths)]
+        blocks = [trace.rows(slice(a, b)) for a, b in itertools.pairwise(edges)]
+        write(folder / "a", trace)
+        write(folder / "b", *blocks)
+    for path in (folder / "a").iterdir():
+        assert path.read_bytes() == (folder / "b" / path.name).read_bytes(), path.name
 
 
 def test_domains_of_many_files_are_kept_apart(tmp_path):
