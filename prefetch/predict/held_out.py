@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.copies import MOST_REQUESTS, Sketches, has_near_copy, sketches_of
+from prefetch.predict.domains import of_units
 from prefetch.predict.part import Part, parts_of, survey_of
 from prefetch.scoring import Fold, SharedText, Survey
 from prefetch.trace.parquet import TraceReader
@@ -35,6 +37,10 @@ class HeldOut:
     @property
     def n_units(self) -> int:
         return int(self.unit_R.max(initial=-1)) + 1
+
+    @cached_property
+    def domain_U(self) -> tuple[str, ...]:
+        return of_units(self.part, self.unit_R)
 
 
 def held_out_in(part: Part, split: str = "requests") -> HeldOut:

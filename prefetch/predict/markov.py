@@ -7,6 +7,7 @@ In the first layers, where this token has no such layer yet, the token before te
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import numpy as np
@@ -61,7 +62,13 @@ class Markov:
 
 
 def _rows(train: Part, horizon: int, prior_LE: NDArray[np.float64]) -> NDArray[np.float32]:
-    counts_LEE = np.zeros((*prior_LE.shape, prior_LE.shape[1]), np.int64)
-    for past, ids_TLK, counted_T in train.lessons(horizon):
-        count_after(past.nearest(), ids_TLK, counted_T, past.nobody, counts_LEE)
+    (counts_LEE,) = train.summed(partial(_followed, horizon), f"counting {horizon} ahead")
     return rows_of(counts_LEE, prior_LE)
+
+
+def _followed(horizon: int, part: Part) -> tuple[NDArray[np.int64]]:
+    card = part.card
+    counts_LEE = np.zeros((card.n_layers, card.n_experts, card.n_experts), np.int64)
+    for past, ids_TLK, counted_T in part.lessons(horizon):
+        count_after(past.nearest(), ids_TLK, counted_T, past.nobody, counts_LEE)
+    return (counts_LEE,)

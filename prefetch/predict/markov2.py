@@ -6,6 +6,7 @@ The product of both conditional shares over the share of use, which each of them
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import numpy as np
@@ -33,13 +34,7 @@ class Markov2:
     def fit(self, train: Part, validation: Part) -> Self:
         prior_LE = share_of_use(use_of(train)[0])
         self.prior_LE_ = np.log(prior_LE + TINY).astype(np.float32)
-        above = [np.zeros((*prior_LE.shape, prior_LE.shape[1]), np.int64) for _ in self.horizons]
-        before_LEE = np.zeros_like(above[0])
-        for h, horizon in enumerate(self.horizons):
-            for past, ids_TLK, counted_T in train.lessons(horizon):
-                count_after(past.here(), ids_TLK, counted_T, past.nobody, above[h])
-                if h == 0:
-                    count_after(past.before(), ids_TLK, counted_T, past.nobody, before_LEE)
+        before_LEE, *above = train.summed(partial(_followed, self.horizons), "counting pairs")
         self.above_HLEE_ = np.stack([rows_of(counts_LEE, prior_LE) for counts_LEE in above])
         self.before_LEE_ = rows_of(before_LEE, prior_LE)
         return self
@@ -54,3 +49,16 @@ class Markov2:
             mean_TLE = np.log(told_TLE / past.card.top_k + TINY) - self.prior_LE_
             scores_TLE += np.where(known_TL1, mean_TLE, 0)
         return scores_TLE
+
+
+def _followed(horizons: tuple[int, ...], part: Part) -> tuple[NDArray[np.int64], ...]:
+    """[L, E, E] counts of what came after the token before, then of what came after each horizon's layer."""
+    card = part.card
+    shape = (card.n_layers, card.n_experts, card.n_experts)
+    before_LEE, *above = (np.zeros(shape, np.int64) for _ in range(1 + len(horizons)))
+    for h, horizon in enumerate(horizons):
+        for past, ids_TLK, counted_T in part.lessons(horizon):
+            count_after(past.here(), ids_TLK, counted_T, past.nobody, above[h])
+            if h == 0:
+                count_after(past.before(), ids_TLK, counted_T, past.nobody, before_LEE)
+    return (before_LEE, *above)

@@ -44,6 +44,7 @@ class Counts:
     unit_HYULM: NDArray[np.int32]  # Y = new text | all rows
     rank_HXLP: NDArray[np.int64]  # true choices that stood at this rank
     bin_HBC: NDArray[np.float64]  # of the reliability curve: guesses, sum of scores, right ones
+    domain_U: tuple[str, ...] = ()
 
 
 def count(guesses: PredictionsReader, tested: HeldOut, *, is_foreign: bool = False) -> Counts:
@@ -70,6 +71,7 @@ def count(guesses: PredictionsReader, tested: HeldOut, *, is_foreign: bool = Fal
         unit_HYULM=np.zeros(units, np.int32),
         rank_HXLP=np.zeros((*shape, about.width), np.int64),
         bin_HBC=np.zeros((n_horizons, BINS, 3)),
+        domain_U=tested.domain_U,
     )
     capacity = card.n_experts // CACHE_SHARE
     stamp_LE = np.full(

@@ -6,14 +6,16 @@ It knows no predictor and no score.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prefetch.cluster import Cluster
 from prefetch.errors import MissingData
 from prefetch.predict.past import Past
 from prefetch.scoring import Fold, Survey
@@ -21,7 +23,10 @@ from prefetch.trace.blocks import Traceable, blocks_of, columns_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader, concat
 from prefetch.trace.routing import RoutingTrace
+from prefetch.trace.stretch import Stretch, cut
+from prefetch.worker import need_seen
 
+C = TypeVar("C")
 RECORDED_BY = {
     "gate_inputs": "gate_inputs=true",
     "pre_attention": "pre_attention=true",
@@ -46,6 +51,7 @@ class Part:
     requests: NDArray[np.int64]
     first: int = 0
     stop: int | None = None
+    cluster: Cluster | None = None  # where whoever only counts may count; None = here
 
     @cached_property
     def card(self) -> ModelCard:
@@ -96,6 +102,32 @@ class Part:
             if counted_T.any():
                 yield block, counted_T
 
+    def counted(self, count: Callable[[Part], C], what: str) -> Iterator[C]:
+        """What `count` says of the whole part, or on a cluster of one stretch of the trace after the other.
+
+        `count` is of a module, so that workers have it; what it says must add up to the same however rows are shared
+        out.
+        """
+        is_in_time = self.first > 0 or self.stop is not None
+        if self.cluster is None or is_in_time or not isinstance(self.trace, TraceReader):
+            yield count(self)
+            return
+        cuts = cut(self.trace, self.cluster.n_shards(self.trace.n_tokens))
+        folder = self.trace.folder.resolve()
+        names = [f"requests of {folder.name} from row {start} to {stop}" for start, stop in cuts]
+        state = (count, folder, self.requests)
+        for _, said in self.cluster.map(_counted, cuts, state, title=what, names=names):
+            yield said
+
+    def summed(self, count: Callable[[Part], tuple[NDArray[Any], ...]], what: str) -> list[Any]:
+        """Whole numbers that `count` found, added up in the order of the trace."""
+        parts = self.counted(count, what)
+        sums = list(next(parts))
+        for later in parts:
+            for mine, other in zip(sums, later, strict=True):
+                mine += other
+        return sums
+
     def some(self, most_tokens: int, seed: int) -> Part:
         """Whole requests in an order drawn by the seed, until there are enough tokens; the last one may be too many."""
         lengths: dict[int, int] = {}
@@ -129,6 +161,15 @@ class Part:
         if not read:
             raise MissingData("this part of the trace has no rows to learn from")
         return concat([block for block, _ in read]), np.concatenate([rows for _, rows in read])
+
+
+def _counted(
+    state: tuple[Callable[[Part], C], Path, NDArray[np.int64]], stretch: tuple[int, int]
+) -> C:
+    """A worker's share."""
+    count, folder, requests = state
+    need_seen(folder / "trace.json")
+    return count(Part(Stretch(folder, *stretch), requests))
 
 
 class Parts(NamedTuple):

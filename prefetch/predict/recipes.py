@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -15,8 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from prefetch import config
 from prefetch.artifacts import BUILDING, UNFINISHED, Outside, Recipe
+from prefetch.cluster import cluster_of
 from prefetch.config import Config
 from prefetch.errors import ConfigError
+from prefetch.predict.domains import only
 from prefetch.predict.guesses import write_guesses
 from prefetch.predict.interrupted import seconds_before
 from prefetch.predict.part import Part, parts_of, survey_of
@@ -58,6 +61,8 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
         check_horizons(cfg, reader.card.n_layers)
         part = fold_of(reader, cfg.seed, fold, is_tested_elsewhere=cfg.train.test_trace is not None)
         train, validation, _ = parts_of(reader, part)
+        train, validation = (only(one, cfg.train.domains) for one in (train, validation))
+        train = dataclasses.replace(train, cluster=cluster_of(cfg))
         for needed in (train, validation):
             needed.require(*predictor.needs)
         unfinished = folder.with_name(f".{folder.name.removesuffix(BUILDING)}{UNFINISHED}")
@@ -81,7 +86,7 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
             "split": part.kind,
             "fitted_requests": list(said.fitted_requests)
             if (said := declared(predictor))
-            else sorted({*part.train.tolist(), *part.validation.tolist()}),
+            else sorted({*train.requests.tolist(), *validation.requests.tolist()}),
             "parameter_bytes": parameter_bytes(predictor),
             "card": reader.card.to_json(),
             "curve": getattr(predictor, "curve", []),
@@ -102,6 +107,7 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
             "fold": fold,
             "seed": cfg.seed,
             "whole": cfg.train.test_trace is not None,
+            **({} if cfg.train.domains is None else {"domains": sorted(cfg.train.domains)}),
         },
         build=build,
         upstream={"trace": trace, **members},

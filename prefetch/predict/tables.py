@@ -19,13 +19,18 @@ SMOOTHING = 0.5  # how many uses of the prior every row starts with
 
 def use_of(part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """[L, E] choices of every expert, and [L] tokens that the layer ran for."""
+    use_LE, tokens_L = part.summed(_use_of, "counting use")
+    if not use_LE.any():
+        raise MissingData("no training request has a row: there is nothing to learn from")
+    return use_LE, tokens_L
+
+
+def _use_of(part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     card = part.card
     use_LE = np.zeros((card.n_layers, card.n_experts), np.int64)
     tokens_L = np.zeros(card.n_layers, np.int64)
     for lesson in part.lessons(1):
         count_use(lesson.ids_TLK, lesson.counted_T, lesson.past.nobody, use_LE, tokens_L)
-    if not use_LE.any():
-        raise MissingData("no training request has a row: there is nothing to learn from")
     return use_LE, tokens_L
 
 

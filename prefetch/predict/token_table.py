@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import numpy as np
@@ -35,9 +36,8 @@ class TokenTable:
 
     def fit(self, train: Part, validation: Part) -> Self:
         seen: dict[int, int] = {}
-        for past, _, counted_T in train.lessons(1):
-            words, counts = np.unique(past.token_T[counted_T], return_counts=True)
-            for word, count in zip(words.tolist(), counts.tolist(), strict=True):
+        for found in train.counted(_words, "counting words"):
+            for word, count in found.items():
                 seen[word] = seen.get(word, 0) + count
         if not seen.keys() - {NO_TOKEN}:
             raise MissingData("needs token ids, which this trace has not recorded")
@@ -45,28 +45,49 @@ class TokenTable:
         often = sorted(seen, key=lambda word: (-seen[word], word))[: self.most_words]
         self.words_V_ = np.sort(np.array(often, np.int64))
         self.chance_LE_ = chance_of_use(*use_of(train))
-        use_VLE = np.zeros((len(self.words_V_), *self.chance_LE_.shape), np.float32)
-        tokens_V = np.zeros(len(self.words_V_), np.int64)
-        for past, ids_TLK, counted_T in train.lessons(1):
-            _count(ids_TLK, self._places(past), counted_T, past.nobody, use_VLE, tokens_V)
-        self.chance_VLE_ = (use_VLE + SMOOTHING * self.chance_LE_) / (
+        use_VLE, tokens_V = train.summed(partial(_use_by_word, self.words_V_), "counting by word")
+        prior_LE = SMOOTHING * self.chance_LE_
+        self.chance_VLE_ = (use_VLE.astype(np.float32) + prior_LE) / (
             tokens_V[:, None, None] + SMOOTHING
         )
         self.chance_VLE_ = self.chance_VLE_.astype(np.float32)
         return self
 
     def scores(self, past: Past) -> NDArray[np.float32]:
-        place_T = self._places(past)
+        place_T = _places(self.words_V_, past)
         known_T = place_T >= 0
         scores_TLE = np.tile(self.chance_LE_, (past.n_tokens, 1, 1))
         scores_TLE[known_T] = self.chance_VLE_[place_T[known_T]]
         return scores_TLE
 
-    def _places(self, past: Past) -> NDArray[np.int64]:
-        """Where a token's word stands in the table; -1 = nowhere."""
-        place_T = np.searchsorted(self.words_V_, past.token_T)
-        place_T = np.minimum(place_T, len(self.words_V_) - 1)
-        return np.where(self.words_V_[place_T] == past.token_T, place_T, -1)
+
+def _places(words_V: NDArray[np.int64], past: Past) -> NDArray[np.int64]:
+    """Where a token's word stands in the table; -1 = nowhere."""
+    place_T = np.searchsorted(words_V, past.token_T)
+    place_T = np.minimum(place_T, len(words_V) - 1)
+    return np.where(words_V[place_T] == past.token_T, place_T, -1)
+
+
+def _words(part: Part) -> dict[int, int]:
+    """How often each was met."""
+    seen: dict[int, int] = {}
+    for past, _, counted_T in part.lessons(1):
+        words, counts = np.unique(past.token_T[counted_T], return_counts=True)
+        for word, count in zip(words.tolist(), counts.tolist(), strict=True):
+            seen[word] = seen.get(word, 0) + count
+    return seen
+
+
+def _use_by_word(
+    words_V: NDArray[np.int64], part: Part
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """[V, L, E] choices, and [V] tokens."""
+    card = part.card
+    use_VLE = np.zeros((len(words_V), card.n_layers, card.n_experts), np.int32)
+    tokens_V = np.zeros(len(words_V), np.int64)
+    for past, ids_TLK, counted_T in part.lessons(1):
+        _count(ids_TLK, _places(words_V, past), counted_T, past.nobody, use_VLE, tokens_V)
+    return use_VLE, tokens_V
 
 
 @njit(cache=True, nogil=True)

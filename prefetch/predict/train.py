@@ -17,7 +17,8 @@ from rich.text import Text
 from prefetch.artifacts import Store
 from prefetch.config import Config, choices
 from prefetch.errors import ConfigError, MissingData
-from prefetch.predict import cards, export, results
+from prefetch.outputs import Outputs
+from prefetch.predict import cards, export, results, shift
 from prefetch.predict.estimates import ENOUGH_UNITS
 from prefetch.predict.held_out import HeldOut, held_out_elsewhere, held_out_folds
 from prefetch.predict.measures import Counts, count
@@ -39,7 +40,6 @@ from prefetch.predict.results import Scored
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.predictions import PredictionsCard, PredictionsReader
-from prefetch.tracking import Outputs
 
 log = logging.getLogger(__name__)
 FAST = ("popularity", "previous_token", "markov")  # what every table shows
@@ -183,6 +183,7 @@ def _write(
         "predictors": results.summary(scored, cfg.seed),
         "by_layer": results.by_layer(scored, tested.card),
         "by_width": results.by_width(scored),
+        "by_domain": (shifted := shift.by_domain(scored, cfg.train.domains)),
         "by_fold": results.by_fold(scored),
         "reliability": results.reliability(scored),
         "differences": results.differences(scored, cfg.seed),
@@ -192,10 +193,14 @@ def _write(
     for name, frame in tables.items():
         if len(frame):
             outputs.table(name, frame)
+    if len(curve := tables["curve"]):
+        recall = curve.rename(columns={"score": "recall"})
+        outputs.curve("fit", recall, x="epoch", by=("horizon", "fold"))
     if left_out:
         rows = [{"predictor": name, "why": why} for name, why in left_out.items()]
         outputs.table("left_out", pd.DataFrame(rows))
     metrics = results.headline(tables["predictors"], scored[0].name)
+    metrics |= shift.headline(shifted, scored[0].name)
     outputs.metrics(metrics)
     if cfg.train.figures:
         from prefetch.predict.pictures import draw_all  # matplotlib: slow, and not everyone draws

@@ -21,10 +21,13 @@ from prefetch.sim.cell import Cell, Refused, refused_row
 from prefetch.sim.compiled import engine
 from prefetch.sim.curves import hit_rate_curves
 from prefetch.sim.needed import MOST_STEPS, required_recall
+from prefetch.sim.protocols import in_words, protocols
 from prefetch.sim.sweep import Kept, run_all
 from prefetch.sim.timeline import timeline_of, write_chrome_trace
 
 log = logging.getLogger(__name__)
+# over the size of the cache, by a tracker
+DRAWN = ("hit_rate", "tpot_ms", "slowdown", "memory_savings")
 
 
 def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
@@ -41,21 +44,38 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
         )
         table = _table(bench, cells, main, kept)
     outputs.table("results", table)
+    sizes = table[table.way == summary.CURVE]
+    if len(sizes):
+        sizes = sizes[["capacity", *DRAWN]].astype({"capacity": float})
+        outputs.curve("size", sizes, x="capacity")
     chosen = table.iloc[main]
     needed = _needed(bench, chosen, kept)
     if len(needed):
         outputs.table("required_recall", needed)
+        drawn = needed[["recall", "bandwidth_factor", "tpot_ms"]]
+        outputs.curve(
+            "required", drawn.rename(columns={"bandwidth_factor": "link"}), "recall", ("link",)
+        )
+    published = _protocols(bench)
+    if len(published):
+        outputs.table("protocols", published)
     metrics = summary.headline(table, chosen, needed)
     outputs.metrics(metrics)
     told = list(summary.warnings(bench, table, chosen))
-    (outputs.folder / "summary.md").write_text(summary.summary(bench, table, needed, told))
+    page = summary.summary(bench, table, needed, told)
+    if len(published):
+        page += "\n" + in_words(published)
+    (outputs.folder / "summary.md").write_text(page)
     shown = timeline.result()
     if shown is not None:
         write_chrome_trace(outputs.folder / "timeline.json", shown, summary.source(bench))
     if cfg.evaluate.figures:
         from prefetch.sim.gallery import draw_all  # matplotlib: slow, and not everyone draws
 
-        draw_all(bench, outputs, table, needed, _curves(bench, kept, outputs), shown)
+        curves = _curves(bench, kept, outputs)
+        draw_all(bench, outputs, table, needed, curves, published, shown)
+    if bench.clock is not None:
+        bench.clock.finished()
     summary.show(bench, table)
     for text in told:
         log.warning(text)
@@ -94,8 +114,8 @@ def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept)
     if bench.is_simulated:
         for cell in able.values():
             engine(cell.policy.rules, "timed")  # made once, before several ask for it together
-        rows = run_all(jobs, kept, workers=bench.cfg.evaluate.workers)
-    else:  # one at a time, each measured anew
+        rows = run_all(jobs, kept, workers=bench.cfg.evaluate.workers, cluster=bench.cluster)
+    else:  # one at a time, each kept as soon as it was measured
         rows = [dict(job.run()) for job in jobs]
     found = dict(zip(able, rows, strict=True))
     for i, one in enumerate(cells):
@@ -107,6 +127,17 @@ def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept)
     table = table.fillna({"bound": "", "interval_over": ""})
     table["gap_closed"] = summary.gap_closed(table)
     return table
+
+
+def _protocols(bench: Bench) -> pd.DataFrame:
+    if not bench.cfg.evaluate.protocols:
+        return pd.DataFrame()
+    if not bench.is_simulated or bench.simulator.misses != "wait":
+        log.info(
+            "no published protocols: they are compared with simulated caches whose misses wait"
+        )
+        return pd.DataFrame()
+    return protocols(bench)
 
 
 def _needed(bench: Bench, chosen: pd.Series, kept: Kept) -> pd.DataFrame:
@@ -134,6 +165,7 @@ def _curves(bench: Bench, kept: Kept, outputs: Any) -> pd.DataFrame:
     curves = hit_rate_curves(bench, kept)
     if len(curves):
         outputs.table("hit_rate_curves", curves)
+        outputs.curve("cache", curves[["share", "lru", "optimum"]], x="share")
     else:
         misses = bench.simulator.misses
         log.info(

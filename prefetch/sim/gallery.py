@@ -11,6 +11,7 @@ import pandas as pd
 
 from prefetch.progress import Progress
 from prefetch.sim import pictures
+from prefetch.sim.protocol_picture import published_protocols
 from prefetch.sim.summary import source
 from prefetch.sim.timeline import Timeline
 
@@ -27,12 +28,13 @@ def draw_all(
     table: pd.DataFrame,
     needed: pd.DataFrame,
     curves: pd.DataFrame,
+    published: pd.DataFrame,
     shown: Timeline | None,
 ) -> None:
     """Every picture as SVG and PNG, into the run's folder."""
     rows = pictures.prepared(table, bench.card.n_layers * bench.card.n_experts)
     todo = dict[str, Draw]()
-    for name, (why_not, draw) in _pictures(bench, rows, needed, curves, shown).items():
+    for name, (why_not, draw) in _pictures(bench, rows, needed, curves, published, shown).items():
         if why_not:
             log.info("no figure %s: %s", name, why_not)
         else:
@@ -50,6 +52,7 @@ def _pictures(
     rows: pd.DataFrame,
     needed: pd.DataFrame,
     curves: pd.DataFrame,
+    published: pd.DataFrame,
     shown: Timeline | None,
 ) -> dict[str, tuple[str, Draw]]:
     """Why there is none, and how it is drawn."""
@@ -58,7 +61,12 @@ def _pictures(
     alone = "" if len(bench.policies) > 1 else "there is one policy"
     unasked = "" if asked else "evaluate.required_recall=false"
     measured = "" if bench.is_simulated else "times are measured"
+    n_entries = bench.card.n_layers * bench.card.n_experts
     return {
+        "published_protocols": (
+            "" if len(published) else "evaluate.protocols=false",
+            lambda *to: published_protocols(published, n_entries, *to),
+        ),
         "hit_rate_by_capacity": (
             "",
             lambda *to: pictures.hit_rate_by_capacity(rows, curves, *to),
