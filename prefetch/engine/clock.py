@@ -6,19 +6,23 @@ It knows no table. Weights are drawn, sizes are the model card's, routing is the
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefetch.artifacts import sha256_of
 from prefetch.engine.backend import Backend
 from prefetch.engine.cpu import CpuBackend
 from prefetch.engine.cuda import CudaBackend, need_device
 from prefetch.engine.kernel_body import ReplayBody
+from prefetch.engine.profiling.device import facts, place_of
 from prefetch.engine.replay import Ran, need_runnable, run
 from prefetch.engine.weights import Drawn
 from prefetch.sim.cell import Cell
@@ -30,6 +34,16 @@ from prefetch.trace.card import ModelCard
 
 log = logging.getLogger(__name__)
 WARM_STEPS = 20
+
+
+def _engine() -> str:
+    """The code that a measured time is of, as it was imported."""
+    here = Path(__file__).parent
+    paths = sorted([*here.rglob("*.py"), *(here.parent / "kernels").rglob("*.py")])
+    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()[:16]
+
+
+ENGINE_KEY = _engine()
 
 
 class DeviceClock:
@@ -57,6 +71,11 @@ class DeviceClock:
             return torch.cuda.get_device_name(self.device)
         n_threads = torch.get_num_threads()
         return f"{platform.machine()} CPU, {n_threads} thread{'s' * (n_threads != 1)}"
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        told = facts(place_of(str(self.device)))
+        return (ENGINE_KEY, *map(str, (self.rounds, self.seed, self.beside_bytes, *told.items())))
 
     def backend(self, work: Workload) -> Callable[[int], Backend]:
         def make(n_slots: int) -> Backend:
@@ -94,4 +113,5 @@ class DeviceClock:
         )
         time_S = np.median([run.time_S for run in runs], axis=0).astype(np.int64)
         counts = {**runs[0].counts, "now_ns": int(time_S.sum())}
-        return dataclasses.replace(runs[0], time_S=time_S, counts=counts)
+        rounds_RS = np.stack([run.time_S for run in runs])
+        return dataclasses.replace(runs[0], time_S=time_S, counts=counts, rounds_RS=rounds_RS)

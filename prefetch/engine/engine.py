@@ -8,23 +8,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from prefetch.engine.backend import COMPUTE, COPY, Backend, Done, EngineError, names
 from prefetch.sim.ahead import Ahead, Needed
 from prefetch.sim.pool import HIT, LATE
+from prefetch.sim.quick import QuickCaches
 from prefetch.sim.recorded import BEGIN, EVENT, LAND, TRY, Record
 from prefetch.sim.reference import Entry
-from prefetch.sim.storage_reference import NEVER_STALE
+from prefetch.sim.storage_reference import NEVER_STALE, Copy
 
 IN_FLIGHT = (
     1  # copies on the link: what is missing waits for no more than the one that runs, as simulated
 )
+SCORE, TARGET = attrgetter("score"), attrgetter("target")
 REASONS = {HIT: "", LATE: "late_stall_ns"}
 
 
 class Engine(Ahead):
     """`outcome` says of every access what it was; `record` in which order copies began, landed, and were needed."""
+
+    caches_of = QuickCaches
 
     def __init__(
         self, backend: Backend, n_slots: int, *told: Any, in_flight: int = IN_FLIGHT, **start: Any
@@ -67,7 +72,7 @@ class Engine(Ahead):
         """A step begins with this event."""
         if self.is_running:
             self._tidy()
-        self.at_step = event // self.work.card.n_layers
+        self.at_step = event // self.n_layers
         self.record.append((BEGIN, event))
         self._begin_step(event)
 
@@ -90,17 +95,17 @@ class Engine(Ahead):
 
     def event(self, event: int, accesses: range, tokens: Sequence[int]) -> None:
         """`tokens`: of the event, for each of its accesses."""
-        layer = event % self.work.card.n_layers
+        layer = event % self.n_layers
         self._land()
         self.record.append((EVENT, event))
-        entries = {a: self.caches.entry(a, layer) for a in accesses}
-        late = {a for a, entry in entries.items() if entry in self.arrives}
+        ids = self.work.ids_A[accesses.start : accesses.stop].tolist()
+        entries = {a: (layer, expert) for a, expert in zip(accesses, ids, strict=True)}
+        late = {a for a in accesses if entries[a] in self.arrives} if self.arrives else set()
         for a in late:
             del self.arrives[entries[a]]
         self.in_use, self.is_running = set(entries.values()), True
-        is_there = {entry for entry in self.in_use if entry in self.slot_of}
         needed = self._need(event, accesses, entries, late)
-        self._check(is_there, {entries[a] for a in needed.missing})
+        self._check([entries[a] for a in needed.missing])
         self._run(layer, needed, entries, dict(zip(accesses, tokens, strict=True)))
         self.backend.combine(layer)
         self.over, self.is_running = self.backend.record(COMPUTE), False
@@ -118,7 +123,7 @@ class Engine(Ahead):
 
     def resident_event(self, event: int, accesses: range, tokens: Sequence[int]) -> None:
         """An event when all are there: the host need not know the routing before it launches."""
-        layer = event % self.work.card.n_layers
+        layer = event % self.n_layers
         self.record.append((EVENT, event))
         self.outcome.update(dict.fromkeys(accesses, HIT))
         ids = self.work.ids_A[accesses.start : accesses.stop].tolist()
@@ -156,36 +161,41 @@ class Engine(Ahead):
         self, layer: int, needed: Needed, entries: dict[int, Entry], tokens: dict[int, int]
     ) -> None:
         """Launches wait in the order in which their experts are there; a copy that finds no slot has them go first."""
-        there = [a for a in needed.order if self.outcome[a] == HIT]
-        late = [a for a in needed.order if self.outcome[a] == LATE]
-        ready = list(self.ready)
-        late.sort(key=lambda a: ready.index(entries[a]))
+        outcome, order = self.outcome, needed.order
+        is_all = not needed.missing and not self.ready
+        there = order if is_all else [a for a in order if outcome[a] == HIT]
+        late = [] if is_all else [a for a in order if outcome[a] == LATE]
+        if len(late) > 1:
+            ready = list(self.ready)
+            late.sort(key=lambda a: ready.index(entries[a]))
         waiting = deque([there] * bool(there) + [[a] for a in late])
-
-        def launch() -> None:
-            group = waiting.popleft()
-            self._launch(layer, {entries[a]: tokens[a] for a in group}, self.outcome[group[0]])
-
         for a in needed.missing:
             while not self.free and waiting:
-                launch()
+                self._launch(layer, waiting.popleft(), entries, tokens)
             self._copy(entries[a])
-            self.counts["demand_loads"] += 1
             waiting.append([a])
-        while waiting:
-            launch()
+        self.counts["demand_loads"] += len(needed.missing)
+        for group in waiting:
+            self._launch(layer, group, entries, tokens)
 
-    def _launch(self, layer: int, tokens: dict[Entry, int], outcome: int) -> None:
-        slots = {expert: self.slot_of[layer, expert] for _, expert in tokens}
-        for entry in tokens:
-            if (copied := self.ready.pop(entry, None)) is not None:
-                self.backend.after(COMPUTE, copied, REASONS.get(outcome, "stall_ns"))
+    def _launch(
+        self, layer: int, group: list[int], entries: dict[int, Entry], tokens: dict[int, int]
+    ) -> None:
+        """All of a group are there, or are one that is waited for."""
+        slot_of, ready, slots = self.slot_of, self.ready, dict[int, int]()
+        for a in group:
+            entry = entries[a]
+            slots[entry[1]] = slot_of[entry]
+            if ready and (copied := ready.pop(entry, None)) is not None:
+                why = REASONS.get(self.outcome[a], "stall_ns")
+                self.backend.after(COMPUTE, copied, why)
         self.backend.publish(layer, slots)
-        self.backend.launch(layer, {expert: n for (_, expert), n in tokens.items()})
-        done = self.backend.record(COMPUTE)
-        for entry in tokens:
-            self.last_use[self.slot_of[entry]] = done
-            if not self._is_there(entry):  # it was used, and is not kept
+        self.backend.launch(layer, {entries[a][1]: tokens[a] for a in group})
+        done, kept = self.backend.record(COMPUTE), self.caches.of(layer).slot
+        for a in group:
+            entry = entries[a]
+            self.last_use[slots[entry[1]]] = done
+            if entry not in kept and entry not in self.beside:  # it was used, and is not kept
                 self._let_go(entry)
 
     def _copy(self, entry: Entry) -> None:
@@ -201,7 +211,7 @@ class Engine(Ahead):
         self.backend.copy(entry, slot)
         done = self.ready[entry] = self.backend.record(COPY)
         self.flying.append((entry, done))
-        self.counts["moved_bytes"] += int(self.machine.bytes_L[entry[0]])
+        self.counts["moved_bytes"] += self.bytes_L[entry[0]]
 
     def _land(self) -> None:
         while self.flying and self.backend.is_done(self.flying[0][1]):
@@ -217,7 +227,8 @@ class Engine(Ahead):
             self.backend.spend(self.machine.predict_ns)
 
     def _left(self, entry: Entry) -> None:
-        super()._left(entry)
+        if entry in self.unused or entry in self.arrives:
+            super()._left(entry)
         if not (self.is_running and entry in self.in_use):
             self._let_go(entry)
 
@@ -225,9 +236,17 @@ class Engine(Ahead):
         self.ready.pop(entry, None)
         self.free.append(self.slot_of.pop(entry))
 
-    def _check(self, is_there: set[Entry], missing: set[Entry]) -> None:
+    def _check(self, missing: Sequence[Entry]) -> None:
         """What the pool holds is what the policy believes that it holds."""
-        if is_there & missing or self.in_use - is_there - missing:
+        is_there = self.in_use & self.slot_of.keys()
+        if len(is_there) + len(missing) != len(self.in_use) or not is_there.isdisjoint(missing):
             raise EngineError(
                 f"the pool holds {names(is_there)} of {names(self.in_use)}, and the policy loads {names(missing)}"
             )
+
+    def _next(self, link_free: int) -> Copy | None:
+        """As `Ahead`, of guesses none of which has begun: whoever is on the link is not in the queue any more."""
+        queue, landing = self.queue, self.machine.landing
+        if not queue or 0 < landing == len(self.beside):
+            return None
+        return max(queue, key=SCORE) if self.machine.by_score else min(queue, key=TARGET)

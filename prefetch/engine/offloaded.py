@@ -23,6 +23,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from prefetch import config
+from prefetch.engine import guard
+from prefetch.engine.arena import Arena
 from prefetch.engine.backend import COMPUTE
 from prefetch.engine.bodies import LiveBody, LiveKernels
 from prefetch.engine.cpu import CpuBackend
@@ -98,10 +100,12 @@ class OffloadedMoE(nn.Module):
         backend = (CudaBackend if is_gpu else CpuBackend)(
             self.pool_SN, _block_of(self.host_LEN), self.body
         )
-        weakref.finalize(self, backend.stop)  # whoever forgets the model forgets its copies
+        self.arena = Arena(self.device)
+        weakref.finalize(self, _ended, backend.stop, self.arena)  # whoever forgets the model
         self.engine = LiveEngine(backend, cached + staging, self.card, **decided)
         self._hooks: list[Any] = []
         self._passes, self._whose = threading.Lock(), 0  # the thread whose pass it is
+        self.process = guard.Process()
         self._take_over()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,14 +146,16 @@ class OffloadedMoE(nn.Module):
 
     def restore(self) -> Any:
         """The model as it was, its experts in their places again."""
-        if not self._hooks:
+        self.process.need()
+        if not self.host_LEN:
             return self.model
+        guard.lift(self)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self.engine.backend.close()
+        _ended(self.engine.backend.close, self.arena)
         self.pool_SN = self.pool_SN.new_empty(0, self.pool_SN.shape[1])
-        for packed in self.packed_L:
+        for packed in self.packed_L[: len(self.host_LEN)]:
             module = _module_of(packed)
             for name, weight in packed.unpack(self.host_LEN.pop(0)).items():
                 getattr(module, name).data = weight.to(self.home)
@@ -157,21 +163,32 @@ class OffloadedMoE(nn.Module):
         return self.model.to(self.home)
 
     def _take_over(self) -> None:
-        """Layer by layer, so that no more than one of them is held twice."""
-        for layer, packed in enumerate(self.packed_L):
-            module, host_EN = _module_of(packed), packed.pack()
-            self.host_LEN.append(host_EN.pin_memory() if self.device.type == "cuda" else host_EN)
-            module.forward = MethodType(_forward_of(self, layer), module)
-            for param in module.parameters(recurse=False):
-                param.data = param.data.new_empty(0)
-            self._hooks.append(module.register_state_dict_pre_hook(_refuse_to_save))
-        self.model.to(self.device)  # what is left of it
+        """A model that cannot be taken over, for want of memory, is left as it was."""
+        try:
+            for layer, packed in enumerate(self.packed_L):
+                self._move_out(layer, packed)
+            self.model.to(self.device)  # what is left of it
+        except BaseException:
+            self.restore()
+            raise
+        probe = torch.zeros(1, dtype=self.pool_SN.dtype, device=self.device)
+        guard.refuse_changes(self, [_module_of(packed) for packed in self.packed_L], probe)
         model, begin, end = self.model, self._begin, self._end
         self._hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(end, always_call=True))
 
+    def _move_out(self, layer: int, packed: Any) -> None:
+        """Layer by layer, so that no more than one of them is held twice."""
+        module = _module_of(packed)
+        self.host_LEN.append(self.arena.hold(packed.pack()))
+        module.forward = MethodType(_forward_of(self, layer), module)
+        for param in module.parameters(recurse=False):
+            param.data = param.data.new_empty(0)
+        self._hooks.append(module.register_state_dict_pre_hook(guard.refuse_to_save))
+
     def _begin(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """How many requests and tokens a forward pass is about, and whether it begins them. One pass at a time."""
+        self.process.need()
         if self._whose != threading.get_ident():  # else one of its own was interrupted
             self._passes.acquire()
             self._whose = threading.get_ident()
@@ -198,10 +215,10 @@ class OffloadedMoE(nn.Module):
             self._passes.release()
 
 
-def _refuse_to_save(module: Any, *_: Any) -> None:
-    raise ConfigError(
-        f"{type(module).__name__} holds no weights while its model is offloaded: restore() gives them back, then save"
-    )
+def _ended(stop: Callable[[], None], arena: Arena) -> None:
+    """First the copies, then the memory that they are from."""
+    stop()
+    arena.close()
 
 
 def _block_of(host_LEN: list[Tensor]) -> Callable[[Entry], Tensor]:
@@ -218,6 +235,8 @@ def _forward_of(offloaded: OffloadedMoE, layer: int) -> Any:
                 "OffloadedMoE serves and does not train: experts have no gradients; call model.eval(), or train the "
                 "untouched model (restore() gives it back)"
             )
+        if layer == 0:
+            offloaded.process.need()
         with torch.no_grad():
             if isinstance(body, LiveKernels) and engine.is_resident:
                 body.take(hidden_states.reshape(-1, shape[-1]), top_k_index, top_k_weights, 0)

@@ -56,7 +56,7 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     drawn, traced = utilisation.drawn(bench.counts), utilisation.of_trace(cfg, store)
     loads = utilisation.table_of(drawn, traced, grid.factor)
     told = _told(rows, loads, bench, machine)
-    log.info("sealed %s: hardware=measured uses it", seal(store, machine))
+    log.info("sealed %s: hardware=measured uses it (%s)", seal(store, machine), machine.noise)
     return _write(cfg, outputs, told, machine, grid, [*(load for _, load in drawn), *traced])
 
 
@@ -97,6 +97,8 @@ def _write(
         skew=grid.skew,
         factor=grid.factor,
         figures=figures,
+        noise=machine.noise,
+        warning=machine.warning,
     )
     text = page(told, ran)
     (outputs.folder / PAGE).write_text(text)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prefetch.artifacts import Store
 from prefetch.config import Config
+from prefetch.engine.profiling.device import facts, place_of
 from prefetch.engine.validating.calibrated import seal_error
 from prefetch.engine.validating.cases import Case, cases_of, check
 from prefetch.engine.validating.compare import compared, headline
@@ -41,6 +42,7 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
             store,
             error,
             f"stage=validate: median of {len(table)} cells, {steps_of(cases)} steps each",
+            facts(place_of(str(cases[0].clock.device))),
         )
     text = page(table, metrics, cases)
     (outputs.folder / "validation.md").write_text(text)

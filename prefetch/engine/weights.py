@@ -7,11 +7,13 @@ as many as ever.
 from __future__ import annotations
 
 import logging
+import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from prefetch.engine.arena import Arena
 from prefetch.errors import ConfigError
 from prefetch.kernels.layout import ExpertLayout
 from prefetch.sim.memory import spoken
@@ -59,8 +61,9 @@ class Drawn:
                 spoken(self.layout.bytes),
                 n_entries,
             )
-        blocks_EN = self.layout.random(held, seed)
-        self.blocks_EN = blocks_EN.pin_memory() if device.type == "cuda" else blocks_EN
+        self.arena = Arena(device)
+        self.blocks_EN = self.arena.hold(self.layout.random(held, seed))
+        weakref.finalize(self, self.arena.close)
 
     def block(self, entry: Entry) -> Tensor:
         layer, expert = entry

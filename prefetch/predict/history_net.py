@@ -130,10 +130,11 @@ def loss(net: nn.Module, batch: Any) -> Tensor:
 
 
 def right(net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Choices among as many guesses, from the horizon on."""
+    """Choices among as many guesses, from the horizon on; of all layers where all are guessed as a token begins."""
     used_BLE = batch[0]
     horizon = int(net.horizon)  # type: ignore[arg-type]
-    used = used_BLE[:, horizon:]
+    first = horizon if horizon < used_BLE.shape[1] else 0
+    used = used_BLE[:, first:]
     width = int(used.sum(dim=2).max())
-    best = net(*batch)[:, horizon:].topk(width, dim=2).indices
+    best = net(*batch)[:, first:].topk(width, dim=2).indices
     return used.gather(2, best).sum().long(), used.sum().long()

@@ -35,6 +35,7 @@ class Ahead:
     """Caches with guesses that are copied ahead: queues, places and counts. `host`: its time, where simulated."""
 
     outcome: list[int] | dict[int, int]  # of every access; made by whoever runs it
+    caches_of: type[Caches] = Caches
 
     def __init__(
         self,
@@ -49,7 +50,8 @@ class Ahead:
     ) -> None:
         """`start`: rows that the policy is told, and who is there from the start, as `Caches` takes them."""
         self.work, self.machine, self.guesses = work, machine, guesses
-        self.caches = Caches(work, policy, room_G, size_L, semantics, **start)
+        self.n_layers = work.card.n_layers
+        self.caches = self.caches_of(work, policy, room_G, size_L, semantics, **start)
         self.caches.on_leave = self._left
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
         self.host = 0
@@ -60,6 +62,8 @@ class Ahead:
         self.beside: dict[Entry, int] = {}  # not in the cache yet: the event that it is meant for
         self.storage = Storage(machine, self.counts, self._rank)
         self.spent = 0  # bytes that guesses have moved in this step
+        self.bytes_L: list[int] = machine.bytes_L.tolist()
+        self._said: dict[int, list[tuple[int, int]]] = {}  # guesses, of this step's events
 
     @property
     def width(self) -> int:
@@ -70,31 +74,36 @@ class Ahead:
         """Experts that are guessed for an event and their scores, best first; EMPTY ends them."""
         if target >= len(self.guesses.ids_VW):
             return []
-        ids, scores = self.guesses.ids_VW[target].tolist(), self.guesses.score_VW[target].tolist()
-        return list(zip(ids, scores, strict=True))
+        if (said := self._said.get(target)) is None:
+            ids_VW, score_VW = self.guesses.ids_VW, self.guesses.score_VW
+            said = list(zip(ids_VW[target].tolist(), score_VW[target].tolist(), strict=True))
+            self._said[target] = said
+        return said
 
     def _begin_step(self, event: int) -> None:
         """Guesses about the first layers are known as a step begins."""
         self.spent = 0
+        self._said.clear()
         if self.width:
-            for target in range(event, event + min(self.guesses.ahead, self.work.card.n_layers)):
+            for target in range(event, event + min(self.guesses.ahead, self.n_layers)):
                 self._enqueue(target)
 
     def _enqueue_next(self, event: int, layer: int) -> None:
         """The routing of this event is known, and with it the guesses about a later one."""
-        if self.width and layer + self.guesses.ahead < self.work.card.n_layers:
+        if self.width and layer + self.guesses.ahead < self.n_layers:
             self._enqueue(event + self.guesses.ahead)
 
     def _enqueue(self, target: int) -> None:
         """Guesses about an event join the queue, where they are neither there nor queued."""
         self.host += self.machine.predict_ns
-        layer = target % self.work.card.n_layers
+        layer = target % self.n_layers
+        waiting = {copy.entry for copy in (*self.queue, *self.storage.queue)}  # each once
         for expert, score in self.guessed(target):
-            queue = [*self.queue, *self.storage.queue]
-            if expert == EMPTY or len(queue) == self.most_waiting:
+            if expert == EMPTY or len(waiting) == self.most_waiting:
                 return
             entry = (layer, expert)
-            if not self._is_there(entry) and all(copy.entry != entry for copy in queue):
+            if entry not in waiting and not self._is_there(entry):
+                waiting.add(entry)
                 self.host += self.machine.issue_ns
                 joined = self.queue if self.storage.has(entry) else self.storage.queue
                 # its last chunk may still be read
@@ -105,36 +114,55 @@ class Ahead:
         self, event: int, accesses: range, entries: dict[int, Entry], late: Collection[int]
     ) -> Needed:
         """Everything that the routing of an event decides. `outcome` says of every access what it was."""
-        caches, (step, layer) = self.caches, divmod(event, self.work.card.n_layers)
+        caches, (step, layer) = self.caches, divmod(event, self.n_layers)
         if self.machine.cancels:
             self._drop_stale(event)
         caches.tell(event)
-        brought = {a for a, entry in entries.items() if entry in self.beside}
+        brought = {entry for entry in entries.values() if entry in self.beside}
         order, missing, at_once = list[int](), list[int](), 0
         is_big = caches.is_big(accesses, layer)
         for number, wave in enumerate(caches.waves(accesses, layer)):
             order += wave
-            for a in wave:
-                is_there = caches.has(entries[a]) or a in brought
-                self.outcome[a] = LATE if a in late else HIT if is_there else MISS
-                missing += [] if is_there else [a]
-                if is_there and entries[a] in self.unused:
-                    self.unused.discard(entries[a])
-                    self.counts["prefetch_used"] += 1
+            missing += self._classify(wave, entries, late, brought)
             placed = caches.run(
                 wave,
                 step,
                 layer,
-                pinned=set(self.arrives),
+                pinned=set(self.arrives) if self.arrives else (),
                 loads=self.machine.miss_way == WAIT,
-                brought={entries[a] for a in brought},
+                brought=brought,
             )
             if number == 0:
-                at_once = sum(entries[a] in placed for a in missing)
-        for a in brought:
-            del self.beside[entries[a]]
-        self._drop_beside(event)
+                at_once = len(placed) - (
+                    sum(entry in brought for entry in placed) if brought else 0
+                )
+        for entry in brought:
+            del self.beside[entry]
+        if self.beside:
+            self._drop_beside(event)
         return Needed(order, missing, at_once, is_big)
+
+    def _classify(
+        self,
+        wave: Sequence[int],
+        entries: dict[int, Entry],
+        late: Collection[int],
+        brought: Collection[Entry],
+    ) -> list[int]:
+        """What each access is; those that are missing."""
+        missing, outcome, unused = list[int](), self.outcome, self.unused
+        there = self.caches.of(entries[wave[0]][0]).slot
+        for a in wave:
+            entry = entries[a]
+            if entry not in there and entry not in brought:
+                outcome[a] = MISS
+                missing.append(a)
+                continue
+            outcome[a] = LATE if a in late else HIT
+            if entry in unused:
+                unused.discard(entry)
+                self.counts["prefetch_used"] += 1
+        return missing
 
     def _is_there(self, entry: Entry) -> bool:
         return self.caches.has(entry) or entry in self.beside
@@ -146,7 +174,7 @@ class Ahead:
 
     def _start(self, copy: Copy, step: int, pinned: Pinned) -> bool:
         """It takes its place when its first chunk moves: in the cache, or beside it."""
-        size = int(self.machine.bytes_L[copy.entry[0]]) if copy.is_guess else 0
+        size = self.bytes_L[copy.entry[0]] if copy.is_guess else 0
         if self._is_there(copy.entry):
             return False  # came on demand meanwhile
         if self.spent + size > self.machine.budget_bytes:
@@ -167,14 +195,16 @@ class Ahead:
     def _take_place(self, copy: Copy, step: int, pinned: Pinned) -> bool:
         """In the cache, in the place of others, where anybody may leave for it."""
         caches, layer = self.caches, copy.entry[0]
-        meant_for = min(step + 1, copy.target // self.work.card.n_layers)
+        meant_for = min(step + 1, copy.target // self.n_layers)
         seen = caches.seen(copy.entry, meant_for, score=copy.score)
-        held = set[Entry]()
-        if self.machine.protects and copy.is_guess:
-            held = {(layer, expert) for expert, _ in self.guessed(copy.target)}
-        if not caches.make_room(copy.entry, {*pinned, *self.arrives, *held}, seen):
-            return False
-        caches.of(layer).fill(copy.entry, caches.size_L[layer], seen)
+        cache, size = caches.of(layer), caches.size_L[layer]
+        if cache.left < size:
+            busy = {*pinned, *self.arrives}
+            if self.machine.protects and copy.is_guess:
+                busy |= {(layer, expert) for expert, _ in self.guessed(copy.target)}
+            if not caches.make_room(copy.entry, busy, seen):
+                return False
+        cache.fill(copy.entry, size, seen)
         return True
 
     def _left(self, entry: Entry) -> None:
@@ -182,17 +212,19 @@ class Ahead:
         if entry in self.unused:
             self.unused.discard(entry)
             self.counts["prefetch_unused"] += 1
-            self.counts["wasted_bytes"] += int(self.machine.bytes_L[entry[0]])
+            self.counts["wasted_bytes"] += self.bytes_L[entry[0]]
 
     def _drop_stale(self, event: int) -> None:
         """The routing of this event is known: what is queued for it is not needed, or is wanted at once."""
-        self.storage.drop_stale(event)
-        for copy in [copy for copy in self.queue if copy.target <= event]:
+        if self.storage.queue:
+            self.storage.drop_stale(event)
+        stale = [copy for copy in self.queue if copy.target <= event] if self.queue else []
+        for copy in stale:
             self.queue.remove(copy)
             if not copy.chunks_done:
                 self.counts["prefetch_dropped"] += 1
                 continue
-            whole = int(self.machine.bytes_L[copy.entry[0]])
+            whole = self.bytes_L[copy.entry[0]]
             moved = min(whole, copy.chunks_done * self.machine.chunk_bytes)
             self.counts["moved_bytes"] += moved
             self.counts["wasted_bytes"] += moved - whole  # `_left` counts all of it
@@ -209,6 +241,8 @@ class Ahead:
 
     def _next(self, link_free: int) -> Copy | None:
         """Whose copy is next, of those that wait and have a place to go to."""
+        if not self.queue:
+            return None
         begun = [copy for copy in self.queue if copy.chunks_done]
         is_full = 0 < self.machine.landing == len(self.beside)  # guesses wait for a place
         waiting = [copy for copy in self.queue if not (copy.is_guess and is_full)]

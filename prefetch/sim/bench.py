@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -20,12 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from prefetch import config
 from prefetch.artifacts import Store
+from prefetch.cluster import Cluster, cluster_of
 from prefetch.config import Config
 from prefetch.errors import ConfigError
+from prefetch.sim.apart import bound_apart, bound_key, row_apart, unless_refused
 from prefetch.sim.bounds import Bound, bound_of, compute_S
-from prefetch.sim.cell import CHEATS, REFUSALS, Cell, refused_row
+from prefetch.sim.cell import CHEATS, REFUSALS, Cell
 from prefetch.sim.chosen import hardware_of
-from prefetch.sim.clock import SIMULATED, Clock, check_clock, clock_of
+from prefetch.sim.clock import SIMULATED, check_clock, clock_of
 from prefetch.sim.code import own_code
 from prefetch.sim.costs import machine_of, need_host_memory
 from prefetch.sim.excerpt import first_requests
@@ -41,10 +43,11 @@ from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import ATOMIC, OVERSHOOT
 from prefetch.sim.prior import Prior, check_prior
+from prefetch.sim.resumed import Resumed
 from prefetch.sim.rows import Beside as RowBeside
 from prefetch.sim.rows import row_of
 from prefetch.sim.run import Timed
-from prefetch.sim.sweep import Job
+from prefetch.sim.sweep import Apart, Job
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.predictions import PredictionsReader
@@ -115,15 +118,16 @@ class Bench:
         """Its row; of a cell that cannot run, why, unless it must."""
 
         def run() -> dict[str, Any]:
-            try:
-                return self.row(cell)
-            except REFUSALS as reason:
-                if must_run:
-                    raise
-                return refused_row(cell.names, reason)
+            return unless_refused(cell, lambda: self.row(cell), must_run=must_run)
 
-        beside = (self.work, self.hardware, self.full_ns, self.units, self.cfg.seed)
-        return Job(run, ("cell", cell, *beside))
+        shown = (self.full_ns, self.units, self.cfg.seed)
+        bound = partial(bound_apart, cell, self.work, self.hardware.link.latency_ns)
+        apart = Apart(
+            partial(row_apart, cell, self.work, *shown, must_run=must_run),
+            (bound_key(cell), bound),
+            ", ".join(map(str, cell.names.values())),
+        )
+        return Job(run, ("cell", cell, self.work, self.hardware, *shown), apart)
 
     def _part(self, trace: RoutingTrace) -> Workload:
         """Of some of the rows that are replayed, with prompts run as in the whole."""
@@ -330,7 +334,7 @@ class Bench:
         return row_of(cell, self.work, timed, beside)
 
     @cached_property
-    def clock(self) -> Clock | None:
+    def clock(self) -> Resumed | None:
         return clock_of(self)
 
     def timed(self, cell: Cell) -> Timed:
@@ -344,6 +348,11 @@ class Bench:
         if key not in self._measured:
             self._measured[key] = self.clock.timed(cell, self.work)
         return self._measured[key]
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """Where simulated cells run, if not here."""
+        return cluster_of(self.cfg) if self.is_simulated else None
 
     @property
     def is_simulated(self) -> bool:
@@ -383,8 +392,7 @@ class Bench:
         return self.timed(Cell(names, Lru(), budget, machine, warm=everyone)).time_S
 
     def bound(self, cell: Cell) -> Bound:
-        machine, start = cell.machine, cell.wished.tobytes()
-        key = (cell.budget.room_G, machine.miss_way, machine.landing, cell.streams, start)
+        key = bound_key(cell)
         with self._one_by_one:  # cells run side by side, and several share a bound
             if key not in self._bounds:
                 latency_ns = self.hardware.link.latency_ns

@@ -8,6 +8,7 @@ from prefetch import config
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.sim.cell import Cell
+from prefetch.sim.resumed import Resumed
 from prefetch.sim.run import Timed
 from prefetch.sim.workload import Workload
 
@@ -22,6 +23,10 @@ class Clock(Protocol):
 
     @property
     def machine(self) -> str: ...
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Everything of the device and of its code that a measured time depends on."""
+        ...
 
     def timed(self, cell: Cell, work: Workload) -> Timed: ...
 
@@ -44,7 +49,7 @@ def need_simulated(cfg: Config, stage: str) -> None:
         )
 
 
-def clock_of(bench: Bench) -> Clock | None:
+def clock_of(bench: Bench) -> Resumed | None:
     """None: the simulated one."""
     if bench.simulator.clock == SIMULATED:
         return None
@@ -57,4 +62,4 @@ def clock_of(bench: Bench) -> Clock | None:
         seed=bench.cfg.seed,
         rounds=bench.simulator.rounds,
     )
-    return clock
+    return Resumed(clock, bench.store.root)

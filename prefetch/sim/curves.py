@@ -38,8 +38,8 @@ def hit_rate_curves(bench: Bench, kept: Kept) -> pd.DataFrame:
     known = lru_by_stacks(work) if all(map(_is_plain, lru, sizes)) else {}
     replayed = [i for i, size in enumerate(sizes) if size not in known]
     jobs = [_job(work, cell) for cell in (*best, *(lru[i] for i in replayed))]
-    workers = bench.cfg.evaluate.workers
-    rates = [row["hit_rate"] for row in run_all(jobs, kept, workers=workers, title="hit rates")]
+    how: dict[str, Any] = {"workers": bench.cfg.evaluate.workers, "cluster": bench.cluster}
+    rates = [row["hit_rate"] for row in run_all(jobs, kept, title="hit rates", **how)]
     known |= dict(zip((sizes[i] for i in replayed), rates[len(sizes) :], strict=True))
     return pd.DataFrame(
         {

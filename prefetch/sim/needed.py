@@ -50,7 +50,8 @@ def required_recall(bench: Bench, chosen: dict[str, Any], kept: Kept) -> pd.Data
             one = dataclasses.replace(cell, guesses=guesses, machine=machine)
             jobs.append(Job(tpot_of(one, work), ("required recall", one, work)))
             names.append({"bandwidth_factor": factor, "recall": recall})
-    rows = run_all(jobs, kept, workers=bench.cfg.evaluate.workers, title="required recall")
+    how: dict[str, Any] = {"workers": bench.cfg.evaluate.workers, "cluster": bench.cluster}
+    rows = run_all(jobs, kept, title="required recall", **how)
     told = {"policy": chosen["policy"], "capacity": chosen["capacity"], "horizon": horizon}
     told |= {"steps": work.n_steps, "requests": len(np.unique(bench.trace.request_T))}
     return _table([name | row for name, row in zip(names, rows, strict=True)], told)

@@ -110,6 +110,8 @@ class Cache:
 class Caches:
     """All caches of a run, and what policies are told of experts."""
 
+    cache_of: type[Cache] = Cache
+
     def __init__(
         self,
         work: Workload,
@@ -141,7 +143,7 @@ class Caches:
             n_entries = len(layers) * card.n_experts
             most = room // min(size_L[layer] for layer in layers)
             slots, capacity = min(n_entries, most + spare), min(n_entries, most)
-            self.caches.append(Cache(policy, room, slots, n_entries, capacity))
+            self.caches.append(self.cache_of(policy, room, slots, n_entries, capacity))
         for cache in self.caches:
             cache.pinned = {divmod(int(name), card.n_experts) for name in pinned}
         self.start([divmod(int(name), card.n_experts) for name in (*pinned, *warm)])

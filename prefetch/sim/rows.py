@@ -40,6 +40,7 @@ def row_of(cell: Cell, work: Workload, timed: Timed, beside: Beside) -> dict[str
         **_traffic(work, timed),
         **_tails(work, timed),
         **_counts(work, timed),
+        **_rounds(work, timed),
     }
 
 
@@ -84,6 +85,19 @@ def _times(work: Workload, timed: Timed, beside: Beside) -> dict[str, Any]:
         "tpot_bound_ms": beside.bound.tpot_ns / NS_PER_MS,
         "bound": beside.bound.name,
         "slowdown": per_token_ns / full_ns if full_ns else np.nan,
+    }
+
+
+def _rounds(work: Workload, timed: Timed) -> dict[str, Any]:
+    """Of a device: how far its runs of the cell were apart."""
+    if timed.rounds_RS is None:
+        return {}
+    tokens = int(work.decode_S.sum()) or np.nan
+    ms_R = timed.rounds_RS[:, work.is_decode_S].sum(axis=1) / tokens / NS_PER_MS
+    return {
+        "tpot_ms_least_run": float(ms_R.min()),
+        "tpot_ms_most_run": float(ms_R.max()),
+        "runs": len(ms_R),
     }
 
 

@@ -129,6 +129,7 @@ class Timed:
     outcome_A: NDArray[np.uint8]
     counts: dict[str, int]
     resident: int  # experts in the caches when the run was over
+    rounds_RS: NDArray[np.int64] | None = None  # of a device: every run's steps; simulated, none
 
 
 def timed_replay(

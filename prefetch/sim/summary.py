@@ -79,10 +79,14 @@ def break_even_of(needed: pd.DataFrame) -> float:
 def _beside(table: pd.DataFrame, chosen: pd.Series) -> dict[str, float]:
     """Milliseconds per token of the ways beside a cell: at its capacity, without guesses also with its policy."""
     same = table[table.capacity == chosen["capacity"]]
-    alone = same[(same.predictor == "none") & (same.policy == chosen["policy"])]
-    alone = alone[alone.way.isin([CHOSEN, ALONE])]
     ways = {str(row.way): float(row.tpot_ms) for row in same[same.way != CHOSEN].itertuples()}
-    return ways | {ALONE: float(alone.tpot_ms.iloc[0])}
+    return ways | {ALONE: float(_alone(table, chosen)["tpot_ms"])}
+
+
+def _alone(table: pd.DataFrame, chosen: pd.Series) -> pd.Series:
+    """Without guesses, at the capacity of a cell and with its policy."""
+    same = table[(table.capacity == chosen["capacity"]) & (table.policy == chosen["policy"])]
+    return same[(same.predictor == "none") & same.way.isin([CHOSEN, ALONE])].iloc[0]
 
 
 def warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[str]:
@@ -100,8 +104,7 @@ def warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[s
         yield (
             f"the link is busy {chosen['link_utilisation']:.0%} of the time: copies made ahead {delay} what is needed"
         )
-    if same[ALONE] < tpot_ms:
-        yield f"prefetch is slower than none: {tpot_ms:.2f} ms against {same[ALONE]:.2f} ms per token"
+    yield from _prefetch_pays_not(table, chosen)
     if same["host compute"] < tpot_ms:
         yield (
             f"computing misses on the host is faster: {same['host compute']:.2f} ms against {tpot_ms:.2f} ms"
@@ -116,6 +119,39 @@ def warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[s
         yield "prompts are replayed token by token, as if they had been generated (teacher-forced)"
     if bench.reader.provenance.kind == "synthetic":
         yield "the routing is synthetic: no number here is about a model"
+
+
+def _prefetch_pays_not(table: pd.DataFrame, chosen: pd.Series) -> Iterator[str]:
+    """Of a device's times nothing is said that is no more than its runs were apart."""
+    alone, with_it = _alone(table, chosen), _ran_in(chosen)
+    if chosen["predictor"] == "none":
+        return
+    without = _ran_in(alone)
+    against = f"{_spoken(chosen)} against {_spoken(alone)} per token"
+    if with_it is None or without is None:
+        if alone["tpot_ms"] < chosen["tpot_ms"]:
+            yield f"prefetch is slower than none: {against}"
+    elif with_it[0] <= without[1] and without[0] <= with_it[1]:
+        yield f"prefetch and none: no difference beyond the spread of their runs: {against}"
+    elif alone["tpot_ms"] < chosen["tpot_ms"]:
+        is_one = min(chosen["runs"], alone["runs"]) < 2
+        unknown = (
+            "; one run each, whose spread nobody knows: simulator.rounds=3 tells" if is_one else ""
+        )
+        yield f"prefetch is slower than none: {against}{unknown}"
+
+
+def _ran_in(row: pd.Series) -> tuple[float, float] | None:
+    """Milliseconds per token of a device's fastest and slowest run; None of simulated times."""
+    if math.isnan(row.get("runs", math.nan)):
+        return None
+    return float(row["tpot_ms_least_run"]), float(row["tpot_ms_most_run"])
+
+
+def _spoken(row: pd.Series) -> str:
+    ran_in = _ran_in(row)
+    spread = "" if ran_in is None or row["runs"] < 2 else f" [{ran_in[0]:.2f}..{ran_in[1]:.2f}]"
+    return f"{row['tpot_ms']:.2f}{spread} ms"
 
 
 def _refusals(table: pd.DataFrame) -> Iterator[str]:

@@ -14,19 +14,31 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prefetch.artifacts import UNFINISHED
+from prefetch.cluster import Cluster
 from prefetch.progress import Progress
 from prefetch.sim.code import CODE_KEY, own_code
+from prefetch.worker import n_threads
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Apart:
+    """A row made in another process: `row(value)`, with a value that jobs of the same key share."""
+
+    row: Callable[[Any], Mapping[str, Any]]
+    shared: tuple[Any, Callable[[], Any]]  # key, and what makes the value
+    name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +47,7 @@ class Job:
 
     run: Callable[[], Mapping[str, Any]]
     depends: Any
+    apart: Apart | None = None  # the same in another process; None = `run` is as good there
 
 
 class Kept:
@@ -119,12 +132,13 @@ def _sum(row: Row) -> str:
     return hashlib.sha256(json.dumps(row).encode()).hexdigest()[:16]
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_all(
-    jobs: Sequence[Job], kept: Kept, *, workers: int | None = None, title: str = "evaluating"
+    jobs: Sequence[Job],
+    kept: Kept,
+    *,
+    workers: int | None = None,
+    title: str = "evaluating",
+    cluster: Cluster | None = None,
 ) -> list[Row]:
     """The rows in the order of their jobs, whoever was finished first."""
     keys = [kept.key(job) for job in jobs]
@@ -133,12 +147,18 @@ def run_all(
     if len(todo) < len(jobs):
         log.info("%s: %d of %d cells were run before", title, len(jobs) - len(todo), len(jobs))
 
+    if cluster is not None and todo:
+        for i, row in _rows_from(cluster, jobs, todo, title):
+            kept.keep(keys[i], row)
+            rows[i] = row
+        return [row for row in rows if row is not None]
+
     def made(i: int) -> Row:
         row = {name: _plain(value) for name, value in jobs[i].run().items()}
         kept.keep(keys[i], row)
         return row
 
-    pool = ThreadPoolExecutor(workers or cores(), thread_name_prefix="cell")
+    pool = ThreadPoolExecutor(workers or n_threads(), thread_name_prefix="cell")
     try:
         with Progress(title, len(todo), "cells") as progress:
             place: dict[Future[Row], int] = {pool.submit(made, i): i for i in todo}
@@ -148,6 +168,31 @@ def run_all(
     finally:  # interrupted: cells that have begun are finished and kept, no other begins
         pool.shutdown(wait=True, cancel_futures=True)
     return [row for row in rows if row is not None]
+
+
+def _rows_from(
+    cluster: Cluster, jobs: Sequence[Job], todo: list[int], title: str
+) -> Iterator[tuple[int, Row]]:
+    """A cell is a shard; before them, what several share is. A pickle holds every array of theirs once."""
+    aparts = [apart for i in todo if (apart := jobs[i].apart) is not None]
+    makers = dict(apart.shared for apart in reversed(aparts))
+    names = [
+        f"{title}: what {n} of {len(makers)} groups of cells share" for n in range(len(makers))
+    ]
+    values = cluster.map(_made, range(len(makers)), [*makers.values()], title="bounds", names=names)
+    known = dict(zip(makers, (value for _, value in values), strict=True)) if makers else {}
+    runs = [
+        jobs[i].run if (one := jobs[i].apart) is None else partial(one.row, known[one.shared[0]])
+        for i in todo
+    ]
+    names = [one.name if (one := jobs[i].apart) else f"cell {i + 1} of {len(jobs)}" for i in todo]
+    told: dict[str, Any] = {"title": title, "names": names, "unit": "cells"}
+    for place, row in cluster.map(_made, range(len(todo)), runs, in_order=False, **told):
+        yield todo[place], {name: _plain(value) for name, value in row.items()}
+
+
+def _made(runs: Sequence[Callable[[], Any]], place: int) -> Any:
+    return runs[place]()
 
 
 def _plain(value: Any) -> Any:

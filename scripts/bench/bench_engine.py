@@ -1,6 +1,6 @@
 """What the engine takes: the host per event, whole layers with every expert there, and models that run through it.
 
-    python scripts/bench/bench_engine.py [cpu|cuda]        default: the GPU where there is one
+    python scripts/bench/bench_engine.py [cpu|cuda] [decisions|layers|models]     default: a GPU if there is one, all
 
 Three tables. Decisions: a device that takes no time, so that what is left is the host's. Layers: drawn weights of a
 model card's sizes (on a CPU: of a small card), the same layers without the engine in the same run. Models: tiny models
@@ -31,7 +31,10 @@ from prefetch.engine.validating.costs import Silent
 from prefetch.models.cards import load_architecture
 from prefetch.sim.machine import Guesses, no_guesses
 from prefetch.sim.needed import Noise
+from prefetch.sim.policies.lfru import Lfru
 from prefetch.sim.policies.lru import Lru
+from prefetch.sim.policy import Policy
+from prefetch.sim.reference import Caches
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import DECODE, RoutingTrace, trace_of
@@ -71,34 +74,65 @@ def cut(name: str, n_layers: int) -> ModelCard:
     )
 
 
-def engine_of(backend: Any, work: Workload, share: float, guesses: Guesses, **start: Any) -> Engine:
+class Plain(Engine):
+    """With the caches that define what is decided."""
+
+    caches_of = Caches
+
+
+def engine_of(
+    backend: Any,
+    work: Workload,
+    share: float,
+    guesses: Guesses,
+    *,
+    kind: type[Engine] = Engine,
+    policy: Policy | None = None,
+    is_global: bool = False,
+    **start: Any,
+) -> Engine:
     card = work.card
     each = max(1, round(share * card.n_experts))
     machine = machine_without_clock(card, 2)
-    rooms, sizes = [each] * card.n_layers, [1] * card.n_layers
-    return Engine(
-        backend, each * card.n_layers + 2, work, Lru(), rooms, sizes, machine, guesses, **start
-    )
+    rooms = [each * card.n_layers] if is_global else [each] * card.n_layers
+    told = (work, policy or Lru(), rooms, [1] * card.n_layers, machine, guesses)
+    return kind(backend, each * card.n_layers + 2, *told, **start)
 
 
 def decisions() -> None:
-    print(f"\n## Decisions: a cache of {SHARE:.0%}, LRU, batch 1\n")
-    print("| shape | µs per event | with guesses | with every expert there |\n|---|---|---|---|")
+    """Both kinds of caches in turns: in brackets how much longer the definition's take, the median of ratios."""
+    print(f"\n## Decisions: µs per event, a cache of {SHARE:.0%}, batch 1\n")
+    ways: dict[str, dict[str, Any]] = {
+        "LRU": {},
+        "LRU, with guesses": {"ahead": True},
+        "one cache for all": {"is_global": True},
+        "... with guesses": {"is_global": True, "ahead": True},
+        "one for all, LFRU": {"is_global": True, "policy": Lfru()},
+    }
+    print(f"| shape | {' | '.join(ways)} | every expert there |\n|---|{'---|' * (len(ways) + 1)}")
     for name in ("qwen3_30b_a3b", "deepseek_v2_lite", "gpt_oss_20b"):
         card = cut(name, 99)
         work = workload_of(drawn(card))
-        ahead, everyone = (
-            Noise(work, 0).guesses(RECALL, AHEAD),
-            np.arange(card.n_layers * card.n_experts),
-        )
-        ways = [(SHARE, no_guesses(), ()), (SHARE, ahead, ()), (1.0, no_guesses(), everyone)]
-        took = [[host_us(work, *way) for _ in range(ROUNDS)] for way in ways]
-        cells = " | ".join(f"{median(each):.1f}" for each in took)
-        print(f"| {card.n_layers} x {card.n_experts}, k = {card.top_k} | {cells} |", flush=True)
+        everyone = np.arange(card.n_layers * card.n_experts)
+        cells = [compared(work, **way) for way in ways.values()]
+        all_there = [host_us(work, 1.0, no_guesses(), warm=everyone) for _ in range(ROUNDS)]
+        shape = f"{card.n_layers} x {card.n_experts}, k = {card.top_k}"
+        print(f"| {shape} | {' | '.join(cells)} | {median(all_there):.1f} |", flush=True)
 
 
-def host_us(work: Workload, share: float, guesses: Guesses, warm: Any) -> float:
-    engine = engine_of(Silent(), work, share, guesses, warm=warm)
+def compared(work: Workload, *, ahead: bool = False, **how: Any) -> str:
+    guesses = Noise(work, 0).guesses(RECALL, AHEAD) if ahead else no_guesses()
+    took: dict[type[Engine], list[float]] = {Engine: [], Plain: []}
+    host_us(work, SHARE, guesses, **how)  # compiles
+    for _ in range(ROUNDS):
+        for kind, each in took.items():
+            each.append(host_us(work, SHARE, guesses, kind=kind, **how))
+    ratio = median(plain / quick for quick, plain in zip(took[Engine], took[Plain], strict=True))
+    return f"{median(took[Engine]):.1f} ({ratio:.1f}x)"
+
+
+def host_us(work: Workload, share: float, guesses: Guesses, **how: Any) -> float:
+    engine = engine_of(Silent(), work, share, guesses, **how)
     began = time.perf_counter()
     drive(engine, work)
     return (time.perf_counter() - began) / (work.n_steps * work.card.n_layers) * 1e6
@@ -222,14 +256,15 @@ def per_token_ms(model: Any, device: torch.device) -> float:
     return (time.perf_counter() - began) / tokens * 1e3
 
 
-def main(name: str) -> None:
+def main(name: str = "auto", *tables: str) -> None:
     device = need_device(name)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{describe()}, torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")
-    decisions()
-    layers(device)
-    models(device)
+    of_device = {"layers": lambda: layers(device), "models": lambda: models(device)}
+    known: dict[str, Callable[[], None]] = {"decisions": decisions, **of_device}
+    for table in tables or known:
+        known[table]()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "auto")
+    main(*sys.argv[1:])

@@ -10,6 +10,7 @@ from prefetch.engine.profiling.machine import Measured
 from prefetch.engine.profiling.measure import NO_MEMORY, NO_TIME, REFUSED
 from prefetch.engine.profiling.operations import DENSE, GROUPED, LOOP, PRODUCT
 from prefetch.engine.profiling.told import Told, layers_per_copy, of_headline, skewed
+from prefetch.engine.profiling.whose import spread_of
 from prefetch.engine.profiling.work import BACKWARD, FORWARD, LAYER, ROUTER
 
 
@@ -47,6 +48,8 @@ def _of_machine(machine: Measured) -> dict[str, float]:
         "copy_gb_per_s": link["pinned"]["bytes_per_s"][-1][1] / 1e9,
         "threads": int(machine.machine["threads"]),
     }
+    spread = spread_of(machine.copies)
+    found |= {} if spread is None else {"copy_spread": spread}
     return found | {
         f"tflop_per_s/{dtype}": rate / 1e12 for dtype, rate in machine.roofs.flops_per_s.items()
     }

@@ -18,7 +18,7 @@ import torch
 
 from prefetch.artifacts import Outside, Recipe, Store, read_manifest
 from prefetch.config import Config
-from prefetch.engine.profiling import device
+from prefetch.engine.profiling import device, whose
 from prefetch.engine.profiling.copies import (
     IN_MEMORY,
     PAGEABLE,
@@ -70,6 +70,18 @@ class Measured:
     def key_fit(self) -> CopyFit:
         return self.fits[self.key_kind]
 
+    @property
+    def noise(self) -> str:
+        return whose.noise(whose.spread_of(self.copies), self.machine)
+
+    @property
+    def warning(self) -> str:
+        """Empty on a machine that was quiet."""
+        spread = whose.spread_of(self.copies)
+        if spread is None or spread <= whose.NOISY:
+            return ""
+        return f". **Not quiet** (from {whose.NOISY:.0%} on): run it again when nothing else does"
+
     def copies_with_fit(self) -> pd.DataFrame:
         pairs = zip(self.copies.kind, self.copies.bytes, strict=True)
         return self.copies.assign(fitted_ns=[round(self.fits[kind].ns(n)) for kind, n in pairs])
@@ -79,6 +91,7 @@ def measured_machine(clock: Clock, store_root: Path, dtypes: tuple[str, ...] = (
     """Takes seconds. `dtypes` are further number types whose rate a table needs."""
     place = clock.place
     log.info("measuring %s: memory, products, copies, disk", place.name)
+    about = {**device.facts(place), "load": whose.load()}
     roofs = roofs_of(clock, tuple(dict.fromkeys([*ROOF_TYPES, *dtypes])))
     copies, disk = copies_of(clock, REPEATS), disk_of(store_root)
     fits = fits_of(copies)
@@ -104,7 +117,7 @@ def measured_machine(clock: Clock, store_root: Path, dtypes: tuple[str, ...] = (
     hardware(**fields)  # says at once what is wrong
     if place.is_gpu:
         torch.cuda.empty_cache()  # buffers of the measurement are no longer in anybody's way
-    return Measured(fields, device.facts(place), copies, fits, roofs)
+    return Measured(fields, about, copies, fits, roofs)
 
 
 def reserve_bytes(place: Place) -> int:
@@ -240,19 +253,28 @@ def sealed(found: Measured) -> Recipe:
     return Recipe(kind=KIND, version=RECIPE, config=identity, build=build)
 
 
-def latest(store: Store) -> Path | None:
-    """The folder that was sealed last; None = nothing was measured yet."""
+def latest(store: Store, here: Mapping[str, Any] | None = None) -> Path | None:
+    """The folder that was sealed last, of the machine that is like `here` if there is one; None = there is none."""
+    folders = store.sealed(KIND)
+    own = [folder for folder in folders if here is not None and whose.is_of(folder, here)]
     made = {
         (read_manifest(folder)["made"], (folder / HARDWARE_FILE).stat().st_mtime_ns): folder
-        for folder in store.sealed(KIND)
+        for folder in own or folders
     }
     return made[max(made)] if made else None
 
 
 def hardware_recipe(cfg: Config) -> Recipe | Outside:
-    """What `hardware=measured` stands on: the latest measurement of the store, or one that is made now."""
-    found = latest(store := Store(cfg.store))
+    """What `hardware=measured` stands on: the store's latest of this machine, or one that is made now.
+
+    A store that knows other machines only gives the latest of those, and says whose it is.
+    """
+    place = place_of(cfg.profile.device)
+    found = latest(store := Store(cfg.store), here := device.facts(place))
     if found is not None:
+        whose.tell(found, here)
         return Outside(KIND, found)
     log.info("hardware=measured: this store holds no measurement, so this machine is measured now")
-    return sealed(measured_machine(Clock(place_of(cfg.profile.device)), store.root))
+    made = measured_machine(Clock(place), store.root)
+    log.info("hardware=measured: %s%s", made.noise, made.warning)
+    return sealed(made)

@@ -40,6 +40,8 @@ class Ran:
     skew: float
     factor: float
     figures: Sequence[str] = ()
+    noise: str = ""
+    warning: str = ""
 
 
 def page(told: Told, ran: Ran) -> str:
@@ -115,6 +117,8 @@ def _hardware(ran: Ran) -> str:
         f"Host: {machine['host']}, {threads} used, Python {machine['python']}, {machine['system']}",
         f"Measured roofs: reading {words.digits(ran.roofs.read_bytes_per_s / 1e9)} GB/s; products {products}",
     ]
+    if "load" in machine:
+        lines.append(f"How quiet it was: {ran.noise}{ran.warning}")
     return _bullets(lines)
 
 

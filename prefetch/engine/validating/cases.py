@@ -40,6 +40,7 @@ from prefetch.sim.workload import Workload
 
 log = logging.getLogger(__name__)
 NS_PER_MS = 1e6
+OWN = "own"  # among model cards: the trace's own sizes
 WARM = 0.1  # of the steps, that no time counts
 # what is run where nothing was asked for
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -62,6 +63,7 @@ class Case:
     work: Workload
     clock: DeviceClock
     by_file: Cell | None = None  # with the costs of a measured hardware file instead
+    hardware: str = ""  # what the chosen one has to do with it
     said: list[Timed] = field(default_factory=list)  # what the simulator said
 
     def predicted(self) -> dict[str, Any]:
@@ -150,8 +152,9 @@ def check(cfg: Config) -> None:
 
 def cases_of(cfg: Config, store: Store) -> list[Case]:
     cfg = _with_defaults(cfg)
-    first = Bench(_root(cfg, None, 1), store)
-    cases = [case for card in _cards(cfg, first) for case in _of_card(cfg, card, store)]
+    told = cfg.validate.model_cards
+    cards = _usual(cfg, Bench(_root(cfg, None, 1), store)) if told is None else list(told)
+    cases = [case for card in cards for case in _of_card(cfg, card, store)]
     if not cases:
         raise ConfigError("validate: no cell of the grid fits into this device's memory")
     return cases
@@ -168,15 +171,24 @@ def _root(cfg: Config, card: str | None, batch: int) -> Config:
     """Guesses are drawn here, so that no predictor is needed."""
     told: dict[str, Any] = {"simulator": {"batch": batch}}
     if card is not None:
-        told["simulator"] |= {"model_card": card}
+        told["simulator"] |= {"model_card": None if card == OWN else card}
     merged = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), told))
     return config.with_choice(merged, "predictor", "none")
 
 
-def _cards(cfg: Config, bench: Bench) -> list[str | None]:
-    """What was asked for; else the trace's own sizes, and the smallest shipped model with as many experts."""
-    if cfg.validate.model_cards is not None:
-        return list(cfg.validate.model_cards)
+def told_of_hardware(bench: Bench) -> str:
+    """What the hardware that was chosen has to do with a validation."""
+    name, kind = bench.hardware.name, bench.hardware.kind
+    if bench.hardware.is_measured:
+        return f"hardware={name} ({kind}) predicts beside, in a column of its own."
+    return (
+        f"hardware={name} is a {kind}: no number of it enters here. With hardware=measured the error of that file is "
+        "found as well, and on a GPU written into it."
+    )
+
+
+def _usual(cfg: Config, bench: Bench) -> list[str | None]:
+    """The trace's own sizes, and the smallest shipped model with as many experts."""
     shipped = {name: load_architecture(name).card(None, None) for name in card_names()}
     fitting = {
         name: card
@@ -248,4 +260,5 @@ def _of_bench(cfg: Config, bench: Bench, clock: DeviceClock) -> Iterator[Case]:
             continue
         by_file = cell if bench.hardware.is_measured else None
         cell = dataclasses.replace(cell, machine=costs.machine(cell))
-        yield Case(names, cell, work, clock, by_file)
+        cell = dataclasses.replace(cell, machine=costs.with_launches(cell))
+        yield Case(names, cell, work, clock, by_file, told_of_hardware(bench))

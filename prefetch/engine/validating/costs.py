@@ -19,6 +19,7 @@ from prefetch.engine.backend import COMPUTE, COPY, Backend
 from prefetch.engine.clock import DeviceClock
 from prefetch.engine.engine import Engine
 from prefetch.engine.replay import drive, n_slots, told_of
+from prefetch.engine.validating.launches import extra_ns_S
 from prefetch.sim.cell import Cell
 from prefetch.sim.machine import Machine
 from prefetch.sim.workload import Workload
@@ -87,6 +88,16 @@ class Costs:
             issue_ns=self.issue_ns,
             predict_ns=0,
         )
+
+    def with_launches(self, cell: Cell) -> Machine:
+        """The cell's machine, and before every step's layers what its launches of single experts come to.
+
+        Which they are is the simulator's own word, from a run without them.
+        """
+        machine, n_layers = cell.machine, self.work.card.n_layers
+        outcome_A = cell.run(self.work).outcome_A
+        more_S = extra_ns_S(outcome_A, self.work, machine, self.launch_ns) // n_layers
+        return machine._replace(before_S=machine.before_S + more_S)
 
     def _copies(self, n_experts: int) -> tuple[int, int]:
         """Nanoseconds of one copy behind another, and of the host to give one."""

@@ -13,6 +13,7 @@ from prefetch.engine.validating.compare import APART, NAIVE, TARGETS
 if TYPE_CHECKING:
     from prefetch.engine.validating.cases import Case
 
+STEADY = 0.05  # of its time: runs of a cell that are further apart cannot judge a prediction
 WORDS = {
     "median_abs_error": "median error of a token's time",
     "worst_abs_error": "largest error of a cell",
@@ -42,7 +43,7 @@ def page(table: pd.DataFrame, metrics: Mapping[str, float], cases: list[Case]) -
         "## Times",
         "",
         *([] if is_gpu else [NOT_JUDGED, ""]),
-        *_times(metrics, is_judged=is_gpu),
+        *_times(metrics, cases[0].hardware, is_judged=is_gpu),
         "",
         "## Cells",
         "",
@@ -85,7 +86,7 @@ def _decisions(table: pd.DataFrame, metrics: Mapping[str, float]) -> Iterator[st
         )
 
 
-def _times(metrics: Mapping[str, float], *, is_judged: bool) -> Iterator[str]:
+def _times(metrics: Mapping[str, float], hardware: str, *, is_judged: bool) -> Iterator[str]:
     yield "| | here | " + ("must be | |" if is_judged else "must be on a GPU |")
     yield "|---|---|---|" + ("---|" if is_judged else "")
     for name, target in TARGETS.items():
@@ -112,8 +113,13 @@ def _times(metrics: Mapping[str, float], *, is_judged: bool) -> Iterator[str]:
     if "file_median_abs_error" in metrics:
         error = metrics["file_median_abs_error"]
         yield f"Told the measured hardware file and nothing else, the simulator is {error:.1%} off in the median."
-    else:
-        yield "With hardware=measured the error of that file is found as well, and on a GPU written into it."
+    yield hardware
+    if (spread := metrics["engine_spread"]) > STEADY:
+        yield ""
+        yield (
+            f"**The machine was not quiet**: runs of one and the same cell were {spread:.1%} apart (median), so that "
+            "no error of that size says anything of the simulator. Run it when nothing else does."
+        )
     if "rank_correlation" in metrics:
         yield ""
         yield (

@@ -37,6 +37,7 @@ def predicted_and_measured(table: pd.DataFrame, folder: Path, machine: str) -> l
         x_axis = Axis("measured ms per token", low=0, high=high)
         y_axis = Axis("predicted ms per token", low=0, high=high)
         panels.append(Lines(str(name), x_axis, y_axis, lines))
-    note = f"{machine}, drawn weights; predictions were written before the runs."
+    apart = f"runs of a cell {table.engine_spread.median():.1%} apart (median)"
+    note = f"{machine}, drawn weights; predictions were written before the runs; {apart}."
     title = "Simulated against measured time per token"
     return draw(folder / "predicted_and_measured", title, panels, note=note, panel_size=SHAPE)

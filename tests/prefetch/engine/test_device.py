@@ -21,6 +21,7 @@ from prefetch.engine.clock import DeviceClock
 from prefetch.engine.cpu import CpuBackend
 from prefetch.engine.cuda import Spans
 from prefetch.engine.kernel_body import KernelBody
+from prefetch.engine.profiling.device import facts, place_of
 from prefetch.engine.replay import need_runnable
 from prefetch.engine.validating.calibrated import seal_error
 from prefetch.engine.validating.compare import headline, pairs_in_order
@@ -28,12 +29,14 @@ from prefetch.engine.weights import layout_of
 from prefetch.errors import ConfigError
 from prefetch.kernels.experts import moe_torch
 from prefetch.kernels.layout import ExpertLayout
+from prefetch.outputs import Outputs
 from prefetch.sim import evaluate
 from prefetch.sim.bench import Bench
 from prefetch.sim.chosen import hardware_of
 from prefetch.sim.grid import cell_of
+from prefetch.sim.resumed import Resumed
 from prefetch.trace.card import plain_card
-from prefetch.tracking import NoTracker, Outputs
+from prefetch.tracking import NoTracker
 from tests.prefetch.sim.test_costs import machine
 
 CARD = """
@@ -120,17 +123,18 @@ def test_validation_finds_the_same_decisions_and_states_its_errors(tmp_path):
     assert (folder / "predicted_and_measured.png").stat().st_size > 10_000
 
 
-def test_a_measured_machine_carries_the_error_of_what_is_simulated_on_it(tmp_path, monkeypatch):
+def test_a_measured_machine_carries_the_error_of_what_is_simulated_on_it(tmp_path, caplog):
     """As on a GPU: validated with its file, sealed again, and told by every evaluation from then on."""
     fields = json.loads(
         json.dumps(machine().to_dict() | {"kind": "measured", "measured_error": None})
     )
     del fields["is_measured"]
+    here = facts(place_of("cpu"))
 
     def build(folder: Path, _: Any) -> None:
         (folder / "hardware.json").write_text(json.dumps(fields))
-        for name in ("machine.json", "copies.csv"):
-            (folder / name).write_text("")
+        (folder / "machine.json").write_text(json.dumps(here))
+        (folder / "copies.csv").write_text("")
 
     store = Store(tmp_path / "store", makers=configured(tmp_path).makers)
     store.make(Recipe(kind="hardware", version=1, config={}, build=build))
@@ -142,7 +146,12 @@ def test_a_measured_machine_carries_the_error_of_what_is_simulated_on_it(tmp_pat
     assert metrics["file_median_abs_error"] == pytest.approx(off)
     assert f"is {off:.1%} off in the median" in (folder / "validation.md").read_text()
     assert hardware_of(configured(tmp_path, "hardware=measured"), store).kind == "measured"
-    assert seal_error(store, 0.021, "stage=validate: 12 cells") is not None
+    other, of = here | {"device": "NVIDIA H200", "device_kind": "gpu"}, "stage=validate: 12 cells"
+    assert seal_error(store, 0.5, of, other) is None  # the error is of another device
+    assert "its device is " in caplog.text and "here 'NVIDIA H200'" in caplog.text
+    assert "profile.device=cuda" in caplog.text
+    assert hardware_of(configured(tmp_path, "hardware=measured"), store).kind == "measured"
+    assert seal_error(store, 0.021, of, here) is not None
     found = hardware_of(configured(tmp_path, "hardware=measured"), store)
     assert (found.kind, found.measured_error) == ("calibrated", 0.021)
     _, told = ran(evaluate, tmp_path, "stage=evaluate", "hardware=measured")
@@ -203,6 +212,20 @@ def test_a_device_that_is_not_there(tmp_path):
         ran(evaluate, tmp_path, "stage=evaluate", "simulator.clock=device", "simulator.device=cuda")
 
 
+def test_own_is_a_card_and_a_datasheet_enters_nothing(tmp_path):
+    """`own` is the trace's, whatever card is lent elsewhere; where the trace knows none, cards by name still run."""
+    few = ("stage=validate", "validate.capacities=[0.5]", "validate.policies=[lru]", "validate.horizons=[0]",
+           "validate.batches=[1]", "validate.steps=10", "validate.figures=false")  # fmt: skip
+    small = str(tmp_path / "small.yaml")
+    with pytest.raises(ConfigError, match="does not say how large an expert is"):
+        ran(validate, tmp_path, *few, "validate.model_cards=[own]")
+    _, folder = ran(
+        validate, tmp_path, *few, f"validate.model_cards=[{small}]", "simulator.model_card=null"
+    )
+    page = (folder / "validation.md").read_text()
+    assert "is a datasheet: no number of it enters here" in page
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -230,6 +253,58 @@ def test_a_table_stands_where_not_all_experts_fit(tmp_path, monkeypatch):
     few, _ = ran(validate, tmp_path, "stage=validate", "validate.capacities=[0.25,1.0]", "validate.steps=10",
                  "validate.batches=[1]", f"validate.model_cards=[{tmp_path / 'small.yaml'}]")  # fmt: skip
     assert few["cells"] == 3 * 2  # the larger cache was left out
+
+
+def test_an_interrupted_table_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
+    """Three cells are measured, Ctrl-C; the others later. Then nothing of a clock is kept."""
+    words = ("stage=evaluate", "simulator.clock=device", "simulator.rounds=2", "predictor=none")
+    timed, stops_at, measured = DeviceClock.timed, [4], list[Any]()
+
+    def counted(self: Any, cell: Any, work: Any) -> Any:
+        if len(measured) + 1 == stops_at[0]:
+            raise KeyboardInterrupt
+        measured.append(timed(self, cell, work))
+        return measured[-1]
+
+    monkeypatch.setattr(DeviceClock, "timed", counted)
+    with pytest.raises(KeyboardInterrupt):
+        ran(evaluate, tmp_path, *words)
+    cells, before, stops_at[0] = tmp_path / "store" / "cells", [*measured], 10**6
+    assert len(list(cells.rglob("*.json"))) == len(before) == 3
+    _, folder = ran(evaluate, tmp_path, *words)
+    table = pd.read_parquet(folder / "results.parquet")
+    assert "this table was interrupted" in caplog.text
+    chosen, kept_ms = table[table.way == "chosen"].iloc[0], before[1].rounds_RS
+    assert chosen["runs"] == len(kept_ms) == 2
+    assert chosen["tpot_ms_least_run"] <= chosen["tpot_ms"] <= chosen["tpot_ms_most_run"]
+    assert len(before) < len(measured)
+    assert not list(cells.rglob("*.json"))  # asked for again, it is measured anew
+
+
+def test_what_was_measured_comes_back_as_it_was_and_only_for_the_same_device(tmp_path):
+    bench = Bench(
+        configured(tmp_path, "stage=evaluate", "simulator.clock=device", "simulator.rounds=2"),
+        Store(tmp_path / "store", makers=configured(tmp_path).makers),
+    )
+    cell, found = (
+        cell_of(bench, "one", "lru", "none", 0.5, 1),
+        bench.timed(cell_of(bench, "one", "lru", "none", 0.5, 1)),
+    )
+
+    class Never:
+        machine, identity = "here", bench.clock.identity
+
+        def timed(self, *_: Any) -> Any:
+            raise AssertionError("measured again")
+
+    again = Resumed(Never(), bench.store.root).timed(cell, bench.work)
+    for name in ("time_S", "outcome_A", "rounds_RS"):
+        one, other = getattr(again, name), getattr(found, name)
+        assert one.dtype == other.dtype and (one == other).all(), name
+    assert (again.counts, again.resident) == (found.counts, found.resident)
+    Never.identity = ("another GPU", *bench.clock.identity[1:])
+    with pytest.raises(AssertionError, match="measured again"):
+        Resumed(Never(), bench.store.root).timed(cell, bench.work)
 
 
 def test_cells_that_the_engine_refuses_before_anything_is_allocated(tmp_path):

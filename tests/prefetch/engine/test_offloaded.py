@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
 import threading
 from functools import cache
 from typing import Any, cast
@@ -15,9 +17,11 @@ from hydra import compose, initialize_config_dir
 
 from prefetch import config
 from prefetch.artifacts import Store
+from prefetch.engine.arena import Arena, PinError
 from prefetch.engine.backend import EngineError
 from prefetch.engine.offloaded import OffloadedMoE
 from prefetch.errors import ConfigError
+from prefetch.outputs import Outputs
 from prefetch.predict import train
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
@@ -26,7 +30,7 @@ from prefetch.sim.pool import HIT
 from prefetch.sim.run import replay
 from prefetch.sim.workload import workload_of
 from prefetch.trace.routing import DECODE, PREFILL, trace_of
-from prefetch.tracking import NoTracker, Outputs
+from prefetch.tracking import NoTracker
 
 SMALL = {
     "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -349,3 +353,59 @@ def test_other_models_are_refused():
     experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0]
     with pytest.raises(ConfigError, match="does not compute its experts one by one"):
         OffloadedMoE(strange)
+
+
+@pytest.mark.parametrize("change", ["half", "to_bf16", "double", "meta"])
+@pytest.mark.parametrize("of_whom", ["offloaded", "model", "part"])
+def test_a_cast_or_a_move_is_refused_before_anything_changes(change, of_whom):
+    offloaded = OffloadedMoE(model_of("qwen3_moe"), capacity=3)
+    asked = {"offloaded": offloaded, "model": offloaded.model, "part": offloaded.model.model}
+    changes = {"half": {"dtype": torch.half}, "to_bf16": {"dtype": torch.bfloat16}, "double": {"dtype": torch.double},
+               "meta": {"device": "meta"}}  # fmt: skip
+    with pytest.raises(ConfigError, match=r"restore\(\) the model, cast it, and offload it again"):
+        asked[of_whom].to(**changes[change])
+    assert is_same(said(offloaded), untouched("qwen3_moe"))
+    asked[of_whom].to("cpu", torch.float32)  # as it is
+    assert is_same(said(offloaded), untouched("qwen3_moe"))
+    model = offloaded.restore()
+    assert next(model.half().parameters()).dtype == torch.half
+
+
+def _asked_in_a_fork(offloaded: Any, answers: Any) -> None:
+    for ask in (lambda: offloaded(torch.arange(4)[None]), offloaded.restore):
+        try:
+            ask()
+        except ConfigError as error:
+            answers.put(str(error))
+
+
+def test_after_a_fork_it_is_said_and_nobody_waits():
+    offloaded = OffloadedMoE(model_of("qwen3_moe"), capacity=3)
+    with offloaded._passes:  # another thread's pass, as the process forks
+        forks = multiprocessing.get_context("fork")
+        answers = forks.SimpleQueue()
+        child = forks.Process(target=_asked_in_a_fork, args=(offloaded, answers), daemon=True)
+        child.start()
+        child.join(60)
+    assert child.exitcode == 0
+    for _ in range(2):
+        told = answers.get()
+        assert f"offloaded in process {os.getpid()} and is used in {child.pid}" in told
+    assert is_same(said(offloaded), untouched("qwen3_moe"))
+
+
+def test_a_model_that_finds_no_memory_is_left_as_it_was(monkeypatch):
+    """The third layer's experts cannot be pinned."""
+    model, held = model_of("qwen3_moe"), iter(range(9))
+
+    def hold(_arena: Any, block: Any) -> Any:
+        if next(held) == 2:
+            raise PinError("no memory")
+        return block
+
+    monkeypatch.setattr(Arena, "hold", hold)
+    with pytest.raises(PinError, match="no memory"):
+        OffloadedMoE(model, capacity=3)
+    monkeypatch.undo()
+    assert is_same(said(model), untouched("qwen3_moe"))
+    assert is_same(said(OffloadedMoE(model, capacity=3)), untouched("qwen3_moe"))

@@ -20,8 +20,9 @@ from prefetch.config import Config
 from prefetch.engine.profile import PAGE, run
 from prefetch.engine.profiling import copies, disk, roofs
 from prefetch.errors import ConfigError, PrefetchError
+from prefetch.outputs import Outputs
 from prefetch.sources import collect
-from prefetch.tracking import NoTracker, Outputs
+from prefetch.tracking import NoTracker
 
 # of the page that this stage fills in, in its order
 HEADINGS = [

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
-from prefetch.engine.profiling import copies, disk, machine, roofs
+from prefetch.engine.profiling import copies, disk, machine, roofs, whose
 from prefetch.engine.profiling.copies import CopyFit, copies_of, fit_copies, fits_of
-from prefetch.engine.profiling.device import place_of
+from prefetch.engine.profiling.device import facts, place_of
 from prefetch.engine.profiling.disk import disk_of
 from prefetch.engine.profiling.machine import (
     Measured,
@@ -226,3 +226,56 @@ def test_a_gpu_is_copied_to_from_the_pinned_memory():
         table.fitted_ns.tolist() == [round(found.key_fit.ns(1))]
         and np.isfinite(table.fitted_ns).all()
     )
+
+
+def of_machine(name: str, here: dict[str, Any], quartiles: tuple[int, int] = (98, 102)) -> Measured:
+    copies = pd.DataFrame(
+        {"kind": "pinned", "bytes": [4096, 2**20, 2**22], "median_ns": 100, "p25_ns": [1, *[quartiles[0]] * 2],
+         "p75_ns": [900, *[quartiles[1]] * 2]}
+    )  # fmt: skip
+    return dataclasses.replace(canned(name), machine={**here, "load": 7.5}, copies=copies)
+
+
+def test_of_several_machines_this_ones_is_taken(tmp_path, caplog):
+    here = facts(place_of("cpu"))
+    own = seal(Store(tmp_path), of_machine("own", here))
+    later = seal(Store(tmp_path), of_machine("another", here | {"device": "NVIDIA H200"}))
+    made_at(own, "2026-01-01T00:00:00Z")
+    made_at(later, "2026-01-02T00:00:00Z")
+    cfg = configured(tmp_path, "profile.device=cpu")
+    with caplog.at_level("INFO"):
+        assert hardware_of(cfg, Store(tmp_path, makers=cfg.makers)).name == "own"
+    assert "quartiles of its copies 4.0% apart, 7.5 processes at work as it began" in caplog.text
+    assert "another machine" not in caplog.text and "busy" not in caplog.text
+
+
+@pytest.mark.parametrize("what", ["device", "host", "device_bytes"])
+def test_another_machine_is_said_with_what_differs(tmp_path, caplog, what):
+    here = facts(place_of("cpu"))
+    there = here | {what: "NVIDIA H200"}
+    folder = seal(Store(tmp_path), of_machine("another", there))
+    cfg = configured(tmp_path, "profile.device=cpu")
+    for _ in range(2):
+        assert hardware_of(cfg, Store(tmp_path, makers=cfg.makers)).name == "another"
+    told = [text for text in caplog.messages if "is of another machine" in text]
+    assert len(told) == 1  # once in a process
+    assert f"is 'NVIDIA H200', here {here[what]!r}" in told[0]
+    assert "stage=profile" in told[0] and f"hardware.path={folder / 'hardware.json'}" in told[0]
+
+
+def test_a_measurement_of_a_busy_machine_is_said(tmp_path, caplog):
+    seal(Store(tmp_path), of_machine("noisy", facts(place_of("cpu")), quartiles=(90, 101)))
+    cfg = configured(tmp_path, "profile.device=cpu")
+    hardware_of(cfg, Store(tmp_path, makers=cfg.makers))
+    assert "measured on a busy machine: quartiles of its copies 11.0% apart" in caplog.text
+    assert "where 10 % are quiet" in caplog.text
+    here = facts(place_of("cpu"))
+    assert "**Not quiet** (from 10% on)" in of_machine("noisy", here, quartiles=(90, 101)).warning
+    assert of_machine("quiet", here).warning == canned().warning == ""
+
+
+def test_a_file_that_names_no_machine_is_said(tmp_path, caplog):
+    folder = seal(Store(tmp_path), of_machine("nameless", {}))
+    assert whose.about(folder) == {"load": 7.5} and not whose.is_of(folder, facts(place_of("cpu")))
+    whose.tell(folder, {})
+    assert "does not say which machine it is of" in caplog.text

@@ -24,7 +24,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prefetch.kernels import combine, decode, grouped, plan_kernel, route_kernel, swapped
+from prefetch.kernels import (
+    combine,
+    decode,
+    grouped,
+    int8,
+    int8_kernel,
+    plan_kernel,
+    route_kernel,
+    swapped,
+)
 from prefetch.kernels.launch import down_constants, options, sum_constants, up_constants
 from prefetch.kernels.layout import ExpertLayout
 from prefetch.kernels.shipped import (
@@ -69,6 +78,8 @@ def cases() -> Iterator[Compiled]:
     yield from layers("mixtral", MIXTRAL, 2, few=True)
     yield from layers("qwen3_fp16", QWEN[FP16], 8, few=True)
     yield from layers("qwen3_fp32", QWEN[FP32], 8)
+    yield from in_int8("qwen3", 2048, 768, 8)
+    yield from in_int8("odd", 2880, 2880, 4)
     for n_tokens, n_experts, top_k, groups in ((1, 128, 8, 1), (1, 129, 4, 1), (999, 256, 8, 8)):
         yield routing(n_tokens, n_experts, top_k, groups)
     for n_rows, n_experts, block in ((128, 128, 16), (512, 129, 16), (2048, 128, 64), (512, 8, 64)):
@@ -103,6 +114,24 @@ def decoding(name: str, layout: ExpertLayout, top_k: int) -> Iterator[Compiled]:
     yield Compiled(f"{name}_down_row", decode.down_row, down, of, options(DECODE.down))
     of = sum_constants(layout, top_k)
     yield Compiled(f"{name}_down_sum", decode.down_sum, down, of, options(sum_tiles(top_k)))
+
+
+def in_int8(name: str, hidden: int, inner: int, top_k: int) -> Iterator[Compiled]:
+    layout = int8.Int8Layout(hidden, inner, BF16)
+    types = {
+        "x_TD": "*bf16",
+        "h_RF": "*bf16",
+        "out_TD": "*bf16",
+        "pool_SN": "*i8",
+        "scales_SM": "*fp32",
+    }
+    types |= {"ids_R": "*i32", "weights_R": "*fp32", "slots_E": "*i32"}
+    of = int8.constants(layout, top_k, down=False)
+    yield Compiled(f"{name}_int8_up_row", int8_kernel.up_int8, types, of, options(int8.UP))
+    of = int8.constants(layout, top_k, down=True)
+    yield Compiled(
+        f"{name}_int8_down_sum", int8_kernel.down_int8, types, of, options(sum_tiles(top_k))
+    )
 
 
 def planned(

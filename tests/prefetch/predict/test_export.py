@@ -21,6 +21,7 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
+from prefetch.outputs import Outputs
 from prefetch.predict import export
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
@@ -29,7 +30,7 @@ from prefetch.predict.runtime import KINDS, load
 from prefetch.predict.train import run
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.routing import RoutingTrace
-from prefetch.tracking import NoTracker, Outputs
+from prefetch.tracking import NoTracker
 
 Exported = dict[str, tuple[Predictor, Path]]
 HORIZONS = (1, 3)

@@ -121,6 +121,14 @@ def test_recall_is_counted_from_the_horizon_on() -> None:
     assert (int(hits), int(of)) == (2, 2)
 
 
+def test_a_network_that_guesses_all_layers_as_a_token_begins_is_scored_on_all() -> None:
+    trace = holes()
+    n_layers = trace.ids_TLK.shape[1]
+    mlp = Mlp((n_layers,), hidden=12, epochs=1, batch=16)
+    mlp.fit(Part(trace, np.arange(5)), Part(trace, np.arange(5, 8)))
+    assert mlp.curve and all(0 < row["score"] <= 1 for row in mlp.curve)
+
+
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ConfigError, match="hidden: must be at least 1, got 0"):
         Mlp(hidden=0)

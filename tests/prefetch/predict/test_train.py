@@ -20,6 +20,7 @@ from prefetch import config
 from prefetch.artifacts import Outside, Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError, MissingData
+from prefetch.outputs import Outputs
 from prefetch.predict.part import parts_of
 from prefetch.predict.predictor import restore
 from prefetch.predict.recipes import fold_of, made, predictions_recipe, predictor_recipe
@@ -30,7 +31,7 @@ from prefetch.trace.predictions import PredictionsReader
 from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import RoutingTrace, trace_of
 from prefetch.trace.writer import TraceWriter
-from prefetch.tracking import NoTracker, Outputs
+from prefetch.tracking import NoTracker
 
 PROMISED = {
     "recall_at_k", "recall_at_2k", "recall_at_k_all_rows", "exact_match", "popularity_recall_at_k",

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.errors import ConfigError
+from prefetch.outputs import Outputs
 from prefetch.sim import advise
 from prefetch.sim.advising.at_hand import at_hand
 from prefetch.sim.advising.cases import cases_of, predicted
@@ -20,7 +21,7 @@ from prefetch.sim.advising.pays import slowest_that_pays
 from prefetch.sim.advising.study import Study, study
 from prefetch.sim.advising.ways import AHEAD, KINDS, ON_HOST
 from prefetch.sim.settings.placement import ALL, CACHE
-from prefetch.tracking import NoTracker, Outputs
+from prefetch.tracking import NoTracker
 
 # gpt-oss-20b: 24 layers, 4 of 32 experts of 12.6 MiB, on made-up routing of its shape
 SHAPE = [

@@ -14,13 +14,14 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
+from prefetch.outputs import Outputs
 from prefetch.sim.bench import Bench
 from prefetch.sim.evaluate import run
 from prefetch.trace.card import plain_card
 from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import trace_of
 from prefetch.trace.writer import TraceWriter
-from prefetch.tracking import NoTracker, Outputs
+from prefetch.tracking import NoTracker
 
 PROMISED = {
     "hit_rate", "late_hit_rate", "stall_fraction", "tpot_ms", "speedup_over_static_split", "memory_savings",

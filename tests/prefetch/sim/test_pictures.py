@@ -170,3 +170,16 @@ def test_figures_are_the_same_bytes_twice(tmp_path):
         pictures.stall_breakdown(rows_of(1, 2, 1), tmp_path / name, "note")
     one, two = ((tmp_path / name / "stall_breakdown.svg").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+@pytest.mark.parametrize("fastest", [0.4, 0.9, 1.0])
+def test_no_slowdown_is_cut_off(tmp_path, monkeypatch, fastest):
+    """A device's runs spread: a cell may be measured faster than the run with every expert there."""
+    table, drawn_panels = rows_of(2, 2, 2), list[Any]()
+    low, high = table.slowdown.min(), table.slowdown.max()
+    table["slowdown"] = fastest + (table.slowdown - low) / (high - low) * 3
+    monkeypatch.setattr(pictures, "draw", lambda _, __, panels, **___: drawn_panels.extend(panels))
+    pictures.savings_and_slowdown(table, tmp_path, "note")
+    assert len(drawn_panels) == 2
+    for panel in drawn_panels:
+        assert panel.y.low < fastest

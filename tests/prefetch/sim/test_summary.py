@@ -83,6 +83,46 @@ def test_each_warning_alone_and_none_without_a_reason():
     assert said(bench(), alone_ms=8.0, host_ms=8.0) == []
 
 
+def measured(ms: float, least: float, most: float, runs: int = 3) -> dict[str, Any]:
+    return {"tpot_ms": ms, "tpot_ms_least_run": least, "tpot_ms_most_run": most, "runs": runs}
+
+
+@pytest.mark.parametrize(
+    ("with_it", "without", "told"),
+    [
+        (
+            measured(8.0, 7.9, 8.3),
+            measured(7.0, 6.8, 7.2),
+            ["prefetch is slower than none: 8.00 [7.90..8.30] ms against 7.00 [6.80..7.20] ms per token"],
+        ),
+        (
+            measured(8.0, 7.1, 8.3),
+            measured(7.0, 6.8, 7.2),
+            ["prefetch and none: no difference beyond the spread of their runs: 8.00 [7.10..8.30] ms against "
+             "7.00 [6.80..7.20] ms per token"],
+        ),
+        (
+            measured(7.0, 6.8, 7.2),
+            measured(7.1, 7.0, 8.3),
+            ["prefetch and none: no difference beyond the spread of their runs: 7.00 [6.80..7.20] ms against "
+             "7.10 [7.00..8.30] ms per token"],
+        ),
+        (measured(7.0, 6.8, 7.0), measured(8.0, 7.9, 8.3), []),
+        (
+            measured(8.0, 8.0, 8.0, 1),
+            measured(7.0, 7.0, 7.0, 1),
+            ["prefetch is slower than none: 8.00 ms against 7.00 ms per token; one run each, whose spread nobody "
+             "knows: simulator.rounds=3 tells"],
+        ),
+    ],
+)  # fmt: skip
+def test_of_a_device_only_what_is_beyond_the_spread_of_its_runs(with_it, without, told):
+    host = row(way="host compute", predictor="none", tpot_ms=float("nan"))
+    alone = row(way="no prefetch", predictor="none", **without)
+    table = pd.DataFrame([row(**with_it), alone, host])
+    assert list(warnings(bench(), table, table.iloc[0])) == told
+
+
 def test_the_gap_that_is_closed():
     table = pd.DataFrame(
         [row(), row(way="lru", hit_rate=0.5), row(way="optimum", hit_rate=0.9), row(capacity="1")]
