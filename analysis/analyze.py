@@ -11,17 +11,18 @@ import pandas as pd
 
 from analysis.routing import words
 from analysis.routing.batch import Plan
-from analysis.routing.everything import Findings, Settings, analyze_counts, analyze_trace
+from analysis.routing.everything import Findings, Passes, Settings, analyze_counts, analyze_in
 from analysis.routing.headline import metrics
 from analysis.routing.paths import layer_names
 from analysis.routing.statistics import GUIDE_FIELDS, SCHEMA
 from prefetch.artifacts import Store
+from prefetch.cluster import cluster_of
 from prefetch.config import Config
+from prefetch.outputs import Outputs, write_json
 from prefetch.trace.card import ModelCard
 from prefetch.trace.counts import load_counts
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.provenance import Provenance
-from prefetch.tracking import Outputs, write_json
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,19 @@ def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
     else:
         reader = TraceReader(artifact.folder)
         card, provenance = reader.card, reader.provenance
-        found = analyze_trace(reader, settings)
+        found = analyze_in(passes_of(cfg, reader), settings)
         assert found.usage is not None
         counts_LE = found.usage.counts()
     return _write(found, card, provenance, counts_LE, outputs, cfg)
+
+
+def passes_of(cfg: Config, reader: TraceReader) -> Passes:
+    """Over the trace in this process, or on the cluster that was chosen."""
+    if (cluster := cluster_of(cfg)) is None:
+        return Passes(reader)
+    from analysis.routing.shares import Shares
+
+    return Shares(trace=reader, cluster=cluster)
 
 
 def _write(

@@ -45,6 +45,7 @@ class TrainConfig:
     folds: int = 5  # of five that are fitted and scored; 1 for speed
     baselines: str = "fast"  # all | fast | none: what stands beside the chosen predictor
     test_trace: str | None = None  # score on this trace instead: a folder, or a path for the source
+    domains: list[str] | None = None  # to learn from; all are tested. None = all
     export: bool = False  # leave the first fold's predictor as one file that NumPy alone can ask
     figures: bool = True
 
@@ -91,6 +92,7 @@ class EvaluateConfig:
     capacities: list[Any] | None = None  # None = simulator.cache
     horizons: list[int] | None = None  # None = simulator.horizon
     required_recall: bool = True  # how good guesses must be before they pay, on the first requests
+    protocols: bool = False  # also the hit rates of published protocols, on the same guesses
     figures: bool = True
     workers: int | None = None  # cells that run at once; None = all cores. No number depends on it
 
@@ -134,7 +136,7 @@ class ProfileConfig:
 @dataclass
 class ValidateConfig:
     model_cards: list[str] | None = (
-        None  # None = the trace's own sizes, and the smallest shipped with as many experts
+        None  # own = the trace's own sizes; None = own, and the smallest shipped with as many experts
     )
     capacities: list[Any] | None = None  # None = 0.25, 0.5 on a CPU, and 1.0 on a GPU
     policies: list[str] = field(default_factory=lambda: ["lru", "lfu", "sieve"])
@@ -167,12 +169,37 @@ class DiagnoseConfig:
     activation: str | None = None  # of what the experts' products read
     tensor_parallel: int | None = None  # ranks that each expert is cut over
     expert_parallel: int | None = None  # ranks that a layer's experts are spread over
+    scales: bool = True  # count the scales of quantised weights; TraceLens does not
     phase: str = "auto"  # auto | decode | prefill: how recorded routing (trace=) is put into steps
     simulate: bool = (
         True  # with trace=: what pinning and prefetch would bring were experts offloaded
     )
     compatible: bool = True  # also the files of TraceLens's MoE analyzer, by its names
     figures: bool = True
+
+
+@dataclass
+class TracesConfig:
+    do: str = "describe"  # describe | check | subset | merge | convert | migrate | export
+    to: str | None = None  # the folder, or file, that is written; it must not be there yet
+    inputs: list[str] | None = None  # of merge: folders of traces
+    domains: list[str | None] | None = (
+        None  # of subset: which stay; of merge: one for each input, null = its own
+    )
+    requests: Any = None  # of subset: numbers from 0 and ranges ([3, 7-9], 0-99)
+    layers: Any = None  # of subset: the model's own numbers and ranges; encoder:3 of one stack
+    phase: str | None = None  # of subset: prefill | decode
+    first: int | None = None  # of subset: so many requests
+    drawn: int | None = None  # of subset: so many requests, drawn by seed
+    tokens: int | None = None  # of subset: at most so many, in whole requests
+    format: str | None = None  # of export; None = by the suffix of traces.to
+    leave_out: list[str] = field(default_factory=list)  # columns: weights, scores, gate_inputs, ...
+
+
+@dataclass
+class ReportConfig:
+    runs: Any = "latest:20"  # of the store's index; or a folder of runs, a sweep, W&B offline runs, a list of these
+    title: str | None = None  # None = "Runs compared"
 
 
 @dataclass
@@ -194,6 +221,7 @@ class Config:
     policy: Any
     hardware: Any
     tracker: Any
+    cluster: Any
     makers: dict[str, str]  # artifact kind -> the function that says how to make it
     clocks: dict[str, str]  # simulator.clock -> what times a cell instead of the simulated clock
     collect: CollectConfig = field(default_factory=CollectConfig)
@@ -205,6 +233,8 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    traces: TracesConfig = field(default_factory=TracesConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     memory: str | None = (
         None  # all of the GPU's memory that may be used (12GiB), instead of simulator.cache

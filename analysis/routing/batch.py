@@ -7,7 +7,6 @@ T tokens, L layers, K choices, E experts, R requests.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,10 @@ from numpy.typing import NDArray
 from prefetch.errors import FormatError
 from prefetch.progress import Progress
 from prefetch.scoring import Split, Survey
-from prefetch.trace.blocks import BLOCK_ROWS, Traceable, blocks_of, columns_of
+from prefetch.trace.blocks import BLOCK_ROWS, Traceable, blocks_of, columns_of, numbered
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import PHASES, RoutingTrace, no_expert
+from prefetch.worker import n_threads
 
 TRAIN_SHARE = 0.7
 WITNESSES = 400  # requests from which it is told how much requests differ; the error of a variance is then 7 %
@@ -187,6 +187,12 @@ def plan_of(
             survey.add(block)
             card = block.card
             progress.advance(block.n_tokens)
+    return planned(trace, survey, card, train_share, seed)
+
+
+def planned(
+    trace: Traceable, survey: Survey, card: ModelCard | None, train_share: float, seed: int
+) -> Plan:
     if card is None or not survey.executed_rows:
         raise FormatError("the trace has no executed rows: there is nothing to analyse")
     return Plan(card, survey, survey.split(train_share, seed), columns_of(trace), seed)
@@ -199,10 +205,8 @@ def batches(
 
 
 def _read(trace: Traceable, plan: Plan, *recorded: str, max_rows: int) -> Iterator[Batch]:
-    first = 0
-    for block in blocks_of(trace, *recorded, max_rows=max_rows):
+    for first, block in numbered(trace, *recorded, max_rows=max_rows):
         row_T = np.arange(first, first + block.n_tokens)
-        first += block.n_tokens
         if not block.executed_T.all():
             row_T, block = row_T[block.executed_T], block.rows(block.executed_T)
         if block.n_tokens:
@@ -261,7 +265,3 @@ def for_layers(work: Callable[[int], Any], n_layers: int) -> list[Any]:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads(), thread_name_prefix=THREADS)
-
-
-def n_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,6 +8,7 @@ L layers, E experts, C capacities, B batches, D distances.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -92,12 +93,31 @@ class OptimalCurve:
         self.stacks = OptimalStacks(self._coming_BLE[0], len(PHASES))
         self._batch = 0
         self._first_row = 0
+        self._layers: range | None = None  # None = all
+
+    def of_layers(self, layers: range) -> OptimalCurve:
+        """The same about some layers, from the first row on."""
+        some = copy.copy(self)
+        some._layers = layers
+        some._coming_BLE = self._coming_BLE[:, layers.start : layers.stop]
+        some.stacks = OptimalStacks(some._coming_BLE[0], len(PHASES))
+        return some
+
+    def take(self, layers: range, hist_LCD: NDArray[np.int64]) -> None:
+        """What was counted of them elsewhere."""
+        self.stacks.hist_LCD[layers.start : layers.stop] = hist_LCD
+
+    def _ids(self, batch: Batch) -> NDArray[Any]:
+        if self._layers is None:
+            return batch.ids_LTK
+        ids_TLK = batch.block.ids_TLK[:, self._layers.start : self._layers.stop]
+        return np.ascontiguousarray(ids_TLK.transpose(1, 0, 2))
 
     def add(self, batch: Batch) -> None:
         b, rows = self._batch, batch.block.n_tokens
         if b >= len(self._rows_B) or rows != self._rows_B[b]:
             raise ValueError(f"batch {b} of {rows} rows is not one of those of the first pass")
-        ids_LTK, phase_T, nobody = batch.ids_LTK, batch.block.phase_T, batch.nobody
+        ids_LTK, phase_T, nobody = self._ids(batch), batch.block.phase_T, batch.nobody
         first, coming_LE, n_layers = self._first_row, self._coming_BLE[b + 1], len(ids_LTK)
 
         def replay(layer: int) -> None:

@@ -74,15 +74,42 @@ class Findings:
             (self.data if long else self.tables)[name] = frame
 
 
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """A trace, and how it is passed over: here, batch by batch."""
+
+    trace: Traceable
+    max_rows: int = BLOCK_ROWS
+
+    def plan(self, *, train_share: float, seed: int) -> Plan:
+        return plan_of(self.trace, train_share=train_share, seed=seed, max_rows=self.max_rows)
+
+    def accumulate(
+        self,
+        plan: Plan,
+        parts: list[Any],
+        *recorded: str,
+        title: str = "counting",
+        most_rows: int | None = None,
+    ) -> None:
+        rows = min(self.max_rows, most_rows or self.max_rows)
+        accumulate(self.trace, plan, parts, *recorded, title=title, max_rows=rows)
+
+
 def analyze_trace(trace: Traceable, settings: Settings, max_rows: int = BLOCK_ROWS) -> Findings:
     """All that the routing of a trace tells."""
+    return analyze_in(Passes(trace, max_rows), settings)
+
+
+def analyze_in(passes: Passes, settings: Settings) -> Findings:
+    """The same, whoever reads the trace."""
     found = Findings()
-    plan = plan_of(trace, train_share=settings.train_share, seed=settings.seed, max_rows=max_rows)
+    plan = passes.plan(train_share=settings.train_share, seed=settings.seed)
     found.plan = plan
-    first = _count(trace, plan, settings, found, max_rows)
+    first = _count(passes, plan, settings, found)
     _tell_counts(found, first, settings)
-    _score(trace, plan, first, found, max_rows)
-    _look_at_gates(trace, plan, settings, found)
+    _score(passes, plan, first, found)
+    _look_at_gates(passes, plan, settings, found)
     return found
 
 
@@ -107,9 +134,7 @@ class _Counted:
         return [part for part in vars(self).values() if part is not None]
 
 
-def _count(
-    trace: Traceable, plan: Plan, settings: Settings, found: Findings, max_rows: int
-) -> _Counted:
+def _count(passes: Passes, plan: Plan, settings: Settings, found: Findings) -> _Counted:
     pairs = (
         "transitions",
         "recall",
@@ -138,7 +163,7 @@ def _count(
         paths=Paths(plan),
         **parts,
     )
-    accumulate(trace, plan, counted.all(), *plan.recorded("weights"), max_rows=max_rows)
+    passes.accumulate(plan, counted.all(), *plan.recorded("weights"))
     return counted
 
 
@@ -236,7 +261,7 @@ def _tell_windows(found: Findings, counted: _Counted, settings: Settings) -> Non
     found.tell("remedies", lambda: remedies.remedies(*parts, card, windows))
 
 
-def _score(trace: Traceable, plan: Plan, counted: _Counted, found: Findings, max_rows: int) -> None:
+def _score(passes: Passes, plan: Plan, counted: _Counted, found: Findings) -> None:
     """The second pass: guesses from counts, the optimum, transitions carried to other domains."""
     optimal = cache.OptimalCurve(plan, counted.first_uses)
     recall = transfer = None
@@ -248,7 +273,7 @@ def _score(trace: Traceable, plan: Plan, counted: _Counted, found: Findings, max
         with found.told("domain_transfer"):
             transfer = DomainTransfer(plan, counted.domains)
     parts = [part for part in (optimal, recall, transfer) if part is not None]
-    accumulate(trace, plan, parts, title="scoring", max_rows=max_rows)
+    passes.accumulate(plan, parts, title="scoring")
     if recall is not None:
         found.tell("recall_summary", recall.summary)
         found.tell("recall", recall.table)
@@ -268,7 +293,7 @@ def _tell_domains(found: Findings, counted: domains.Domains) -> None:
     found.tell("domain_accuracy", counted.accuracy)
 
 
-def _look_at_gates(trace: Traceable, plan: Plan, settings: Settings, found: Findings) -> None:
+def _look_at_gates(passes: Passes, plan: Plan, settings: Settings, found: Findings) -> None:
     """The third pass, over what is wide."""
     router = distances = lookahead = None
     with found.told("router", "router_probability"):
@@ -276,7 +301,7 @@ def _look_at_gates(trace: Traceable, plan: Plan, settings: Settings, found: Find
     with found.told("gate_distances", "gate_distances_by_step", "gate_lookahead"):
         distances = gates.GateDistances(plan)
         with found.told("gate_lookahead"):
-            decoder, encoder = gates.recorded_gates(trace)
+            decoder, encoder = gates.recorded_gates(passes.trace)
             lookahead = gates.Lookahead(plan, decoder, settings.horizons, encoder_weights=encoder)
     parts = [part for part in (router, distances, lookahead) if part is not None]
     if not parts:
@@ -285,7 +310,7 @@ def _look_at_gates(trace: Traceable, plan: Plan, settings: Settings, found: Find
         "weights", "scores", "score_ids", *(("gate_inputs",) if distances else ())
     )
     rows = max(256, min(BLOCK_ROWS, WIDE_BYTES // _row_bytes(plan, columns)))
-    accumulate(trace, plan, parts, *columns, title="reading scores and gates", max_rows=rows)
+    passes.accumulate(plan, parts, *columns, title="reading scores and gates", most_rows=rows)
     if router is not None:
         found.tell("router", router.table)
         found.tell("router_probability", router.mean_probability, long=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -177,6 +177,8 @@ class Lookahead:
     below one, and caps what follows: read the other horizons against it. Inputs are recorded as float16, which also
     flips near ties. Ties go to the lower id.
     """
+
+    given: ClassVar[tuple[str, ...]] = ("_gates",)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ L layers, E experts, K choices, W width, C row classes, R requests.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -65,6 +65,8 @@ _Known = tuple[NDArray[np.int64], NDArray[np.int64]]  # [2, C, E] ranks, [P, R] 
 
 class Recall:
     """`..._CLE[c, l, r]`: choices of test rows of class c that a predictor ranked r-th, per layer (pair)."""
+
+    given: ClassVar[tuple[str, ...]] = ("chance", "control", "rank_LE")
 
     def __init__(self, plan: Plan, usage: Usage, counted: Transitions) -> None:
         card = plan.card

@@ -68,12 +68,16 @@ class RouterStatistics:
             return SHARES if self.has_all else self.meaning or SHARES
         return "softmax" if function in (None, "softmax_after_topk") else function
 
+    def begin(self, batch: Batch) -> None:
+        """The first rows of a trace tell what its scores are."""
+        self.meaning = self.meaning or _meaning(batch, self.has_all)
+
     def add(self, batch: Batch) -> None:
         block = batch.block
         recorded_TLM = block.scores_TLM if self.has_scores else block.weights_TLK
         if recorded_TLM is None:
             raise MissingData("scores or weights were not read: name them among the columns")
-        self.meaning = self.meaning or _meaning(batch, self.has_all)
+        self.begin(batch)
         self.width = recorded_TLM.shape[2]
         rows = max(1, CHUNK_SCORES // self.width)
 

@@ -25,21 +25,31 @@ class Sums:
         _add_rows(values_TN, group_T, *sums)
 
     def merge(self, later: Sums) -> None:
-        total = self.total + later.total
-        part = total - self.total
-        self.carry += later.carry + (self.total - (total - part)) + (later.total - part)
+        self.total, lost = added(self.total, later.total)
+        self.carry += later.carry + lost
         self.count += later.count
-        self.total = total
 
     def counts(self, groups: slice) -> NDArray[np.int64]:
         return self.count[groups].sum(axis=0)
 
     def sums(self, groups: slice) -> NDArray[np.float64]:
-        return self.total[groups].sum(axis=0) + self.carry[groups].sum(axis=0)
+        """[L, N] rounded once, so that it does not matter in which parts they were added."""
+        total, carry = np.zeros(self.total.shape[1:]), self.carry[groups].sum(axis=0)
+        for total_LN in self.total[groups]:
+            total, lost = added(total, total_LN)
+            carry += lost
+        return total + carry
 
     def means(self, groups: slice) -> NDArray[np.float64]:
         """[L, N]; NaN where nothing was counted."""
         return ratio(self.sums(groups), self.counts(groups))
+
+
+def added(one: NDArray[Any], two: NDArray[Any]) -> tuple[Any, Any]:
+    """The sum, and what it rounds away (Knuth's TwoSum)."""
+    total = one + two
+    part = total - one
+    return total, (one - (total - part)) + (two - part)
 
 
 def ratio(above: Any, below: Any) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ It knows no predictor but counts. D domains, L layers, E experts, K choices.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,8 @@ SCORED_ROWS = 4096  # test rows per domain to score transitions on: recall to te
 
 class DomainTransfer:
     """A second pass: the transitions of every domain, scored on test rows of every domain."""
+
+    given: ClassVar[tuple[str, ...]] = ("domains", "chances", "train_DLE", "test_DLE")
 
     def __init__(self, plan: Plan, domains: Domains) -> None:
         if plan.card.n_layers == 1:

@@ -14,7 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from analysis.routing.batch import Batch, Plan, for_layers, layer_columns
-from analysis.routing.sums import ratio
+from analysis.routing.sums import add_to, added, ratio
 
 WINDOW_TOKENS = 1024
 FACTORS_F = np.array([0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0])
@@ -22,13 +22,14 @@ MOST_DROPPED = 0.01
 
 
 class WindowSums(NamedTuple):
-    """Over windows that are over; the first five, of full ones only: those in which every row ran the layer."""
+    """Over windows that are over; the first six, of full ones only: those in which every row ran the layer."""
 
     full_L: NDArray[np.int64]  # how many
     counts_LE: NDArray[np.int64]
     squares_LE: NDArray[np.int64]
     worst_LE: NDArray[np.float64]  # largest load over the mean
     violation_L: NDArray[np.float64]
+    carry_L: NDArray[np.float64]  # what its additions rounded away
     choices_L: NDArray[np.int64]
     dropped_LF: NDArray[np.int64]
     slots_LF: NDArray[np.int64]
@@ -51,6 +52,7 @@ class Windows:
             np.zeros(shape, np.int64),
             np.zeros(shape, np.int64),
             np.zeros(shape),
+            np.zeros(shape[0]),
             np.zeros(shape[0]),
             np.zeros(shape[0], np.int64),
             np.zeros(by_factor, np.int64),
@@ -79,7 +81,11 @@ class Windows:
 
     def merge(self, later: Windows) -> None:
         for name, mine, other in zip(WindowSums._fields, self.sums, later.sums, strict=True):
-            mine[:] = np.maximum(mine, other) if name == "worst_LE" else mine + other
+            if name == "violation_L":
+                mine[:], lost_L = added(mine, other)
+                self.sums.carry_L[:] += lost_L
+            else:
+                mine[:] = np.maximum(mine, other) if name == "worst_LE" else mine + other
         self._join(later.open)
         self._close()
 
@@ -100,7 +106,7 @@ class Windows:
         sums = copy.deepcopy(self.sums)
         for counts_LE in self.open.values():
             self._reduce(counts_LE, sums)
-        return sums
+        return sums._replace(violation_L=sums.violation_L + sums.carry_L)
 
 
 @njit(cache=True, nogil=True)
@@ -129,7 +135,8 @@ def _count_windows(ids_TK, bounds_S, nobody, layer, edges, tokens, top_k, sums):
 
 @njit(cache=True, nogil=True)
 def _reduce(counts_E, layer, tokens, top_k, sums):  # type: ignore[no-untyped-def]
-    full_L, counts_LE, squares_LE, worst_LE, violation_L, choices_L, dropped_LF, slots_LF = sums
+    full_L, counts_LE, squares_LE, worst_LE, violation_L, carry_L = sums[:6]
+    choices_L, dropped_LF, slots_LF = sums[6:]
     n_experts, rows = len(counts_E) - 1, counts_E[-1]
     choices = counts_E[:-1].sum()
     if choices == 0:
@@ -142,7 +149,7 @@ def _reduce(counts_E, layer, tokens, top_k, sums):  # type: ignore[no-untyped-de
             dropped_LF[layer, f] += max(0, counts_E[expert] - room)
     if rows == tokens:
         full_L[layer] += 1
-        violation_L[layer] += counts_E[:-1].max() * n_experts / choices - 1
+        add_to(violation_L, carry_L, layer, counts_E[:-1].max() * n_experts / choices - 1)
         for expert in range(n_experts):
             count = counts_E[expert]
             counts_LE[layer, expert] += count

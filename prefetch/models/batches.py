@@ -7,6 +7,7 @@ the others of its batch go on is left out too. B requests, S positions of one fo
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,6 +84,22 @@ class Capture:
         prompt = self._passes[0].pop(prompt_stack, None)  # an encoder may be dense
         spans = [_span(prompt, token_BS, keep_BS, PREFILL)] if prompt else []
         return _joined(spans + self._decoded(made_BS))
+
+    def told(self) -> dict[str, Any]:
+        """What was found so far, for a process that puts several together."""
+        return {
+            "decisions": self.decisions,
+            "reproduced": self.reproduced,
+            "padding_rows": self.padding_rows,
+            "unheard": sorted(self.unheard),
+        }
+
+    def add_told(self, others: Sequence[Mapping[str, Any]]) -> None:
+        for told in others:
+            self.decisions += told["decisions"]
+            self.reproduced += told["reproduced"]
+            self.padding_rows += told["padding_rows"]
+            self.unheard |= set(told["unheard"])
 
     def _prefill(self, inputs: dict[str, Tensor]) -> NDArray[np.int64]:
         model = self.loaded.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -22,18 +23,19 @@ from prefetch.artifacts import (
 )
 from prefetch.config import Config, instantiate
 from prefetch.errors import ConfigError, FormatError
+from prefetch.outputs import Outputs
+from prefetch.sources.ranks import Meeting, Rank
 from prefetch.sources.source import Source
 from prefetch.trace.counts import ExpertCounts, load_counts
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.provenance import Provenance
-from prefetch.tracking import Outputs
 
-RECIPE = 1  # raise it when the trace format or its checks change what is written
+RECIPE = 2  # raise it when the trace format or its checks change what is written
 
 
 def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
     """Collects or finds, prints what there is in a short table, and writes `metrics.json`."""
-    artifact = store.make(routing_recipe(cfg))
+    artifact = _made(cfg, store)
     metrics, facts = describe(artifact)
     dropped = metrics["dropped_rows"]
     if dropped > cfg.collect.max_dropped * (dropped + metrics["tokens"]):
@@ -42,8 +44,30 @@ def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
             f"collect.max_dropped={cfg.collect.max_dropped} allows"
         )
     outputs.metrics(metrics)
-    _print(artifact, facts)
+    if (rank := Rank.of_environment()) is None or rank.number == 0:
+        _print(artifact, facts)
     return metrics
+
+
+def _made(cfg: Config, store: Store) -> Artifact:
+    """In this process, or by all that were started together, each a share of the batches."""
+    rank = Rank.of_environment()
+    source: Any = None if rank is None or cfg.trace else instantiate(cfg.source, "source")
+    if rank is None or not hasattr(source, "record_with"):
+        return store.make(routing_recipe(cfg))
+    recipe = cast(Recipe, trace_recipe(cfg))
+    folder = store.root / recipe.kind / recipe.key
+    with Meeting(rank, folder) as meeting:
+        if rank.number == 0:
+            return store.make(trace_recipe(cfg, meeting))
+
+        def is_made() -> bool:
+            return store.has(recipe)
+
+        if meeting.wait_for_opening(is_made):
+            source.record_with(meeting, None)
+            meeting.wait_until(is_made)
+        return store.make(recipe)
 
 
 def routing_recipe(cfg: Config) -> Recipe | Outside:
@@ -52,8 +76,11 @@ def routing_recipe(cfg: Config) -> Recipe | Outside:
     return trace_recipe(cfg) if has_rows else counts_recipe(cfg)
 
 
-def trace_recipe(cfg: Config) -> Recipe | Outside:
-    """What a trace is made from: the folder that the user named, or the source and its settings."""
+def trace_recipe(cfg: Config, meeting: Meeting | None = None) -> Recipe | Outside:
+    """What a trace is made from: the folder that the user named, or the source and its settings.
+
+    With a meeting other processes record a share of it each; no byte depends on that.
+    """
     if cfg.trace is not None:
         reader = TraceReader(cfg.trace)
         if not (reader.folder / MANIFEST).exists():  # no store has sealed it
@@ -73,7 +100,11 @@ def trace_recipe(cfg: Config) -> Recipe | Outside:
         writer = TraceWriter(
             folder, _provenance(source, recipe), max_dropped=cfg.collect.max_dropped
         )
-        source.record(writer, upstream)
+        if meeting is None:
+            source.record(writer, upstream)
+        else:
+            meeting.open()
+            cast(Any, source).record_with(meeting, writer)
         writer.close()
 
     recipe = _recipe("trace", source, build)

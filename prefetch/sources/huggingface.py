@@ -20,9 +20,12 @@ from prefetch.errors import ConfigError, FormatError
 from prefetch.models.hf import LoadedModel, ModelChoice, is_local, load, model_files, pinned
 from prefetch.progress import Progress
 from prefetch.sources.files import find_files
+from prefetch.sources.ranks import Meeting, Rank, in_order
 from prefetch.sources.source import Source
 from prefetch.sources.texts import Fields, Request, Text, dataset_texts, file_texts, windows
-from prefetch.trace.routing import id_dtype, no_expert, trace_of
+from prefetch.trace.parquet import TraceFiles
+from prefetch.trace.provenance import Provenance
+from prefetch.trace.routing import RoutingTrace, id_dtype, no_expert, trace_of
 
 if TYPE_CHECKING:  # torch and numba are imported when something is recorded
     from prefetch.models.batches import Arrays, Capture
@@ -126,6 +129,8 @@ class HuggingFace(Source):
         del settings["path"]
         if self.tokenizer is not None and is_local(self.tokenizer):
             settings["tokenizer"] = Path(self.tokenizer).resolve().name
+        if self.temperature:
+            settings["drawn"] = "by batch"  # so that it does not matter which process draws
         return settings | {
             "model": self.choice.name,
             "revision": self.choice.revision,
@@ -134,34 +139,78 @@ class HuggingFace(Source):
         }
 
     def record(self, writer: TraceWriter, upstream: Mapping[str, Path]) -> None:
-        import torch
-
         loaded = load(self.choice)
-        writer.file(loaded.name)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            self._record(writer, loaded)
+        capture, n_blocks = self._capture(loaded), 0
+        for block in self._blocks(loaded, capture):
+            if not n_blocks:
+                writer.file(loaded.name)
+                writer.begin(capture.card)
+            writer.append(block)
+            n_blocks += 1
+        self._need_text(loaded, n_blocks)
+        self._finish(writer, capture)
 
-    def _record(self, writer: TraceWriter, loaded: LoadedModel) -> None:
+    def record_with(self, meeting: Meeting, writer: TraceWriter | None) -> None:
+        """One of several processes takes every so many-th batch; the one with the writer puts all together."""
+        loaded = load(self._on_node(meeting.rank))
+        capture, folder = self._capture(loaded), meeting.share()
+        folder.mkdir()
+        files = TraceFiles(folder)
+        for block in self._blocks(loaded, capture, meeting.rank):
+            files.append(block)
+        if files.columns:
+            files.close(capture.card, Provenance("real", "huggingface"))
+        meeting.hand_in(capture.told())
+        if writer is None:
+            return
+        shares = meeting.shares()
+        self._need_text(loaded, len(files.columns))
+        capture.add_told(shares[1:])
+        writer.file(loaded.name)
+        writer.begin(capture.card)
+        for block in in_order([meeting.share(i) for i in range(len(shares))], self.batch_size):
+            writer.append(block)
+        self._finish(writer, capture)
+
+    def _on_node(self, rank: Rank) -> ModelChoice:
+        """A GPU each."""
+        if self.device != "cuda":
+            return self.choice
+        return dataclasses.replace(self.choice, device=f"cuda:{rank.on_node}")
+
+    def _capture(self, loaded: LoadedModel) -> Capture:
         from prefetch.models.batches import Capture, Wanted
 
         scores = 0 if self.scores == "all" else self.scores
         assert not isinstance(scores, str), "checked when the settings were read"
-        capture = Capture(loaded, Wanted(scores, self.gate_inputs), temperature=self.temperature)
+        return Capture(loaded, Wanted(scores, self.gate_inputs), temperature=self.temperature)
+
+    def _blocks(
+        self, loaded: LoadedModel, capture: Capture, rank: Rank | None = None
+    ) -> Iterator[RoutingTrace]:
+        """A block per batch; of several processes only those batches that this one takes."""
+        import torch
+
         requests, first = self._requests(loaded), 0
-        with Progress("capturing", None, "tokens") as progress:
-            while batch := list(itertools.islice(requests, self.batch_size)):
-                rows = capture.rows([request.tokens for request in batch], self.new_tokens)
-                if not first:
-                    writer.begin(capture.card)
-                append(writer, capture, rows, batch, first)
+        with Progress("capturing", None, "tokens") as progress, torch.random.fork_rng():
+            for number in itertools.count():
+                if not (batch := list(itertools.islice(requests, self.batch_size))):
+                    return
+                if rank is None or rank.takes(number):
+                    torch.manual_seed(hash_of_batch(self.seed, number))
+                    rows = capture.rows([request.tokens for request in batch], self.new_tokens)
+                    yield block_of(capture, rows, batch, first)
+                    progress.advance(len(rows["token_T"]))
                 first += len(batch)
-                progress.advance(len(rows["token_T"]))
-        if not first:
+
+    def _need_text(self, loaded: LoadedModel, found: int) -> None:
+        if not found:
             raise FormatError(
                 f"{loaded.name}: expected text, found none in {self.path or self.dataset}; if there is some, the model "
                 "was saved without a tokenizer: pass source.tokenizer=..."
             )
+
+    def _finish(self, writer: TraceWriter, capture: Capture) -> None:
         report(writer, capture, self.scores)
         if self.gate_inputs:
             write_router_weights(writer, capture)
@@ -192,10 +241,13 @@ class HuggingFace(Source):
         )
 
 
-def append(
-    writer: TraceWriter, capture: Capture, rows: Arrays, batch: list[Request], first: int
-) -> None:
-    """One batch into the trace; `first` is the number of its first request."""
+def hash_of_batch(seed: int, number: int) -> int:
+    """A seed for each batch, the first one's being that of all."""
+    return seed if not number else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def block_of(capture: Capture, rows: Arrays, batch: list[Request], first: int) -> RoutingTrace:
+    """One batch; `first` is the number of its first request."""
     card, columns = capture.card, dict[str, Any](rows)
     local_T = columns.pop("request_T")
     if "score_ids_TLM" in columns:
@@ -204,7 +256,7 @@ def append(
     domains = tuple(dict.fromkeys(request.domain for request in batch))
     code_B = np.array([domains.index(request.domain) for request in batch], np.int32)
     block = trace_of(card, request_T=local_T + first, **columns)
-    writer.append(dataclasses.replace(block, domain_T=code_B[local_T], domains=domains))
+    return dataclasses.replace(block, domain_T=code_B[local_T], domains=domains)
 
 
 def report(writer: TraceWriter, capture: Capture, scores: int | str | None) -> None:
