@@ -330,8 +330,6 @@ def lock_path(folder: Path) -> Path:
 
 def write_index(store: Store, *, stage: str, folder: Path, failed: bool) -> None:
     """Enters a run into the store's index: its folder, its stage, and what it stood on."""
-    if not store.used and failed:
-        return
     entry = {
         "stage": stage,
         "folder": str(folder.resolve()),

@@ -77,7 +77,7 @@ def _recorded(cfg: Config, folder: Path, plain: dict[str, Any]) -> dict[str, flo
     from prefetch.outputs import Outputs
 
     began_s, hidden = time.time(), Redactor(plain)
-    store, tracker = open_store(cfg), config.instantiate(cfg.tracker, "tracker")
+    tracker = config.instantiate(cfg.tracker, "tracker")
     outputs = Outputs(folder, tracker, store=store, hidden=hidden)
     outputs.start(_about(cfg, folder, plain, hidden))
     error, exit_code = cast(str | None, "interrupted"), 130
@@ -93,7 +93,6 @@ def _recorded(cfg: Config, folder: Path, plain: dict[str, Any]) -> dict[str, flo
         exit_code = left.code if isinstance(left.code, int) and left.code else 1
         raise
     finally:
-        write_index(store, stage=cfg.stage.name, folder=folder, failed=error is not None)
         outputs.finish(error, exit_code, began_s)
     return cast(dict[str, float], metrics)
 
