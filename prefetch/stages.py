@@ -66,14 +66,20 @@ def record(cfg: Config, folder: Path) -> dict[str, float]:
         return found
     folder.mkdir(parents=True, exist_ok=True)
     Redactor(plain).command_line(folder)
-    with standing.kept():
-        config.check_values(cfg)
-        metrics = _recorded(cfg, folder, plain)
+    store, has_failed = open_store(cfg), True
+    try:
+        with standing.kept():
+            config.check_values(cfg)
+            metrics = _recorded(cfg, store, folder, plain)
+        has_failed = False
+    finally:
+        if store.used or not has_failed or sweeps.is_sweep():  # a typo leaves no trace of itself
+            write_index(store, stage=cfg.stage.name, folder=folder, failed=has_failed)
     print(folder)
     return metrics
 
 
-def _recorded(cfg: Config, folder: Path, plain: dict[str, Any]) -> dict[str, float]:
+def _recorded(cfg: Config, store: Store, folder: Path, plain: dict[str, Any]) -> dict[str, float]:
     from prefetch.outputs import Outputs
 
     began_s, hidden = time.time(), Redactor(plain)
