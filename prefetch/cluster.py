@@ -141,7 +141,7 @@ class Cluster:
     def _n_workers(self) -> int:
         if self.settings.slurm is not None:
             return self.settings.workers or 1  # some may still wait for a machine
-        return len(self._client.nthreads())
+        return max(1, len(self._client.nthreads()))  # all may have died, and begin again
 
     @property
     def _versions(self) -> dict[str, str]:
@@ -179,8 +179,12 @@ class Cluster:
             if time.monotonic() > until:
                 raise ClusterError(f"the scheduler at {self._where} does not answer any more")
             time.sleep(LOOK_S / 10)
-        if self.settings.address is not None and not self._client.nthreads():
+        if self.settings.slurm is not None or self._client.nthreads():
+            return
+        if self.settings.address is not None:
             connect.wait_for_workers(self._client, self.settings, "has no workers any more")
+        else:
+            connect.revive(self._client)
 
     @property
     def _where(self) -> str:

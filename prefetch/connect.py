@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
     from prefetch.cluster import Dask
 
+PATIENCE_S = (
+    10,
+    30,
+    90,
+)  # until a process that should start again has done so; a busy machine takes its time
+
 
 class ClusterError(PrefetchError):
     """Workers that die or fail, and a scheduler that is not there."""
@@ -84,6 +90,21 @@ def wait_for_workers(client: Client, settings: Dask, what: str) -> None:
             f"cluster.address={settings.address}: the scheduler {what}, and none came within {settings.timeout_s:g} s; "
             "`dask worker ADDRESS --nthreads 1` starts one"
         ) from error
+
+
+def revive(client: Client) -> None:
+    """Local processes that are gone: Dask's nanny starts no new worker for one that dies while it starts."""
+    n_workers = max(1, len(client.cluster.workers))
+    for patience_s in PATIENCE_S:
+        try:
+            client.wait_for_workers(1, timeout=patience_s)
+            return
+        except TimeoutError:
+            client.cluster.scale(0)
+            client.cluster.scale(n_workers)
+    raise ClusterError(
+        "cluster: workers of this machine die before they begin; cluster=none runs without them"
+    )
 
 
 def _local(distributed: Any, settings: Dask) -> Any:
