@@ -81,9 +81,10 @@ def record(cfg: Config, folder: Path) -> dict[str, float]:
 
 def _recorded(cfg: Config, store: Store, folder: Path, plain: dict[str, Any]) -> dict[str, float]:
     from prefetch.outputs import Outputs
+    from prefetch.tracking import NoTracker
 
     began_s, hidden = time.time(), Redactor(plain)
-    tracker = config.instantiate(cfg.tracker, "tracker")
+    tracker = config.instantiate(cfg.tracker, "tracker") if _is_first_rank() else NoTracker()
     outputs = Outputs(folder, tracker, store=store, hidden=hidden)
     outputs.start(_about(cfg, folder, plain, hidden))
     error, exit_code = cast(str | None, "interrupted"), 130
@@ -101,6 +102,11 @@ def _recorded(cfg: Config, store: Store, folder: Path, plain: dict[str, Any]) ->
     finally:
         outputs.finish(error, exit_code, began_s)
     return cast(dict[str, float], metrics)
+
+
+def _is_first_rank() -> bool:
+    """Of the processes that torchrun began together, one tells the tracker."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _about(cfg: Config, folder: Path, plain: dict[str, Any], hidden: Redactor) -> About:

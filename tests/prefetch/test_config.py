@@ -102,7 +102,7 @@ def test_every_option_that_a_page_or_a_message_names_exists():
         if dataclasses.is_dataclass(field.default_factory)
     }
     named = re.compile(rf"(?<![\w./])({'|'.join(blocks)})\.([a-z_]+)(?!\w)")
-    files = {"py", "md", "log", "json"}
+    files = {"py", "md", "log", "json", "html", "png"}
     found = [(path, *option) for path, text in _written() for option in named.findall(text)]
     assert len(found) > 100
     assert not [place for place in found if place[2] not in blocks[place[1]] | files]
