@@ -231,6 +231,10 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Every file is there and holds the bytes that were sealed."""
     for name, sealed in manifest["files"].items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(
+                f"{folder / MANIFEST}: names {name!r}, which lies outside its folder"
+            )
         if not path.is_file():
             raise ArtifactError(
                 f"{path}: missing from the artifact; remove the folder {folder} and run again"

@@ -6,6 +6,7 @@ It knows no predictor by name. T tokens, L layers, E experts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ STATE, ABOUT, FIT = "state.safetensors", "predictor.json", "fit.json"
 SCHEMA = "prefetch.predictor/1"
 PROBABILITY = "probability"  # that the expert is among the chosen ones
 NOT_GUESSED = -np.inf
+LEARNT = re.compile(r"(?!__)\w+_")  # the name of an array that a fit leaves
 NOTHING, ANSWER = "nothing", "the answer"
 SEES = (  # joined by " + " where it is more than one
     NOTHING,
@@ -178,6 +180,8 @@ def restore(predictor: Predictor, folder: Path | str) -> dict[str, Any]:
     with reading(folder / STATE, "the arrays of a fitted predictor"):
         for name, array in load_file(folder / STATE).items():
             member, _, own = name.rpartition(".")
+            if not LEARNT.fullmatch(own):
+                raise FormatError(f"{name!r} is no array that a predictor learns: names end in _")
             setattr(made_of(predictor)[member] if member else predictor, own, array)
     return about
 

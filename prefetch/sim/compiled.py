@@ -133,7 +133,7 @@ def _from_file(text: str, name: str, functions: Functions) -> ModuleType:
     told = "\0".join([text, *sources, *beside, numba.__version__])
     key = hashlib.sha256(told.encode()).hexdigest()[:16]
     path = _folder() / f"{name}_{key}.py"
-    if not path.exists():
+    if not path.exists() or path.read_text() != text:  # whatever lies there, this text is run
         if name == "timed":
             log.info("compiling the timed engine: about half a minute, once on this machine")
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:

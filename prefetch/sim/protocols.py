@@ -179,6 +179,8 @@ def _touch(lru: OrderedDict[int, None], entry: int, slots: int) -> bool:
 
 def in_words(table: pd.DataFrame) -> str:
     """For the summary: the same guesses by every protocol, and by how much it flatters."""
+    if table.hit_rate.isna().all():
+        return "## By published protocols\n\nThey count generated tokens, of which none was replayed.\n"
     lines = [
         "## By published protocols",
         "",

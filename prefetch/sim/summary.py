@@ -94,7 +94,7 @@ def warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[s
     same, tpot_ms = _beside(table, chosen), float(chosen["tpot_ms"])
     if chosen["capacity_token_cycles"] < 1:
         so = (
-            "a global LRU never hits there"
+            "a global LRU hits next to nothing there"
             if bench.simulator.scope == "global"
             else "in some layers what a token needs goes through it in parts"
         )

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from prefetch.artifacts import MANIFEST, Outside, Recipe, Store, lock_path, write_index
+from prefetch.artifacts import (
+    MANIFEST,
+    Outside,
+    Recipe,
+    Store,
+    check_files,
+    lock_path,
+    write_index,
+)
 from prefetch.config import ArtifactsConfig
 from prefetch.errors import ArtifactError, ConfigError
 from prefetch.stock import entries, run, used_names
@@ -83,6 +91,13 @@ def test_a_corrupted_file_is_named(tmp_path, content):
     with pytest.raises(ArtifactError, match=r"value\.txt: its sha256 differs from the manifest"):
         Store(tmp_path).make(recipe())
     assert not Store(tmp_path, verify=False).make(recipe()).was_made
+
+
+@pytest.mark.parametrize("name", ["../beside.txt", "/etc/hostname", "a/../../b"])
+def test_a_manifest_that_leads_outside_its_folder_is_refused(tmp_path, name):
+    manifest = {"files": {name: {"bytes": 1, "sha256": "0" * 64}}}
+    with pytest.raises(ArtifactError, match="which lies outside its folder"):
+        check_files(tmp_path, manifest)
 
 
 def test_a_missing_file_and_a_damaged_manifest_are_named(tmp_path):

@@ -110,3 +110,14 @@ def test_what_one_learnt_is_not_put_into_another(tmp_path: Path) -> None:
         FormatError, match=r"learnt by prefetch\.predict\.markov\.Markov, and cannot be put into"
     ):
         restore(Popularity((1,)), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fit", "__class__", "horizons", "scores"])
+def test_a_file_of_arrays_cannot_replace_what_a_predictor_is(tmp_path: Path, name: str) -> None:
+    from safetensors.numpy import save_file
+
+    trace = whole(random_trace(n_requests=6))
+    save(Markov((1,)).fit(trace, trace), tmp_path, {}, 0.0)
+    save_file({name: np.zeros(1)}, str(tmp_path / "state.safetensors"))
+    with pytest.raises(FormatError, match="is no array that a predictor learns"):
+        restore(Markov((1,)), tmp_path)

@@ -92,6 +92,13 @@ def test_the_first_tokens_of_a_request_are_known_by_their_position():
     assert protocols.after_first(work, trace.position_T, 2).tolist() == [0, 0, 1, 0, 0]
 
 
+def test_without_a_generated_token_the_summary_says_so_and_shows_no_nan():
+    row = {"capacity": "0.25", "predictor": "none", "protocol": protocols.OURS, "mark": ""}
+    rates = {"hit_rate": float("nan"), "honest_hit_rate": float("nan"), "flattered_points": 0.0}
+    said = protocols.in_words(pd.DataFrame([{**row, **rates}]))
+    assert "none was replayed" in said and "nan" not in said
+
+
 def test_the_table_compares_the_same_guesses(tmp_path):
     """An instant link and places of their own can only help; the tested tokens' own counts are the best static."""
     from hydra import compose, initialize_config_dir

@@ -17,7 +17,10 @@ from tests.prefetch.sim.test_evaluate import evaluated
     [
         (
             ("simulator.scope=global", "simulator.cache=0.2", "predictor=none"),
-            ("holds 0.75 of what one token touches: a global LRU never hits there", "would delay"),
+            (
+                "holds 0.75 of what one token touches: a global LRU hits next to nothing there",
+                "would delay",
+            ),
         ),
         (
             ("simulator.cache=2", "predictor=random"),
@@ -69,7 +72,7 @@ def said(about: Any, alone_ms: float = 9.0, host_ms: float = 9.0, **changes: Any
 def test_each_warning_alone_and_none_without_a_reason():
     assert said(bench()) == []
     assert len(said(bench("synthetic"))) == len(said(bench(is_forced=True))) == 1
-    assert "never hits" in said(bench(scope="global"), capacity_token_cycles=0.9)[0]
+    assert "hits next to nothing" in said(bench(scope="global"), capacity_token_cycles=0.9)[0]
     assert "in parts" in said(bench(), capacity_token_cycles=0.9)[0]
     assert said(bench(), capacity_token_cycles=1.0) == []
     assert "delay what" in said(bench(), link_utilisation=0.95)[0]
