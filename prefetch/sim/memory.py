@@ -86,7 +86,7 @@ class Budget:
 
     @property
     def token_cycles(self) -> float:
-        """At less than one, a global LRU hits next to nothing: the other layers push an expert out before its next use."""
+        """At less than one a global LRU hits next to nothing: other layers push an expert out before its next use."""
         return self.cache_bytes / self.cycle_bytes
 
     def fits(self, more_bytes: int = 0) -> bool:
