@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HIDDEN = "REDACTED"
 SHORTEST, SHORTEST_OF_ENVIRONMENT = 4, 8  # characters; shorter ones stand in ordinary words
+NO_PASSWORD = {"PWD", "OLDPWD"}  # a shell's folders, and the start of most paths that a run names
 TEXT_FILES = {".csv", ".html", ".json", ".log", ".md", ".svg", ".txt", ".yaml"}
 _WORD = (
     r"(?:auth|access|hub|api|hf)?token|passw(?:or)?d|passphrase|pwd|secret|credentials?"
@@ -52,7 +53,9 @@ class Redactor:
     def __init__(self, settings: Any = None, environment: Mapping[str, str] | None = None) -> None:
         found = {text for text in _secrets(settings) if len(text) >= SHORTEST}
         for name, text in (os.environ if environment is None else environment).items():
-            if NAME.search(name) and len(text) >= SHORTEST_OF_ENVIRONMENT:
+            if name in NO_PASSWORD or not NAME.search(name):
+                continue
+            if len(text) >= SHORTEST_OF_ENVIRONMENT:
                 found.add(text)
         self._literals = sorted(found, key=len, reverse=True)
 

@@ -21,7 +21,7 @@ from prefetch.outputs import Outputs
 from prefetch.sources.collect import routing_recipe
 from prefetch.sources.described import show_lines, show_trace
 from prefetch.trace.checks import check_trace
-from prefetch.trace.counts import load_counts
+from prefetch.trace.counts import ExpertCounts, load_counts
 from prefetch.trace.export import export, export_counts
 from prefetch.trace.findings import Finding, findings
 from prefetch.trace.merge import merge
@@ -165,8 +165,7 @@ def _convert(cfg: Config, store: Store, outputs: Outputs) -> Metrics:
             recipe.build(folder, upstream)
     to = Path(_to(cfg.traces))
     if (to / "counts.json").is_file():
-        found = load_counts(to)
-        return _told(Written(to, 0, 0, found.provenance.notes), outputs)
+        return _told_counts(to, load_counts(to), outputs)
     reader = TraceReader(to)
     dropped = [f"dropped: {why}: {n} rows" for why, n in reader.provenance.dropped_rows.items()]
     said = (*dropped, *reader.provenance.notes)
@@ -208,6 +207,21 @@ def _told(done: Written, outputs: Outputs) -> Metrics:
         "bytes": n_bytes,
         "notes": len(done.said),
     }
+
+
+def _told_counts(to: Path, found: ExpertCounts, outputs: Outputs) -> Metrics:
+    """What has no order is no trace, and is not told as an empty one."""
+    layers, experts, choices = *found.counts_LE.shape, int(found.counts_LE.sum())
+    show_lines(
+        [
+            f"{to}: counts of {choices:,} choices, {layers} layers of {experts} experts; {_bytes(to):,} bytes",
+            "counts are no trace: trace= refuses them; stage=analyze takes them from their source=",
+            *found.provenance.notes,
+        ],
+        outputs,
+    )
+    notes = len(found.provenance.notes)
+    return {"choices": choices, "layers": layers, "bytes": _bytes(to), "notes": notes}
 
 
 def _bytes(path: Path) -> int:

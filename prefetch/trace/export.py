@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefetch.errors import ConfigError
+from prefetch.trace.beside import names_beside
 from prefetch.trace.counts import ExpertCounts
 from prefetch.trace.describe import Description, describe
 from prefetch.trace.exports import arrays, counts, esft, imatrix, route_csv, vllm
@@ -24,6 +25,7 @@ OF_COUNTS = {
     "imatrix": imatrix.write_imatrix,
 }
 OF_TRACES = ("npz", "parquet", "route_csv", "esft", "vllm")
+HOLDS_EVERY_COLUMN = ("npz", "parquet")
 BY_SUFFIX = {
     ".npz": "npz",
     ".parquet": "parquet",
@@ -60,6 +62,8 @@ def export(
             said = esft.write_esft(reader, folder, told)
     else:
         said = _write_rows(reader, Path(to), chosen, columns, told)
+    if chosen not in HOLDS_EVERY_COLUMN and (lost := _lost(reader, columns)):
+        said.append(f"not held: {', '.join(lost)}, which the trace has")
     said += [f"left out: {name}, as asked" for name in reader.columns if name in leave_out]
     if reader.provenance.kind == "synthetic":
         said.append(
@@ -94,6 +98,12 @@ def format_of(to: Path | str, format: str | None, *, of_counts: bool = False) ->
     if suffix != SUFFIX.get(format, suffix):
         raise ConfigError(f"{to}: a file of format {format} ends in {SUFFIX[format]}")
     return format
+
+
+def _lost(reader: TraceReader, columns: list[str]) -> list[str]:
+    """What was recorded beside choices and weights, of which the formats' own lines speak."""
+    unsaid = [name for name in columns if name not in ("weights", "score_ids")]
+    return [*unsaid, *names_beside(reader)]
 
 
 def _write_counts(counted: counts.Counted, to: Path, chosen: str) -> list[str]:

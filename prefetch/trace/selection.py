@@ -28,7 +28,7 @@ MOST_NAMED = 200  # characters of a note that lists requests
 class Selection:
     """None = all. First domains, requests and the phase say what may stay; then it is thinned, in the order below."""
 
-    domains: tuple[str, ...] | None = None
+    domains: Any = None  # names, or one
     requests: Any = None  # numbers and ranges: [3, "7-9"], or "0-99"
     phase: str | None = None  # prefill | decode
     layers: Any = None  # the model's own numbers, written like requests; "encoder:3" where both stacks have it
@@ -39,7 +39,8 @@ class Selection:
 
     def __post_init__(self) -> None:
         if self.domains is not None:
-            object.__setattr__(self, "domains", tuple(str(name) for name in self.domains))
+            names = [self.domains] if isinstance(self.domains, str) else self.domains
+            object.__setattr__(self, "domains", tuple(str(name) for name in names))
         if self.phase not in (None, *PHASES):
             raise ConfigError(f"phase: expected one of {PHASES}, got {self.phase!r}")
         for name in ("first", "drawn", "tokens"):
@@ -97,6 +98,19 @@ def layer_slots(card: ModelCard, asked: Any) -> list[int]:
                 )
             chosen |= found
     return sorted(chosen)
+
+
+def beyond(reader: TraceReader, asked: Selection) -> list[str]:
+    """Ranges that reach past what there is: what is in them is taken, and that there is no more is said."""
+    said, own = [], reader.card.layer_numbers
+    for word in [] if asked.layers is None else words_of(asked.layers):
+        [(low, high)] = ranges_of(word.rpartition(":")[2], "layers")
+        if low < min(own) or high > max(own):
+            said.append(f"layers {word}: the trace has {min(own)} to {max(own)}")
+    for low, high in ranges_of(asked.requests, "requests"):
+        if high >= reader.n_requests:
+            said.append(f"requests {low}-{high}: the trace has 0 to {reader.n_requests - 1}")
+    return said
 
 
 def domain_codes(reader: TraceReader, names: tuple[str, ...] | None) -> NDArray[np.int32] | None:

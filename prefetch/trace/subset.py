@@ -22,6 +22,7 @@ from prefetch.trace.rewrite import Rewriter, Written, as_note, kept_columns
 from prefetch.trace.routing import RoutingTrace
 from prefetch.trace.selection import (
     Selection,
+    beyond,
     chosen_requests,
     domain_codes,
     layer_slots,
@@ -53,6 +54,7 @@ def subset(
         said = copy_beside(reader, card, folder)
         said += [f"left out: {name}" for name in reader.columns if name in leave_out]
         writer.close(_provenance(reader, asked, chosen_R, said))
+    said = [*beyond(reader, asked), *said]  # of the command: the part's own notes need it not
     return Written(Path(to), writer.tokens, writer.requests, tuple(said))
 
 

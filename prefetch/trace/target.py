@@ -51,6 +51,10 @@ def new_file(to: Path | str) -> Iterator[Path]:
     if target.exists():
         raise ConfigError(f"{target}: is there already; nothing is overwritten, name another place")
     temporary = _beside(target)
+    try:
+        temporary.touch(exist_ok=False)  # else the error would name a file that nobody knows
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror or error})") from error
     with _removed_unless_done(temporary, target):
         yield temporary
 

@@ -92,6 +92,13 @@ def test_secrets_of_the_environment_are_hidden_by_their_value():
     assert hidden.text("key 0123456789 at /root, a") == f"key {HIDDEN} at /root, a"
 
 
+def test_the_folder_that_one_stands_in_is_no_password():
+    hidden = Redactor(environment={"PWD": "/home/me/study", "MYSQL_PWD": "open sesame"})
+    said = "/home/me/study/trace: open sesame"
+    assert hidden.text(said) == f"/home/me/study/trace: {HIDDEN}"
+    assert hidden.value({"pwd": "open sesame"}) == {"pwd": HIDDEN}
+
+
 def test_a_password_of_an_address_is_hidden_where_it_stands_alone_encoded_or_not():
     hidden = Redactor({"path": "https://me:p%40ssword@host"}, environment={})
     assert hidden.text("p%40ssword, p@ssword") == f"{HIDDEN}, {HIDDEN}"

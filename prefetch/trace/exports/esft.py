@@ -45,7 +45,7 @@ def write_esft(reader: TraceReader, folder: Path, told: Description) -> list[str
         lines.append(f"left out: {n_left_out} rows without all k choices, or not executed")
     if n := int(told.rows_DP[:, DECODE].sum()):
         lines.append(f"{n} decode rows are read back as prefill: the format knows no phase")
-    return [*lines, "not held: token ids, positions, scores, sizes of the model"]
+    return [*lines, "not held: token ids, positions, sizes of the model"]
 
 
 def _check(reader: TraceReader) -> None:

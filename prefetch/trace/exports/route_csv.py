@@ -114,9 +114,7 @@ def _said(n_not_run: int, n_partial: int) -> list[str]:
 
 def _lost(reader: TraceReader) -> list[str]:
     card = reader.card
-    lines = [
-        "not held: token ids, scores, and domains (read back, the file's name becomes the domain)"
-    ]
+    lines = ["not held: token ids and domains (read back, the file's name becomes the domain)"]
     if card.dense_bytes is None:
         lines.append("the dense bytes of the model are not known: written as 0")
     if (name := PurePosixPath(_word(card.name)).name) != card.name:

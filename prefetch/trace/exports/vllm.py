@@ -43,7 +43,7 @@ def write_vllm(reader: TraceReader, path: Path) -> list[str]:
             file.write(json.dumps(response, separators=(",", ":")) + "\n")
     if not n_written:
         raise FormatError(f"{reader.folder}: no request can be written as a response: {ODD}")
-    lines = ["not held: weights, scores, domains, the model's own layer numbers (layers are slots)"]
+    lines = ["not held: weights, domains, the model's own layer numbers (layers are slots)"]
     lines += [f"left out: {n_odd} requests: {ODD}"] * bool(n_odd)
     bare = f"{n_bare} requests do not know all their token ids: written without"
     return lines + [bare] * bool(n_bare)

@@ -121,13 +121,16 @@ def configured_plain(tmp_path: Path, *words: str) -> Config:
         return cast(Config, compose("config", overrides=overrides))
 
 
-def test_counts_go_in_and_out(tmp_path):
+def test_counts_go_in_and_out(tmp_path, capsys):
     given = {"num_experts": 4, "counts": {"1": [5, 0, 3, 8], "3": [9, 0, 7, 0]}}
     (tmp_path / "in.json").write_text(json.dumps(given))
     counts = ("source=counts", f"source.path={tmp_path / 'in.json'}")
     for deed, to in (("convert", "folder"), ("export", "out.json")):
         cfg = configured_plain(tmp_path, *counts, f"traces.do={deed}", f"traces.to={tmp_path / to}")
         run(cfg, Store(cfg.store, makers=cfg.makers), Outputs(tmp_path / f"run {to}", NoTracker()))
+    told = capsys.readouterr().out
+    assert f"{tmp_path / 'folder'}: counts of 32 choices, 2 layers of 4 experts" in told
+    assert "counts are no trace" in told and "0 requests" not in told.split("out.json")[0]
     assert load_counts(tmp_path / "folder").counts_LE.tolist() == [[5, 0, 3, 8], [9, 0, 7, 0]]
     assert json.loads((tmp_path / "out.json").read_text())["counts"] == given["counts"]
 

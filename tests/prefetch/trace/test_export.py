@@ -107,6 +107,22 @@ def test_columns_are_left_out_only_when_named(tmp_path):
     assert {"left out: gate_inputs, as asked", "left out: scores, as asked"} < set(done.said)
 
 
+@pytest.mark.parametrize("format", ["route_csv", "esft", "vllm", "counts"])
+def test_every_column_that_a_format_does_not_hold_is_said(tmp_path, format):
+    reader = write(tmp_path / "t", executed(), routers=True)
+    to = (
+        tmp_path
+        / {"route_csv": "x.csv", "esft": "x", "vllm": "x.jsonl", "counts": "x.json"}[format]
+    )
+    lost = "not held: scores, gate_inputs, pre_attention, router_weights, which the trace has"
+    assert lost in export(reader, to, format).said
+    (bare := tmp_path / "bare").mkdir()
+    plain = write(tmp_path / "u", alone(executed()))
+    assert not [
+        line for line in export(plain, bare / to.name, format).said if "which the trace" in line
+    ]
+
+
 def test_a_trace_without_domains_takes_the_name_of_the_file(tmp_path, collect):
     trace = dataclasses.replace(executed(), domains=(), domain_T=np.full(37, -1, np.int32))
     done = export(write(tmp_path / "t", trace), tmp_path / "law.npz")

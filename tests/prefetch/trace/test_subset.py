@@ -61,6 +61,7 @@ def rows_of(whole, keep_T):
         ({"requests": "5-100"}, [5, 6, 7]),
         ({"first": 3}, [0, 1, 2]),
         ({"domains": ("law",)}, [1, 4, 7]),
+        ({"domains": "law"}, [1, 4, 7]),
         ({"domains": ("law", "code")}, [1, 2, 4, 5, 7]),
         ({"domains": ("law",), "first": 2}, [1, 4]),
         ({"tokens": 14}, [0, 1, 2]),
@@ -213,6 +214,17 @@ def test_what_cannot_be_had_is_said_and_leaves_nothing(whole, tmp_path, asked, m
     with pytest.raises(ConfigError, match=message):
         cut(whole, tmp_path / "part", **asked)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
+def test_ranges_that_reach_past_the_trace_are_said(whole, tmp_path):
+    asked = Selection(layers="0-2,4", requests="6-9")
+    done = subset(whole.folder, tmp_path / "part", asked)
+    assert done.said[:2] == (
+        "layers 0-2: the trace has 1 to 4",
+        "requests 6-9: the trace has 0 to 7",
+    )
+    assert done.requests == 2 and TraceReader(tmp_path / "part").card.layer_numbers == (1, 2, 4)
+    assert not subset(whole.folder, tmp_path / "b", Selection(layers="2-4", requests="0-7")).said
 
 
 def test_nothing_is_written_into_what_is_read(whole):

@@ -1,5 +1,6 @@
 """What is written appears whole or not at all, replaces nothing, and an interruption leaves nothing behind."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from prefetch.errors import ConfigError
+from prefetch.trace import target
 from prefetch.trace.target import new_file, new_folder
 
 
@@ -57,6 +59,21 @@ def test_nothing_is_overwritten_but_an_empty_folder(tmp_path):
         (folder / "x").write_text("new")
     assert (tmp_path / "full" / "x").read_text() == (tmp_path / "file").read_text() == "mine"
     assert (tmp_path / "empty" / "x").read_text() == "new"
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_a_place_that_cannot_be_written_is_named_as_it_was_typed(tmp_path, monkeypatch, new):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "mkdir" if new is new_folder else "touch", refuse)
+    place = tmp_path / "x.npz"
+    monkeypatch.setattr(target, "_place", lambda to: place)
+    with (
+        pytest.raises(ConfigError, match=r"x\.npz: cannot be written \(Permission denied\)"),
+        new(place),
+    ):
+        pass
 
 
 def test_who_comes_second_overwrites_nothing(tmp_path):
