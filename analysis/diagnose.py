@@ -13,7 +13,8 @@ import pandas as pd
 from analysis.device import page, rows, seed_files, tracelens
 from analysis.device.beside import Beside, active_of
 from analysis.device.diagnosis import Diagnosis, Profile, diagnose, diagnose_tables, read
-from analysis.device.findings import ERROR
+from analysis.device.doubts import waiting
+from analysis.device.findings import ERROR, NOT_JUDGED
 from analysis.device.machine import judging_hardware
 from analysis.device.names import Names, load_names
 from analysis.device.offload import MOST_ROWS, Offloaded, offloaded
@@ -33,6 +34,10 @@ from prefetch.trace.parquet import TraceReader
 
 log = logging.getLogger(__name__)
 NO_TOKENS = "the profile does not tell the tokens of a step: pass diagnose.tokens beside trace="
+SYNTHETIC = (
+    "The routing (trace=) is synthetic: drawn from a process, no model chose it. What is said of it shows what routing "
+    "like it would cost, not how this run routed."
+)
 PHASES = ("auto", "decode", "prefill")
 SUFFIXES = (".json", ".json.gz", ".gz")
 
@@ -76,6 +81,10 @@ def profile_path(given: str | None) -> Path:
     path = Path(given)
     if not path.exists():
         raise ConfigError(f"profile_trace={given}: does not exist")
+    if (path / "findings.json").is_file():
+        raise ConfigError(
+            f"profile_trace={given}: is what stage=diagnose left: pass the profile that it was made from"
+        )
     if path.is_file() or tracelens.is_output(path):
         return path
     inside = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
@@ -147,7 +156,8 @@ def _with_routing(
         f"{name} of the routing: not computable ({why})" for name, why in tables.missing.items()
     ]
     simulated = _offloaded(cfg, trace, hardware, notes)
-    return Beside(beside.peaks, routing, _remedies(tables), simulated, tables.tables, notes)
+    doubts = [SYNTHETIC] if trace.provenance.kind == "synthetic" else []
+    return Beside(beside.peaks, routing, _remedies(tables), simulated, tables.tables, doubts, notes)
 
 
 def _tokens_of_calls(profile: Profile) -> int | None:
@@ -197,6 +207,8 @@ def _offloaded(
 
 def _write(cfg: Config, found: Diagnosis, outputs: Outputs) -> dict[str, float]:
     print(page.first_line(found))
+    for text in filter(None, [*found.doubts, waiting(found.times)]):
+        print(one_line(text))
     listed = [rows.operation_row(op, found.moe_ns) for op in found.operations]
     tables = {"operations": pd.DataFrame(listed), "kernels": found.kernels}
     for name, table in {**tables, "passages": found.layer_us, **found.sections}.items():
@@ -209,7 +221,8 @@ def _write(cfg: Config, found: Diagnosis, outputs: Outputs) -> dict[str, float]:
     outputs.metrics(numbers)
     if cfg.diagnose.figures:
         _draw(found, outputs)
-    for one in found.findings:
+    told = [one for one in found.findings if found.peaks is not None or one.kind != NOT_JUDGED]
+    for one in told:  # without a device a note says it once
         print(one_line(f"{one.kind}: {one.title}, {one.time_ns / 1e3:,.1f} µs: {one.why}"))
     for note in found.notes:
         print(one_line(note))

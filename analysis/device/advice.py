@@ -27,6 +27,8 @@ TILES_TITLE = "Choose the tile of the expert products by tokens per expert"
 REPLAY = "Replay it alone with these sizes, and compare MoE implementations, tile sizes and number types on it."
 FUSE = "Fuse it with its neighbours, or replay it alone and compare MoE implementations."
 BETTER = {"pin experts": 1, "replicate experts": -1, "place experts": -1, "raise capacity": -1}
+OF_RANKS = ("replicate experts", "place experts")
+CUT = "not as it was run, where diagnose.tensor_parallel cuts each expert over all ranks; "
 REPLAYED = {  # what a replayed remedy is called, and what it rests on
     "pin experts": (
         "Keep the most used experts on the GPU",
@@ -67,32 +69,37 @@ def advise(
     shape: Shape | None,
     beside: Beside,
     imbalances: Sequence[Imbalance],
+    *,
+    elapsed_ns: float = 0.0,
+    is_cut: bool = False,
 ) -> list[Recommendation]:
-    """Those with a computed impact first, by the time that they may save."""
+    """First those with a computed impact, by the time saved. `is_cut`: each rank has a part of every expert."""
     all_of = [
-        *_kernels(found, sum(op.time_ns for op in operations) or 1),
+        *_kernels(found, sum(op.time_ns for op in operations) or 1, elapsed_ns),
         *_tiles(operations, shape, beside.peaks, beside.routing),
         *_balance(imbalances),
-        *_replayed(beside.remedies),
+        *_replayed(beside.remedies, is_cut=is_cut),
         *_offloading(beside.offload),
-        *_network(beside.routing, shape),
+        *_network(beside.routing, shape, is_cut=is_cut),
     ]
     if beside.routing is None:
         all_of += _without_routing()
     return sorted(all_of, key=lambda one: (not one.is_computed, -(one.impact_us or 0.0)))
 
 
-def _kernels(found: Sequence[Finding], moe_ns: int) -> Iterator[Recommendation]:
+def _kernels(found: Sequence[Finding], moe_ns: int, elapsed_ns: float) -> Iterator[Recommendation]:
+    """Of elapsed time too: where the device mostly waits, a slow kernel costs little."""
     for one in found:
         if one.kind != BOTTLENECK or one.recoverable_ns is None or one.efficiency is None:
             continue
         us = one.recoverable_ns / 1e3
+        whole = f", {percent(us * 1e3 / elapsed_ns)} of elapsed time" if elapsed_ns else ""
         action = REPLAY if one.role in PRODUCTS else FUSE
         yield Recommendation(
             KERNEL,
             f"Speed up the {one.title}",
             f"It runs at {percent(one.efficiency)} of the {one.bound} bound. {action}",
-            f"at most {us:,.1f} µs of the profile, {us * 1e3 / moe_ns:.1%} of the MoE time",
+            f"at most {us:,.1f} µs of the profile, {us * 1e3 / moe_ns:.1%} of the MoE time{whole}",
             us,
             HIGH,
             "GPU kernels that reach the hardware file's peaks; none does, so this is an upper limit",
@@ -163,7 +170,7 @@ def _balance(imbalances: Sequence[Imbalance]) -> Iterator[Recommendation]:
         )
 
 
-def _replayed(remedies: pd.DataFrame) -> Iterator[Recommendation]:
+def _replayed(remedies: pd.DataFrame, *, is_cut: bool) -> Iterator[Recommendation]:
     """One for each remedy, with all of its settings that help."""
     helping: dict[str, list[Any]] = {}
     for row in remedies.itertuples():
@@ -174,7 +181,7 @@ def _replayed(remedies: pd.DataFrame) -> Iterator[Recommendation]:
         effects = "; ".join(f"{row.setting}: {row.before:.3f} -> {row.after:.3f}" for row in rows)
         yield Recommendation(
             ALGORITHM, title, f"{str(first.how)[:1].upper()}{str(first.how)[1:]}.", f"{first.unit}, {effects}", None,
-            str(first.complexity), assumption,
+            str(first.complexity), f"{CUT}{assumption}" if is_cut and remedy in OF_RANKS else assumption,
         )  # fmt: skip
 
 
@@ -187,24 +194,27 @@ def _offloading(found: Offloaded | None) -> Iterator[Recommendation]:
         (f"Pin {found.pinned} of {found.slots} slots per layer", found.pinned_ns, LOW, pinned),
         (f"Prefetch {found.horizon} layers ahead", found.perfect_ns, HIGH, perfect),
     ):
-        if after_ns >= found.demand_ns:
+        before, after = (f"{ns / 1e6:,.2f}" for ns in (found.demand_ns, after_ns))
+        if after_ns >= found.demand_ns or before == after:  # nothing that could be read
             continue
         yield Recommendation(
             ALGORITHM, title, f"Of interest only where experts do not fit the GPU; {what}.",
-            f"simulated step {found.demand_ns / 1e6:.2f} -> {after_ns / 1e6:.2f} ms with {found.slots} experts of "
+            f"simulated step {before} -> {after} ms with {found.slots} experts of "
             "each layer on the GPU", None, effort,
             "experts offloaded to host memory; simulated on the hardware file",
         )  # fmt: skip
 
 
-def _network(routing: StepRouting | None, shape: Shape | None) -> Iterator[Recommendation]:
+def _network(
+    routing: StepRouting | None, shape: Shape | None, *, is_cut: bool
+) -> Iterator[Recommendation]:
     if routing is None or shape is None or shape.hidden is None:
         return
     mib = shape.hidden * BYTES[shape.activation or "bf16"] / 2**20
     effects = [
         f"{ranks} ranks: {each * mib:,.2f} -> {once * mib:,.2f} MiB"
         for ranks, (once, each) in routing.sent_R.items()
-        if once < each
+        if f"{once * mib:,.2f}" != f"{each * mib:,.2f}"
     ]
     if not effects:
         return
@@ -215,7 +225,8 @@ def _network(routing: StepRouting | None, shape: Shape | None) -> Iterator[Recom
         f"dispatch bytes of a step, {'; '.join(effects)}",
         None,
         MEDIUM,
-        "experts in blocks of their ids; tokens' own ranks are not recorded and assumed round-robin",
+        (CUT if is_cut else "")
+        + "experts in blocks of their ids; tokens' own ranks are not recorded and assumed round-robin",
     )
 
 

@@ -34,6 +34,7 @@ class Beside:
     remedies: pd.DataFrame = field(default_factory=pd.DataFrame)
     offload: Offloaded | None = None
     sections: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    doubts: Sequence[str] = ()
     notes: Sequence[str] = ()
 
 
@@ -108,6 +109,7 @@ def imbalances_of(
         return []
     tile = next((op.tile for op in operations if op.tile), None) or 1
     given = known.given
-    is_cut = (given.tensor_parallel or 1) > 1 and given.expert_parallel is None
-    ranks = [1] if is_cut else ranks_to_show(routing.card.n_experts, given.expert_parallel)
+    ranks = (
+        [1] if given.cuts_experts else ranks_to_show(routing.card.n_experts, given.expert_parallel)
+    )
     return [imbalance(routing, shape, peaks, n, tile) for n in ranks]

@@ -20,6 +20,7 @@ MOST_BYTES = 1 << 26  # of one event or one entry of metadata: more is no profil
 NEAR_END = 16  # characters: a literal or a number that the piece cuts off fails there, not before
 EVENTS = "traceEvents"
 SPACE = " \t\r\n"
+ZIP = "PK\x03\x04"
 
 
 class ChromeTrace:
@@ -40,7 +41,7 @@ class ChromeTrace:
             elif self._char() == "{":
                 yield from self._object()
             else:
-                raise self._wrong(f"expected JSON that begins with {{ or [, found {self._near()!r}")
+                raise self._no_json()
             self._end()
 
     def _open(self) -> IO[bytes]:
@@ -144,6 +145,14 @@ class ChromeTrace:
         self._text = self._text[self._at :] + self._utf8.decode(piece, final=self._done)
         self._at = 0
         return bool(piece)
+
+    def _no_json(self) -> FormatError:
+        if self._near().startswith(ZIP):
+            return FormatError(f"{self.path}: is a zip archive: unpack it, and pass the profile")
+        found = self._near()
+        return FormatError(
+            f"{self.path}: expected JSON that begins with {{ or [, found {found!r} at its beginning"
+        )
 
     def _near(self) -> str:
         return self._text[self._at : self._at + 40]

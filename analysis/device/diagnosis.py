@@ -15,6 +15,7 @@ from analysis.device import tracelens
 from analysis.device.advice import Recommendation, advise
 from analysis.device.attribution import BY_KERNEL
 from analysis.device.beside import Beside, active_of, check_routing, imbalances_of, layer_shape
+from analysis.device.doubts import doubts_of, fitting_cards
 from analysis.device.findings import NO_MOE, Finding, findings_of, status_of
 from analysis.device.offload import Offloaded
 from analysis.device.operations import Operation, operations_of
@@ -66,6 +67,7 @@ class Diagnosis:
     routing: StepRouting | None = None
     imbalances: Sequence[Imbalance] = ()
     offload: Offloaded | None = None
+    doubts: Sequence[str] = ()  # what may make the numbers wrong: said before them
     notes: Sequence[str] = ()
     hinted: Mapping[str, int] = field(default_factory=dict)  # looks like MoE -> ns inside it
     sections: Mapping[str, pd.DataFrame] = field(default_factory=dict)
@@ -84,18 +86,20 @@ def diagnose(profile: Profile, known: Known, beside: Beside) -> Diagnosis:
     trace, work = profile.trace, profile.work
     operations = operations_of(trace, work, known, beside.peaks, active_of(beside.routing))
     times = times_of(trace, work)
+    counts = counts_of(profile, len(known.card.moe_layers) if known.card else None)
     return _concluded(
         operations,
         known,
         beside,
-        counts=counts_of(profile, len(known.card.moe_layers) if known.card else None),
+        counts=counts,
         source=str(trace.path),
         times=times,
         total_ms=times.elapsed_ns / 1e6,
         layer_us=by_call(work),
         kernels=by_kernel(trace, work),
         hinted=profile.hinted if not operations else {},
-        notes=_notes(profile, operations),
+        notes=[*fitting_cards(known, operations, counts), *_notes(profile, operations)],
+        has_modules=trace.has_modules,
     )
 
 
@@ -125,17 +129,21 @@ def _concluded(
     *,
     counts: Counts,
     notes: Sequence[str],
+    has_modules: bool = True,
     **rest: Any,
 ) -> Diagnosis:
-    doubts = check_routing(beside, known, operations, counts.layers)
+    of_routing = check_routing(beside, known, operations, counts.layers)
     found, shape = findings_of(operations), layer_shape(operations)
     uneven = imbalances_of(shape, known, beside, operations)
-    status = status_of(operations, rest["hinted"])
+    status, elapsed_ns = status_of(operations, rest["hinted"]), (rest["total_ms"] or 0.0) * 1e6
     return Diagnosis(
         status=status, operations=operations, findings=found, n_calls=counts.calls, n_layers=counts.layers,
         layers_told_by=counts.told_by, peaks=beside.peaks, routing=beside.routing, imbalances=uneven,
-        offload=beside.offload, sections=beside.sections, notes=[*notes, *beside.notes, *doubts],
-        recommendations=[] if status == NO_MOE else advise(operations, found, shape, beside, uneven), **rest,
+        offload=beside.offload, sections=beside.sections, notes=[*notes, *beside.notes, *of_routing],
+        doubts=[*doubts_of(known, operations, counts, has_modules=has_modules), *beside.doubts],
+        recommendations=[] if status == NO_MOE else advise(
+            operations, found, shape, beside, uneven, elapsed_ns=elapsed_ns, is_cut=known.given.cuts_experts
+        ), **rest,
     )  # fmt: skip
 
 

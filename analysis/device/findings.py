@@ -6,6 +6,7 @@ A bottleneck takes more than 100 ms or 5 % of the MoE time and reaches less than
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -39,9 +40,16 @@ def status_of(operations: Sequence[Operation], hinted: Sequence[str]) -> str:
 
 
 def findings_of(operations: Sequence[Operation]) -> list[Finding]:
-    """The longest first; each operation stands once."""
+    """The longest first; each operation stands once, told from its namesakes by what it was called with."""
     total = sum(op.time_ns for op in operations)
-    return [found for op in operations if (found := _finding(op, total)) is not None]
+    found = ((op, one) for op in operations if (one := _finding(op, total)) is not None)
+    namesakes = Counter(op.title for op in operations)
+    return [
+        replace(one, title=f"{op.title}, called with {op.args}")
+        if namesakes[op.title] > 1 and op.args
+        else one
+        for op, one in found
+    ]
 
 
 def _finding(op: Operation, total_ns: int) -> Finding | None:

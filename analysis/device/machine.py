@@ -29,6 +29,7 @@ SHIPPED = {  # whole names: a PCIe, NVL, Ti, D or laptop version is another devi
     r"\bRTX A6000$": "a6000_pcie4",
     r"\bRTX 4070 Laptop GPU$": "laptop_rtx4070",
 }
+NO_CPU = "No hardware was chosen for this CPU: pass hardware=NAME diagnose.hardware=chosen to get efficiencies."
 SAME_MEMORY = (
     0.08  # devices of one name come with several memories; drivers tell a little less than the file
 )
@@ -69,7 +70,7 @@ def judging_hardware(
     if cfg.diagnose.hardware == "chosen" or chosen != default_name():
         return instantiate(cfg.hardware, "hardware"), f"Peaks: hardware={chosen}, as chosen."
     if is_cpu:
-        return None, "No hardware was chosen for this CPU: pass hardware=NAME to get efficiencies."
+        return None, NO_CPU
     name = device_file(meta)
     if name is not None and (CONFIGS / "hardware" / f"{name}.yaml").is_file():
         leaf = with_choice(cfg, "hardware", name).hardware

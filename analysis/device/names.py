@@ -66,6 +66,18 @@ class Names:
         self.types = {
             spelt: name for name, spellings in plain["types"].items() for spelt in spellings
         }
+        for one in (one for section in rules.values() for one in section):
+            self._check_said(one)
+
+    def _check_said(self, rule: Rule) -> None:
+        """A type that nobody knows would be dropped, and another assumed."""
+        for name, said in rule.said.items():
+            is_right = said.isdigit() if name == "tile" else said in self.types
+            if not is_right:
+                expected = "a number" if name == "tile" else f"one of {', '.join(self.types)}"
+                raise ConfigError(
+                    f"diagnose.names: {rule.pattern.pattern!r}: {name}: expected {expected}; found {said!r}"
+                )
 
     def find(self, section: str, name: str) -> Found | None:
         key = section, name
@@ -127,7 +139,12 @@ def load_names(own: str | Path | None = None) -> Names:
         if name != "types"
     }
     types: dict[str, list[str]] = {}
+    builtin = tables[-1][1]["types"]
     for _, given in tables:
+        if unknown := sorted(set(given.get("types", {})) - set(builtin)):
+            raise ConfigError(
+                f"{own}: types: expected some of {', '.join(builtin)}; found {unknown}"
+            )
         for name, spellings in given.get("types", {}).items():
             types.setdefault(name, []).extend(spellings)
     return Names(rules, {**plain, "types": types})
@@ -162,7 +179,9 @@ def _rows(table: Mapping[str, Any], name: str, path: Path) -> list[Any]:
 
 def _listed(value: Any, where: str) -> Any:
     """A text, several, or (types) several under each of several names."""
-    if where.endswith(": types") and isinstance(value, dict):
+    if where.endswith(": types"):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected {{type: [how it is spelt]}}, found {value!r}")
         return {str(name): _listed(spelt, f"{where}.{name}") for name, spelt in value.items()}
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -37,6 +37,7 @@ WORDS = {  # beside each the role, as figures and tables call it
     "dispatch": "sending of tokens to ranks (dispatch)", "collect": "collecting over ranks (collect)",
     "other": "other work",
 }  # fmt: skip
+NO_SHAPES = "record_shapes=True records what PyTorch's operations are called with"
 Active = Callable[[Shape], float | None]  # experts that a call needed, where routing is known
 
 
@@ -62,6 +63,7 @@ class Operation:
     mean_rate_per_ns: float = (
         0.0  # calls per nanosecond, mean over calls: how TraceLens averages rates
     )
+    is_counted: bool = False  # its products one by one, from the sizes they were called with
     is_exact: bool = False  # experts needed from recorded routing, or sizes from the call itself
 
     @property
@@ -76,6 +78,11 @@ class Operation:
     def efficiency(self) -> float | None:
         """None where it cannot be told, and where it would be more than all: that is no efficiency."""
         return None if self.judged is None or self.judged.is_anomaly else self.judged.efficiency
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What its cost rests on, in words; of counted products nothing but what they were called with."""
+        return [] if self.is_counted else self.shape.assumptions(self.role)
 
     @property
     def title(self) -> str:
@@ -206,8 +213,9 @@ def judged(
     exact = active(base.shape) if active is not None and base.role in PRODUCTS else None
     by_formula = cost_of(base.role, base.shape, exact)  # knows that idle experts are not read
     cost = by_formula or counted
-    is_exact = exact is not None or (by_formula is None and counted is not None)
-    op = replace(base, cost=cost, is_exact=is_exact)
+    is_counted = by_formula is None and counted is not None
+    is_exact = exact is not None or is_counted
+    op = replace(base, cost=cost, is_counted=is_counted, is_exact=is_exact)
     found = None if cost is None or peaks is None else judge(cost, base.mean_ns, peaks)
     if cost is None or peaks is None or found is None:
         return replace(op, why_not=_why_not(op, peaks))
@@ -222,7 +230,9 @@ def _why_not(op: Operation, peaks: Peaks | None) -> str:
     if op.cost is None:
         missing = ", ".join(op.shape.missing(op.role))
         why = f"not known: {missing}" if missing else "no formula for what it does"
-        return "; ".join(filter(None, (why, op.shape.why_not if missing else "")))
+        of_product = op.role == "gemm" and op.told_by != BY_KERNEL
+        remedy = NO_SHAPES if of_product else op.shape.why_not
+        return "; ".join(filter(None, (why, remedy if missing else "")))
     if peaks is None:
         return "no hardware file for this device"
     if op.cost.on_network:

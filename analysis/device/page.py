@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from analysis.device.advice import NOT_COMPUTABLE, Recommendation
 from analysis.device.diagnosis import Diagnosis
+from analysis.device.doubts import waiting
 from analysis.device.efficiency import efficiency_of
 from analysis.device.findings import (
     ANOMALY,
@@ -49,9 +50,10 @@ def first_line(found: Diagnosis) -> str:
 
 def page(found: Diagnosis) -> str:
     title = f"# Diagnosis\n\n**{first_line(found)}**\n\nOf {shown(found.source)}."
-    parts = [title, _times(found)]
+    parts = [title, *(shown(doubt) for doubt in found.doubts), _times(found)]
+    advice = _recommendations(found.recommendations)
     if found.operations:
-        parts += [_operations(found), _judged(found), _efficiency(found), _rests_on(found)]
+        parts += [_operations(found), _judged(found), advice, _efficiency(found), _rests_on(found)]
     if found.hinted:
         lines = "\n".join(
             f"- {shown(name)}: {took / 1e3:,.1f} µs of work inside"
@@ -59,7 +61,7 @@ def page(found: Diagnosis) -> str:
         )
         parts.append(f"## Names that look like MoE\n\nNothing in them was recognised:\n\n{lines}")
     parts += [routing_page(found)] if found.status != NO_MOE else []
-    parts.append(_recommendations(found.recommendations))
+    parts += [] if found.operations else [advice]
     if found.notes:
         notes = "\n".join(f"- {shown(note)}" for note in found.notes)
         parts.append(f"## Notes\n\n{notes}")
@@ -73,6 +75,7 @@ def _times(found: Diagnosis) -> str:
         share = f", {found.moe_ns / whole_ns:.1%} of elapsed time" if whole_ns else ""
         return f"## Time\n\nMoE kernels: {found.moe_ns / 1e3:,.1f} µs{share}."
     parts = [f"## Time\n\n{_counted(found, times)}", _shares(times)]
+    parts += filter(None, [waiting(times)])
     if len(found.layer_us) > 1:
         us = found.layer_us.time_us
         least, middle, most = (f"{value:,.1f}" for value in (us.min(), us.median(), us.max()))
@@ -86,7 +89,8 @@ def _times(found: Diagnosis) -> str:
 
 
 def _counted(found: Diagnosis, times: Times) -> str:
-    text = f"{times.n_moe_kernels:,} of {times.n_kernels:,} {times.unit} are MoE"
+    verb = "is" if times.n_moe_kernels == 1 else "are"
+    text = f"{times.n_moe_kernels:,} of {times.n_kernels:,} {times.unit} {verb} MoE"
     if not found.n_calls:
         return f"{text}."
     layers = ""
@@ -185,7 +189,7 @@ def _finding(one: Finding) -> str:
     text = f"- **{title}**: {one.time_ns / 1e3:,.1f} µs, {one.share_of_moe:.1%} of the MoE time"
     if one.efficiency is not None:
         text += f", {percent(one.efficiency)} of the {one.bound} bound ({band(one.efficiency)})"
-    return f"{text}. {shown(one.why)}."
+    return f"{text}. {shown(one.why[:1].upper() + one.why[1:])}."
 
 
 def _efficiency(found: Diagnosis) -> str:
@@ -216,13 +220,13 @@ def _percent(share: float | None) -> str | None:
 
 def _rests_on(found: Diagnosis) -> str:
     told: dict[str, None] = {}
-    active: dict[str, list[str]] = {}
+    active: dict[str, dict[str, None]] = {}
     for op in (op for op in found.operations if op.is_modelled):
-        told |= dict.fromkeys(op.shape.assumptions(op.role))
+        told |= dict.fromkeys(op.assumptions)
         if op.cost and op.cost.active_experts is not None:
             how = EXACT if op.is_exact else EVEN
             text = f"{op.cost.active_experts:,.2f} experts needed in a call ({how})"
-            active.setdefault(text, []).append(op.role)
+            active.setdefault(text, {})[op.role] = None
     told |= dict.fromkeys(f"{text}: {', '.join(roles)}" for text, roles in active.items())
     lines = "\n".join(f"- {shown(text)}" for text in told)
     return f"## What the costs rest on\n\nBeside what the profile says:\n\n{lines}" if told else ""

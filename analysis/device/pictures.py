@@ -163,7 +163,9 @@ def roofline(operations: Sequence[Operation], peaks: Peaks, folder: Path) -> lis
         return []
     x = np.array([op.judged.cost.flops / op.judged.cost.n_bytes for op in shown if op.judged])
     ran = sorted({op.judged.ran_in for op in shown if op.judged})
-    span = np.geomspace(x.min() / 5, x.max() * 5, 100)
+    ridges = [rate[0] / peaks.bytes_per_s for kind in ran if (rate := peaks.rate(kind)) is not None]
+    most = max(x.max() * 5, *(2 * ridge for ridge in ridges))  # where the roof is flat
+    span = np.geomspace(x.min() / 5, most, 100)
     limits = [_limit(span, kind, peaks, dash) for kind, dash in zip(ran, DASHES, strict=False)]
     colours = itertools.cycle(CATEGORIES)  # several may have one role
     points = [

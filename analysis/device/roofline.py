@@ -133,6 +133,7 @@ class _Sizes:
         self.M, self.K, self.N = number(shape.tokens), number(shape.hidden), number(shape.inner)
         self.E, self.k, self.choices = number(shape.experts), number(shape.top_k), shape.choices
         self.rows, self.width = number(shape.rows), number(shape.width)
+        self.summed = number(shape.summed)
         self.g = 2 if shape.gated else 1
         weight, activation, output = (
             shape.weight or "bf16",
@@ -166,8 +167,10 @@ def _down(s: _Sizes, active: float | None) -> Cost:
 
 def _gemm(s: _Sizes, active: float | None) -> Cost:
     a = active or 0.0
-    n_bytes = s.rows * s.K * s.b_in + a * s.K * s.width * s.b_w + s.rows * s.width * s.b_out
-    return Cost(2 * s.rows * s.K * s.width, n_bytes, s.arithmetic, a)
+    n_bytes = (
+        s.rows * s.summed * s.b_in + a * s.summed * s.width * s.b_w + s.rows * s.width * s.b_out
+    )
+    return Cost(2 * s.rows * s.summed * s.width, n_bytes, s.arithmetic, a)
 
 
 def _router(s: _Sizes, _: float | None) -> Cost:
@@ -241,7 +244,7 @@ def why_too_fast(
     judged = judge(least, took_ns, peaks) if least is not None else None
     if judged is not None and not judged.is_anomaly and fewest is not None:
         return (
-            f"possible if fewer experts were needed than even routing expects: with {fewest:g} of them it would be "
+            f"possible if fewer experts were needed than even routing expects: with {fewest:.3g} of them it would be "
             f"{judged.efficiency:.0%} of the roofline; record the routing (trace=...) to know"
         )
     return (

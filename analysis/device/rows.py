@@ -34,6 +34,7 @@ def to_json(found: Diagnosis) -> dict[str, Any]:
         "efficiency": asdict(efficiency_of(found.operations, found.peaks)),
         "imbalance": [{**asdict(one), "cost_ns": one.cost_ns} for one in found.imbalances],
         "looks_like_moe": {name: took / 1e3 for name, took in found.hinted.items()},
+        "doubts": list(found.doubts),
         "notes": list(found.notes),
     }
 
@@ -66,7 +67,7 @@ def operation_row(op: Operation, moe_ns: int) -> dict[str, Any]:
         "bound": judged.bound if judged else None, "roofline_us": judged.roofline_ns / 1e3 if judged else None,
         "of_roofline": judged.efficiency if judged else None, "efficiency": op.efficiency,
         "anomaly": op.anomaly, "not_modelled_because": op.why_not,
-        "assumptions": "; ".join(shape.assumptions(op.role)), "modules": "; ".join(op.modules),
+        "assumptions": "; ".join(op.assumptions), "modules": "; ".join(op.modules),
     }  # fmt: skip
 
 

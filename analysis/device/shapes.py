@@ -19,7 +19,7 @@ NEEDS = {
     "experts": ("tokens", "hidden", "inner", "experts", "top_k", "gated"),
     "up": ("tokens", "hidden", "inner", "experts", "top_k", "gated"),
     "down": ("tokens", "hidden", "inner", "experts", "top_k"),
-    "gemm": ("rows", "hidden", "width", "experts"),
+    "gemm": ("rows", "summed", "width", "experts"),
     "router": ("tokens", "hidden", "experts"),
     "routing": ("tokens", "experts", "top_k"),
     "prepare": ("tokens", "hidden"),
@@ -29,6 +29,7 @@ NEEDS = {
     "dispatch": ("tokens", "hidden"),
     "collect": ("tokens", "hidden"),
 }
+NO_CARD = "no model card: pass diagnose.model_card=NAME, or each as diagnose.NAME=VALUE"
 LARGEST = 2**40  # of an axis: more is no tensor's
 WITH_WEIGHTS = ("experts", "up", "down", "gemm", "router")
 PLAIN_TYPES = ("fp32", "bf16", "fp16")
@@ -63,6 +64,11 @@ class Given:
     def says_ranks(self) -> bool:
         return self.tensor_parallel is not None or self.expert_parallel is not None
 
+    @property
+    def cuts_experts(self) -> bool:
+        """Every rank computes a part of each expert: none is busier than another."""
+        return (self.tensor_parallel or 1) > 1 and self.expert_parallel is None
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -75,6 +81,9 @@ class Shape:
     top_k: int | None = None
     gated: bool | None = None
     rows: int | None = None
+    summed: int | None = (
+        None  # what one product sums over: `hidden` of the first, `inner` of the second
+    )
     width: int | None = None
     local_experts: int | None = None
     weight: str | None = None
@@ -149,7 +158,10 @@ def shape_of(
     told.tell(TYPED, **{name: getattr(known.given, name) for name in TYPEABLE})
     spelt = {name: names.type_of(said.get(name)) for name in ("weight", "activation", "output")}
     told.tell(KERNEL_NAME, **spelt)
-    told.tell(PROFILE, **_axes(rule, inputs))
+    axes = _axes(rule, inputs)
+    if "rows" in axes:  # of one product, whose place in the layer is not told
+        axes["summed"] = axes.pop("hidden", None)
+    told.tell(PROFILE, **axes)
     told.tell(PROFILE, **_types(rule, inputs, names, packed="packed" in told.values))
     told.tell(ANNOTATED, tokens=known.step_tokens)
     why_not = _from_card(known, told.tell, told.values)
@@ -183,7 +195,7 @@ def _from_card(known: Known, tell: Any, values: Mapping[str, Any]) -> str:
     """A card's widths are the whole model's: of a run on several ranks one must know how they were cut."""
     card, given = known.card, known.given
     if card is None:
-        return "" if "inner" in values else "no model card: pass diagnose.model_card=NAME"
+        return "" if "inner" in values else NO_CARD
     tell(CARD, hidden=card.hidden_size, experts=card.n_experts, top_k=card.top_k, gated=card.gated)
     tell(CARD, weight=CARD_TYPES.get(card.expert_precision))
     if "inner" in values:

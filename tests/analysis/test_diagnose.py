@@ -97,6 +97,7 @@ def test_recorded_routing_explains_and_its_remedies_have_numbers(tmp_path, colle
     folder, numbers = ran(tmp_path, f"profile_trace={fused(tmp_path)}", *words)
     assert 3 < numbers["active_experts"] < 16 and "imbalance_cost_us_4_ranks" in numbers
     findings = json.loads((folder / "findings.json").read_text())
+    assert any("routing (trace=) is synthetic" in doubt for doubt in findings["doubts"])
     computed = [one for one in findings["recommendations"] if one["is_computed"]]
     assert {one["effort"] for one in findings["recommendations"]} <= {"low", "medium", "high"}
     assert len({one["title"].split(":")[0] for one in computed}) >= 4 and all(
@@ -201,6 +202,13 @@ def test_a_folder_with_several_profiles_asks_which(tmp_path):
         written(inside, [], name)
     with pytest.raises(ConfigError, match=r"found 2 profiles \(rank0.json, rank1.json\): name one"):
         ran(tmp_path, f"profile_trace={inside}")
+
+
+def test_a_folder_that_this_stage_left_is_no_profile(tmp_path):
+    """It has the folders of TraceLens, without its tables: "no MoE" would be false."""
+    folder, _ = ran(tmp_path, f"profile_trace={fused(tmp_path)}", "diagnose.figures=false")
+    with pytest.raises(ConfigError, match="is what stage=diagnose left"):
+        ran(tmp_path / "again", f"profile_trace={folder}")
 
 
 def test_devices_are_known_by_name_or_by_what_they_are():

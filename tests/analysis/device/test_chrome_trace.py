@@ -63,6 +63,7 @@ def test_a_cut_off_gzip_and_one_that_is_none_are_errors(tmp_path):
     [
         ("", "ends early"),
         ("hello", "begins with"),
+        ("PK\x03\x04 and the rest", "is a zip archive: unpack it"),
         ("{}", "expected a list 'traceEvents'"),
         ('{"traceEvents": [1]}', "expected an event"),
         ('{"traceEvents": [{"a": nonsense, "b": "' + "x" * 100 + '"}]}', "is not JSON"),

@@ -55,9 +55,9 @@ def test_everything_round_the_products_by_hand():
 
 def test_a_grouped_product_needs_no_more_experts_than_its_tokens_choose():
     """12 rows are 6 tokens of two different experts each, or 12 that know nothing of each other."""
-    rows = Shape(rows=M * TOP, hidden=K, width=N, experts=E, local_experts=E)
+    rows = Shape(rows=M * TOP, summed=K, width=N, experts=E, local_experts=E)
     assert cost_of("gemm", rows).active_experts == pytest.approx(E * (1 - (1 - 1 / E) ** 12))
-    told = Shape(rows=M * TOP, hidden=K, width=N, experts=E, local_experts=E, top_k=TOP)
+    told = Shape(rows=M * TOP, summed=K, width=N, experts=E, local_experts=E, top_k=TOP)
     assert cost_of("gemm", told).active_experts == pytest.approx(ACTIVE)
 
 

@@ -122,7 +122,7 @@ def test_the_share_of_moe_is_that_of_the_profilers_own_tree_and_table(moe):
     assert {name: took for name, took in rows.items() if took > 0} == pytest.approx(expected)
     total = sum(truth.table[name] for name in truth.own)
     assert found.times.of_kernel_time == pytest.approx(sum(expected.values()) / total, rel=1e-9)
-    assert 0.01 < found.times.of_kernel_time < 0.99
+    assert 0 < found.times.of_kernel_time < 1  # how much depends on what else the machine does
     assert found.times.of_busy_time == pytest.approx(found.times.of_kernel_time)  # one thread
 
 
