@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefetch import config, sweeps
+from prefetch import config, sweeps, typed
 from prefetch.artifacts import Store, write_index
 from prefetch.config import Config
 from prefetch.errors import ConfigError, PrefetchError
@@ -32,15 +31,19 @@ SAY_AGAIN_S = 10  # longer than tidying up takes
 
 def run_stage(cfg: DictConfig) -> dict[str, float]:
     """What Hydra calls, once a job: the stage that `stage=` chose."""
-    typed = cast(
+    chosen = cast(
         Config, cfg
     )  # the schema stands in the defaults list: Hydra checked names and types
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if (
+        not _is_first_rank()
+    ):  # of the processes that torchrun began together, which may share a folder
+        folder = folder / f"rank-{os.environ['RANK']}"
     try:
         if cfg.stage.recorded:
-            return record(typed, folder)
-        config.check_values(typed)
-        config.locate(cfg.stage._target_)(typed, open_store(typed))
+            return record(chosen, folder)
+        config.check_values(chosen)
+        config.locate(cfg.stage._target_)(chosen, open_store(chosen))
         return {}
     except PrefetchError as error:
         if sweeps.is_sweep():
@@ -64,12 +67,14 @@ def record(cfg: Config, folder: Path) -> dict[str, float]:
         log.info("found finished")
         print(folder)
         return found
+    standing.need_place(in_sweep=sweeps.is_sweep())
     folder.mkdir(parents=True, exist_ok=True)
     Redactor(plain).command_line(folder)
     store, has_failed = open_store(cfg), True
     try:
         with standing.kept():
             config.check_values(cfg)
+            typed.refuse_dead_words(cfg, standing.words)
             metrics = _recorded(cfg, store, folder, plain)
         has_failed = False
     finally:
@@ -105,7 +110,7 @@ def _recorded(cfg: Config, store: Store, folder: Path, plain: dict[str, Any]) ->
 
 
 def _is_first_rank() -> bool:
-    """Of the processes that torchrun began together, one tells the tracker."""
+    """One of several tells the tracker, and is what is listed."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -157,7 +162,8 @@ def guarded(main: Callable[[], Any]) -> int:
         if signal.getsignal(stop) != signal.SIG_IGN:  # nohup's children ignore Ctrl-C
             signal.signal(stop, _interrupt)
     try:
-        _refuse_words(sys.argv[1:])
+        sys.argv[1:] = typed.in_order(sys.argv[1:])
+        typed.refuse(sys.argv[1:])
         try:
             main()
         finally:
@@ -168,6 +174,14 @@ def guarded(main: Callable[[], Any]) -> int:
         if wants_traceback:
             raise
         return _report(error)
+    except RuntimeError as error:
+        if "srun" not in str(error) or wants_traceback:
+            raise
+        return _report(
+            ConfigError(
+                "hydra/launcher: Slurm is not on this machine (no srun); try submitit_local"
+            )
+        )
     except KeyboardInterrupt:
         signal.setitimer(signal.ITIMER_REAL, 0)
         print("interrupted; what was finished is kept, run again to go on", file=sys.stderr)
@@ -193,67 +207,5 @@ def _mute() -> int:
 
 
 def _report(error: BaseException, settings: Any = None) -> int:
-    print(f"error: {Redactor(settings).text(explain(error))}", file=sys.stderr)
+    print(f"error: {Redactor(settings).text(typed.explain(error))}", file=sys.stderr)
     return 2 if isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)) else 1
-
-
-def _refuse_words(words: list[str]) -> None:
-    """What Hydra would take and nobody means: keys that no stage reads, and lists of choices merged into one."""
-    for word in words:
-        if word.startswith("+") and not word.lstrip("+").startswith("hydra"):
-            raise ConfigError(
-                f"{word}: nothing reads an added key; leave out the + to set one that exists"
-            )
-        group, _, value = word.partition("=")
-        if value.startswith("[") and group in _groups():
-            names = value.strip("[]").replace(" ", "")
-            raise ConfigError(
-                f"{word}: a group takes one name; to run each, use -m {group}={names}"
-            )
-
-
-def explain(error: BaseException) -> str:
-    """One line that says what was wrong and lists what exists."""
-    if isinstance(error, PrefetchError):
-        return str(error)
-    if isinstance(error, OSError) and not isinstance(error, HydraException):
-        return f"{error.filename or 'input or output'}: {error.strerror or error}"
-    text = str(error)
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        text = f"{text}; {error.__cause__}"
-    line = text.split("Config search path")[0]
-    for noise in (
-        r"To append to your config use \S+",
-        r"(object|reference)_type=\S+",
-        r"See https\S+ for \w+",
-    ):
-        line = re.sub(noise, "", line)
-    if isinstance(error, OverrideParseException):
-        line = f"{error.override}: {line}"
-    return " ".join(f"{line}{_siblings(text)}".split())
-
-
-def _siblings(text: str) -> str:
-    """What stands beside the key that was not found, from the configuration without it."""
-    found = re.search(r"full_key: (\S+)", text)
-    if not found or "Key '" not in text:
-        return ""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    chosen = [word for word in sys.argv[1:] if re.fullmatch(r"\w+=\w+", word)]
-    groups = [word for word in chosen if word.split("=")[0] in _groups() - {"experiment"}]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
-        node: Any = compose("config", overrides=groups)
-    parent = found.group(1).rpartition(".")[0]
-    for part in parent.split(".") if parent else []:
-        node = node.get(part) if isinstance(node, DictConfig) else None
-    if not isinstance(node, DictConfig):
-        return ""
-    names = sorted(str(name) for name in node if name != "_target_")
-    return f"; {parent or 'the root'} has: {', '.join(names)}"
-
-
-def _groups() -> set[str]:
-    return {path.name for path in config.CONFIGS.iterdir() if path.is_dir()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shlex
 import time
@@ -17,12 +18,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from prefetch import __version__
 from prefetch.artifacts import git_commit
+from prefetch.errors import ConfigError
 from prefetch.outputs import write_json
 from prefetch.redaction import Redactor
 
-NAME = "run.json"
+log = logging.getLogger(__name__)
+NAME, LOCK = "run.json", ".run.lock"
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 NO_RESULT = ("tracker",)  # settings that leave every number as it is
 
@@ -49,31 +54,60 @@ class Standing:
 
     def done(self) -> dict[str, float] | None:
         """The metrics of the same run, where this folder holds it whole."""
-        try:
-            told = json.loads((self.folder / NAME).read_text())
-            metrics = json.loads((self.folder / "metrics.json").read_text())
-        except (OSError, ValueError):
-            return None
-        same = isinstance(told, dict) and told.get("state") == FINISHED
+        told, metrics = self._told(), read(self.folder / "metrics.json")
+        same = told.get("state") == FINISHED and (self.folder / "metrics.json").exists()
         same = same and all(told.get(name) == value for name, value in self.about().items())
-        return dict(metrics) if same and isinstance(metrics, dict) else None
+        return metrics if same else None
+
+    def _told(self) -> dict[str, Any]:
+        return read(self.folder / NAME)
+
+    def need_place(self, *, in_sweep: bool) -> None:
+        """A folder that holds another run whole is not written over, unless it was named for this one run."""
+        told = self._told()
+        is_other = told.get("state") == FINISHED and (
+            (told.get("stage"), told.get("settings")) != (self.stage, self.about()["settings"])
+        )
+        if is_other and in_sweep:
+            raise ConfigError(
+                f"{self.folder}: holds a finished run of other settings ({told.get('command')}); name another "
+                "hydra.sweep.dir, or remove it"
+            )
+        if is_other:
+            log.warning("%s: files of an earlier run stay where this one writes none", self.folder)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"{self.folder}: another process is at work in this folder; wait for it, or name another one"
+            ) from None
+        try:
+            yield
+        finally:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            lock.release()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """The run itself: how it ended is written down, whatever ended it."""
         self._began_s = time.time()
-        for name in ("error.txt", "metrics.json"):  # of an attempt before this one
-            (self.folder / name).unlink(missing_ok=True)
-        self._write(RUNNING, None)
-        try:
-            yield
-        except Exception as error:
-            self._end(FAILED, f"{type(error).__name__}: {error}")
-            raise
-        except BaseException:
-            self._end(INTERRUPTED, "interrupted: what stands here is not complete")
-            raise
-        self._write(FINISHED, None)
+        with self._alone():
+            for name in ("error.txt", "metrics.json"):  # of an attempt before this one
+                (self.folder / name).unlink(missing_ok=True)
+            self._write(RUNNING, None)
+            try:
+                yield
+            except Exception as error:
+                self._end(FAILED, f"{type(error).__name__}: {error}")
+                raise
+            except BaseException:
+                self._end(INTERRUPTED, "interrupted: what stands here is not complete")
+                raise
+            self._write(FINISHED, None)
 
     def _end(self, state: str, error: str) -> None:
         error = Redactor(self.settings).text(error)
@@ -91,6 +125,15 @@ class Standing:
             "process": os.getpid(),
         }
         write_json(self.folder / NAME, entry)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What stands in a file of ours; nothing where there is none, or a torn one."""
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return dict(told) if isinstance(told, dict) else {}
 
 
 def command(words: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ as they are (`Standing.done`), the others are run. What jobs share lies in the s
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from prefetch import standing
+from prefetch.redaction import Redactor
 
 FOLDER = "hydra.sweep.dir"
 SHOWN = 10  # reasons; a sweep may hold hundreds of jobs
@@ -52,15 +52,22 @@ def words(stage: str) -> list[str]:
 
 def close(typed: Sequence[str]) -> None:
     """Says what came of the sweep of this process, if it was one."""
-    if _begun and (folder := _begun.pop()).is_dir():
-        print("\n".join(_told(folder, typed)), file=sys.stderr)
+    if not _begun or not (folder := _begun.pop()).is_dir():
+        return
+    hidden = Redactor()
+    hidden.yaml(folder / "multirun.yaml")  # also of jobs that could not be composed
+    if lines := _told(folder, hidden.words(typed)):
+        print("\n".join(lines), file=sys.stderr)
 
 
 def _told(folder: Path, typed: Sequence[str]) -> list[str]:
-    jobs = {path.parent.name: _came_to(path.parent) for path in sorted(folder.glob("*/.hydra"))}
+    found = sorted(folder.rglob(".hydra"))
+    jobs = {str(path.parent.relative_to(folder)): _came_to(path.parent) for path in found}
+    if not jobs:
+        return []
     counts = Counter(state for state, _ in jobs.values())
     came_to = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    lines = [f"sweep {folder}: of {len(jobs)} jobs {came_to}"]
+    lines = [f"sweep {folder}: of {len(jobs)} jobs begun {came_to}"]
     bad: dict[tuple[str, str], list[str]] = {}
     for job, end in jobs.items():
         if end[0] != standing.FINISHED:
@@ -72,6 +79,8 @@ def _told(folder: Path, typed: Sequence[str]) -> list[str]:
     if bad:
         given = any(word.startswith(f"{FOLDER}=") for word in typed)
         again = [*typed, *(() if given else (f"{FOLDER}={folder}",))]
+        if counts[standing.RUNNING]:
+            lines.append("  jobs of a cluster may be running still: wait for them, or cancel them")
         lines.append(f"to run only what is not finished: {standing.command(again)}")
     return lines
 
@@ -82,8 +91,7 @@ def _in_order(job: str) -> tuple[int, str]:
 
 def _came_to(folder: Path) -> tuple[str, str]:
     """A job that ended before its run began (or on a machine that is gone) left no word of itself."""
-    try:
-        told = json.loads((folder / standing.NAME).read_text())
-        return str(told["state"]), str(told["error"] or "it was killed, or runs still")
-    except (OSError, ValueError, KeyError, TypeError):
+    told = standing.read(folder / standing.NAME)
+    if "state" not in told:
         return "lost", "nothing was written"
+    return str(told["state"]), str(told.get("error") or "it was killed, or runs still")

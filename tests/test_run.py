@@ -95,7 +95,7 @@ def test_artifacts_lists_and_removes(tmp_path):
         ((*QUICK, "stage=collect", "source.skew=x"), 2, "source.skew: expected float, got 'x'"),
         (("source=[synthetic,arrays]",), 2, "to run each, use -m source=synthetic,arrays"),
         (("a=[1,",), 2, "a=[1,"),
-        ((*QUICK, "stage=collect", "trace=nowhere"), 1, "nowhere/trace.json: not found"),
+        (("tracker=none", "stage=collect", "trace=nowhere"), 1, "nowhere/trace.json: not found"),
         (("stage=artifacts", "artifacts.remove=x"), 2, "the store holds nothing"),
         (
             (*QUICK, "stage=train", "predictor=ensemble", "predictor.members=[markow]"),

@@ -26,7 +26,7 @@ def test_a_sweep_runs_every_job_and_one_bad_job_does_not_stop_the_others(tmp_pat
     assert [states[job]["state"] for job in "0123"] == ["finished", "finished", "failed", "failed"]
     entered = [json.loads(path.read_text()) for path in tmp_path.glob("artifacts/runs/*.json")]
     assert sorted(one["failed"] for one in entered) == [False, False, True, True]
-    assert "of 4 jobs 2 failed, 2 finished" in done.stderr
+    assert "of 4 jobs begun 2 failed, 2 finished" in done.stderr
     assert "n_experts must be from top_k to 65535 (job 2, 3)" in done.stderr
 
 
@@ -115,19 +115,12 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stopped(tmp_path):
     shorter = (*words[:-1], "source.n_requests=3,4,30,5")  # nobody waits for three million
     done = run(tmp_path, *shorter, f"hydra.sweep.dir={sweep}")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("making trace ") == 2 and "of 4 jobs 4 finished" in done.stderr
+    assert done.stderr.count("making trace ") == 2 and "of 4 jobs begun 4 finished" in done.stderr
     after = standings(tmp_path)
     assert after["0"] == before and set(after) == {"0", "1", "2", "3"}
     assert len(list(sweep.glob("*/metrics.json"))) == 4
     folders = [line for line in done.stdout.splitlines() if line.startswith(str(sweep))]
     assert [Path(folder).name for folder in folders] == ["0", "1", "2", "3"]
-
-
-def test_what_is_asked_anew_in_a_finished_job_s_folder_is_run(tmp_path):
-    run(tmp_path, "-m", "stage=collect", *QUICK, "seed=0,1", "hydra.sweep.dir=mine")
-    done = run(tmp_path, "-m", "stage=collect", *QUICK, "seed=0,2", "hydra.sweep.dir=mine")
-    assert done.stderr.count("making trace ") == 1
-    assert json.loads((tmp_path / "mine" / "1" / "run.json").read_text())["state"] == "finished"
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(tmp_path):
@@ -138,7 +131,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     (sweep,) = tmp_path.glob("multirun/*")
-    assert process.returncode == 130 and "of 2 jobs 1 finished, 1 interrupted" in said
+    assert process.returncode == 130 and "of 2 jobs begun 1 finished, 1 interrupted" in said
     assert "hydra.sweep.dir=" in said and sweep.name in said
 
 
@@ -171,3 +164,54 @@ def test_a_stage_of_several_says_how_to_run_it_alone(tmp_path):
     (told,) = tmp_path.glob("outputs/all/*/analyze/run.json")
     typed = shlex.split(json.loads(told.read_text())["command"])
     assert "stage=analyze" in typed and "stage=all" not in typed
+
+
+def test_another_sweep_s_folder_is_not_written_over(tmp_path):
+    words = ("-m", "stage=collect", *QUICK, "hydra.sweep.dir=mine")
+    assert run(tmp_path, *words, "source.skew=0.5,0.75").returncode == 0
+    before = (tmp_path / "mine" / "0" / "metrics.json").read_bytes()
+    done = run(tmp_path, *words, "source.skew=0.75,0.5")
+    assert done.returncode == 2
+    assert done.stderr.count("holds a finished run of other settings") >= 2
+    assert (tmp_path / "mine" / "0" / "metrics.json").read_bytes() == before
+
+
+def test_two_processes_are_never_at_work_in_one_folder(tmp_path):
+    words = ("stage=collect", *QUICK, "source.n_requests=3000000", "hydra.run.dir=mine")
+    first = begin(tmp_path, *words)
+    while not list(tmp_path.glob("artifacts/trace/*.building/*")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = run(tmp_path, *words)
+    assert second.returncode == 2 and "another process is at work in this folder" in second.stderr
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    assert not list(tmp_path.glob("mine/.run.lock"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("stage=analyze", "trace=mine", "source=synthetic"), "source=synthetic: trace=mine is used as it is"),
+        (("experiment=quick", "experiment=seeds"), "experiment=: given twice"),
+        (("-m", "stage=train", *QUICK, "hydra/launcher=slurm"), "Slurm is not on this machine"),
+        (("stage=train", *QUICK, "train.domains=python"), "a list is written key=[a,b]"),
+    ],
+)  # fmt: skip
+def test_words_that_nobody_can_mean_are_refused(tmp_path, words, said):
+    done = run(tmp_path, "tracker=none", *(word for word in words if word != "tracker=none"))
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_word_for_a_sweep_may_stand_anywhere(tmp_path):
+    done = run(tmp_path, "stage=collect", "-m", *QUICK, "seed=0,1")
+    assert done.returncode == 0 and len(standings(tmp_path)) == 2
+
+
+def test_a_sweep_that_could_not_begin_says_nothing_of_jobs_and_keeps_no_password(tmp_path):
+    words = ("-m", "stage=train", "predictor=markov,nosuch", "source=arrays")
+    done = run(tmp_path, *words, "'source.path=https://me:hunter22@host/x'", "tracker=none")
+    assert done.returncode == 2 and "jobs" not in done.stderr
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"hunter22" not in path.read_bytes(), path

@@ -309,8 +309,8 @@ def warning_of_copies(table: pd.DataFrame) -> str:
     if row.near_copies <= MANY_COPIES * tested:
         return ""
     return (
-        f"{int(row.near_copies):,} of {tested:,} tested requests are near copies of requests that were learnt from: "
-        f"they are no new text and not in the headline (with them {row.predictor} has recall@k "
+        f"{int(row.near_copies):,} of {tested:,} tested requests are near copies of requests in the part to "
+        f"learn from: they are no new text and not in the headline (with them {row.predictor} has recall@k "
         f"{row.recall_at_k_with_near_copies:.3f})"
     )
 

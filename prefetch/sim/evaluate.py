@@ -21,7 +21,7 @@ from prefetch.sim.cell import Cell, Refused, refused_row
 from prefetch.sim.compiled import engine
 from prefetch.sim.curves import hit_rate_curves
 from prefetch.sim.needed import MOST_STEPS, required_recall
-from prefetch.sim.protocols import in_words, protocols
+from prefetch.sim.protocols import in_words, protocols, show
 from prefetch.sim.sweep import Kept, run_all
 from prefetch.sim.timeline import timeline_of, write_chrome_trace
 
@@ -56,15 +56,11 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
         outputs.curve(
             "required", drawn.rename(columns={"bandwidth_factor": "link"}), "recall", ("link",)
         )
-    published = _protocols(bench)
-    if len(published):
-        outputs.table("protocols", published)
+    published = _protocols(bench, outputs)
     metrics = summary.headline(table, chosen, needed)
     outputs.metrics(metrics)
     told = list(summary.warnings(bench, table, chosen))
-    page = summary.summary(bench, table, needed, told)
-    if len(published):
-        page += "\n" + in_words(published)
+    page = summary.summary(bench, table, needed, told) + in_words(published)
     (outputs.folder / "summary.md").write_text(page)
     shown = timeline.result()
     if shown is not None:
@@ -77,6 +73,7 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     if bench.clock is not None:
         bench.clock.finished()
     summary.show(bench, table)
+    show(published)
     for text in told:
         log.warning(text)
     return metrics
@@ -129,7 +126,7 @@ def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept)
     return table
 
 
-def _protocols(bench: Bench) -> pd.DataFrame:
+def _protocols(bench: Bench, outputs: Any) -> pd.DataFrame:
     if not bench.cfg.evaluate.protocols:
         return pd.DataFrame()
     if not bench.is_simulated or bench.simulator.misses != "wait":
@@ -137,7 +134,10 @@ def _protocols(bench: Bench) -> pd.DataFrame:
             "no published protocols: they are compared with simulated caches whose misses wait"
         )
         return pd.DataFrame()
-    return protocols(bench)
+    found = protocols(bench)
+    if len(found):
+        outputs.table("protocols", found)
+    return found
 
 
 def _needed(bench: Bench, chosen: pd.Series, kept: Kept) -> pd.DataFrame:

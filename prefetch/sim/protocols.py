@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from prefetch.progress import Progress
 from prefetch.sim.cell import CHEATS, Cell
@@ -179,9 +182,12 @@ def _touch(lru: OrderedDict[int, None], entry: int, slots: int) -> bool:
 
 def in_words(table: pd.DataFrame) -> str:
     """For the summary: the same guesses by every protocol, and by how much it flatters."""
+    if table.empty:
+        return ""
     if table.hit_rate.isna().all():
-        return "## By published protocols\n\nThey count generated tokens, of which none was replayed.\n"
+        return "\n## By published protocols\n\nThey count generated tokens, of which none was replayed.\n"
     lines = [
+        "",
         "## By published protocols",
         "",
         "Hit rates of LRU with the same guesses; `docs/simulator.md` says what each protocol leaves out. None but the "
@@ -197,3 +203,25 @@ def in_words(table: pd.DataFrame) -> str:
             f"{row['honest_hit_rate']:.3f} | {row['flattered_points']:+.1f} |"
         )
     return "\n".join([*lines, ""])
+
+
+def show(table: pd.DataFrame) -> None:
+    """On the console: a row per cache and predictor, a column per protocol."""
+    if table.empty or table.hit_rate.isna().all():
+        return
+    is_cheat = table["mark"].eq(CHEATS) & table.protocol.ne(TESTED)
+    named = table.assign(
+        predictor=table.predictor + is_cheat.map({True: f" ({CHEATS})", False: ""})
+    )
+    wide = named.pivot_table(
+        index=["capacity", "predictor"], columns="protocol", values="hit_rate", sort=False
+    )
+    shown = Table(
+        title=Text("Hit rates by published protocols, same guesses"), title_justify="left"
+    )
+    for name in ("cache", "predictor", *wide.columns):
+        shown.add_column(str(name))
+    for names, rates in zip(wide.index.tolist(), wide.to_numpy(), strict=True):
+        cells = ["-" if np.isnan(rate) else f"{rate:.3f}" for rate in rates]
+        shown.add_row(*(Text(str(name)) for name in names), *cells)
+    Console(width=max(160, Console().width)).print(shown)

@@ -581,7 +581,7 @@ def test_near_copies_are_no_new_text(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert metrics["near_copies"] >= 12 and metrics["requests"] >= 15  # some pairs are in one part
     assert metrics["recall_at_k"] < 0.3 < 0.4 < metrics["recall_at_k_with_near_copies"]
     assert metrics["recall_at_k_all_rows"] == metrics["recall_at_k_with_near_copies"]
-    assert "are near copies of requests that were learnt from" in caplog.text
+    assert "are near copies of requests in the part to learn from" in caplog.text
     table = pd.read_parquet(folder / "predictors.parquet")
     assert table.requests.tolist() == [metrics["requests"], 35]
 

@@ -1,0 +1,106 @@
+"""What a user typed: put in order, refused where nobody can mean it, and mistakes explained in one line.
+
+It knows no stage and runs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from prefetch import config
+from prefetch.config import Config
+from prefetch.errors import ConfigError, PrefetchError
+
+SWEEP = ("-m", "--multirun")
+READS_TRACE_AND_SOURCE = ("traces",)  # stages: one as it is, the other beside it
+
+
+def in_order(words: Sequence[str]) -> list[str]:
+    """`-m` first: between overrides Hydra's parser does not know it."""
+    return [*[word for word in words if word in SWEEP][:1], *(w for w in words if w not in SWEEP)]
+
+
+def refuse_dead_words(cfg: Config, words: Sequence[str]) -> None:
+    """Beside `trace=` the source is not asked: an axis of its settings would be an axis of nothing."""
+    dead = [word for word in words if re.match(r"source[.=]", word)]
+    is_read = cfg.train.test_trace is not None or cfg.stage.name in READS_TRACE_AND_SOURCE
+    if cfg.trace is not None and dead and not is_read:
+        raise ConfigError(
+            f"{dead[0]}: trace={cfg.trace} is used as it is, so that this changes nothing; leave out one of the two"
+        )
+
+
+def refuse(words: Sequence[str]) -> None:
+    """What Hydra would take and nobody means: keys that no stage reads, and lists of choices merged into one."""
+    groups = [word.partition("=")[0] for word in words if word.partition("=")[0] in _groups()]
+    if twice := [group for group in groups if groups.count(group) > 1]:
+        raise ConfigError(
+            f"{twice[0]}=: given twice, and only one of them can hold; to run each, use -m {twice[0]}=ONE,OTHER"
+        )
+    for word in words:
+        if word.startswith("+") and not word.lstrip("+").startswith("hydra"):
+            raise ConfigError(
+                f"{word}: nothing reads an added key; leave out the + to set one that exists"
+            )
+        group, _, value = word.partition("=")
+        if value.startswith("[") and group in _groups():
+            names = value.strip("[]").replace(" ", "")
+            raise ConfigError(
+                f"{word}: a group takes one name; to run each, use -m {group}={names}"
+            )
+
+
+def explain(error: BaseException) -> str:
+    """One line that says what was wrong and lists what exists."""
+    if isinstance(error, PrefetchError):
+        return str(error)
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    text = str(error)
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text = f"{text}; {error.__cause__}"
+    line = text.split("Config search path")[0]
+    for noise in (
+        r"To append to your config use \S+",
+        r"(object|reference)_type=\S+",
+        r"See https\S+ for \w+",
+    ):
+        line = re.sub(noise, "", line)
+    if isinstance(error, OverrideParseException):
+        line = f"{error.override}: {line}; letters beyond ASCII and brackets need quotes of their own: 'key=\"...\"'"
+    if "not a ListConfig" in line:
+        line += "; a list is written key=[a,b]"
+    return " ".join(f"{line}{_siblings(text)}".split())
+
+
+def _siblings(text: str) -> str:
+    """What stands beside the key that was not found, from the configuration without it."""
+    found = re.search(r"full_key: (\S+)", text)
+    if not found or "Key '" not in text:
+        return ""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    chosen = [word for word in sys.argv[1:] if re.fullmatch(r"\w+=\w+", word)]
+    groups = [word for word in chosen if word.split("=")[0] in _groups() - {"experiment"}]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
+        node: Any = compose("config", overrides=groups)
+    parent = found.group(1).rpartition(".")[0]
+    for part in parent.split(".") if parent else []:
+        node = node.get(part) if isinstance(node, DictConfig) else None
+    if not isinstance(node, DictConfig):
+        return ""
+    names = sorted(str(name) for name in node if name != "_target_")
+    return f"; {parent or 'the root'} has: {', '.join(names)}"
+
+
+def _groups() -> set[str]:
+    return {path.name for path in config.CONFIGS.iterdir() if path.is_dir()}
