@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,7 @@ def cells_of(runs: Sequence[Run]) -> list[CellPoint]:
     """Rows of every table of cells that ran."""
     having = [(i, run, frame) for i, run in enumerate(runs) if (frame := _results(run)) is not None]
     suffix = suffixes([(i, run) for i, run, _ in having])
-    horizons = {h for *_, frame in having for h in frame.get("horizon", pd.Series(dtype=float))}
-    several = len({h for h in horizons if h}) > 1
+    several = _several_horizons(frame for *_, frame in having)
     return [
         CellPoint(
             _way(row, several) + suffix(i, row), i, seed_of(run), row.get("mark") == CHEATS, row
@@ -39,6 +38,12 @@ def cells_of(runs: Sequence[Run]) -> list[CellPoint]:
         for i, run, frame in having
         for row in frame.to_dict("records")
     ]
+
+
+def _several_horizons(frames: Iterable[pd.DataFrame]) -> bool:
+    """0 is the horizon of rows without guesses."""
+    empty = pd.Series(dtype=float)
+    return len({h for frame in frames for h in frame.get("horizon", empty).dropna() if h}) > 1
 
 
 def _results(run: Run) -> pd.DataFrame | None:
@@ -114,15 +119,14 @@ def pareto(cells: Sequence[CellPoint]) -> Chart | None:
 
 
 def required_recall(runs: Sequence[Run]) -> Chart | None:
-    having = [(i, run) for i, run in enumerate(runs) if run.table("required_recall") is not None]
-    suffix, by = suffixes(having), defaultdict[str, list[Point]](list)
-    for i, run in having:
-        frame = run.table("required_recall")
-        if frame is None or not {"recall", "tpot_ms", "policy", "capacity"} <= set(frame):
-            continue
+    tables = {i: frame for i, run in enumerate(runs) if (frame := _needed(run)) is not None}
+    suffix, by = suffixes([(i, runs[i]) for i in tables]), defaultdict[str, list[Point]](list)
+    several = _several_horizons(tables.values())
+    for i, frame in tables.items():
         for row in frame.to_dict("records"):
-            name = f"{row['policy']}, cache {row['capacity']}{suffix(i, row)}"
-            seed, factor = seed_of(run), number(row, "bandwidth_factor", 1.0)
+            ahead = f", {row.get('horizon')} ahead" if several else ""
+            name = f"{row['policy']}, cache {row['capacity']}{ahead}{suffix(i, row)}"
+            seed, factor = seed_of(runs[i]), number(row, "bandwidth_factor", 1.0)
             point = Point(name, number(row, "recall"), number(row, "tpot_ms"), i, seed)
             told = number(row, "no_prefetch_tpot_ms")
             without = Point(f"{name}, no guesses", point.x, told, i, seed, beside=name)
@@ -132,5 +136,12 @@ def required_recall(runs: Sequence[Run]) -> Chart | None:
     return chart_of(
         ordered, id="required-recall", title="How good guesses must be", x="recall of drawn guesses",
         y="ms per generated token",
-        note="Copying ahead pays where the line is below the one without guesses of the same cache.", shares="x",
+        note="Copying ahead pays where the line is below the one without guesses of the same cache. The guesses are "
+        "drawn with the answer at hand: no predictor made them.", shares="x",
     )  # fmt: skip
+
+
+def _needed(run: Run) -> pd.DataFrame | None:
+    frame = run.table("required_recall")
+    has_all = frame is not None and {"recall", "tpot_ms", "policy", "capacity"} <= set(frame)
+    return frame if has_all else None

@@ -16,9 +16,9 @@ function colour(name) {
   return found;
 }
 
-// Plotly reads some markup in texts: names from runs must have none.
+// Plotly reads some markup in texts: names from runs must have none, nor turn round what stands after them.
 function plain(text) {
-  return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  return String(text).replace(/[\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, "").replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 }
 
 async function loadLibrary() {
@@ -54,7 +54,7 @@ function hoverText(chart, series, at) {
   const [isX, isY] = ["x", "y"].map((axis) => chart.shares.includes(axis));
   const interval = series.low[at] === null ? ""
     : `<br>95 % over ${plain(series.over[at])}: ${share(series.low[at], isY)} to ${share(series.high[at], isY)}`;
-  return `<b>${plain(label(series))}</b><br>${plain(chart.y)}: ${share(series.y[at], isY)}${interval}<br>${plain(chart.x)}: ${share(series.x[at], isX)}`;
+  return `<b>${plain(label(series))}</b><br>${plain(chart.y)}${chart.times ? ` (${plain(chart.times)})` : ""}: ${share(series.y[at], isY)}${interval}<br>${plain(chart.x)}: ${share(series.x[at], isX)}`;
 }
 
 function wrapped(text, most) {
@@ -163,7 +163,7 @@ function drawLegend(one, shown) {
   const all = one.chart.variants[one.variant];
   one.legend.replaceChildren(...shown.map((series) => {
     const isOn = !one.off.has(series.name);
-    const button = element("button", { type: "button", "aria-pressed": String(isOn), "data-series": series.name }, swatch(series, all), label(series));
+    const button = element("button", { type: "button", "aria-pressed": String(isOn), "data-series": series.name }, swatch(series, all), element("span", {}, series.name), series.cheats ? element("span", { class: "mark" }, "cheats") : null);
     button.addEventListener("click", async () => {
       isOn ? one.off.add(series.name) : one.off.delete(series.name);
       await draw(one);

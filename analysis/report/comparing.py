@@ -6,6 +6,7 @@ It knows no page and no file. A setting that a run does not have (another versio
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ NO_EFFECT_LEAVES = ("figures", "workers")
 SEED = "seed"
 LEVEL = 0.95  # of every interval
 NOT_SET = "not set"
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def compare(runs: Sequence[Run]) -> Compared:
     columns, common, without = list[str](), list[tuple[str, Any]](), list[str]()
     for group in GROUPS:
         if any(group in run.choices for run in runs):
-            names = [run.choices.get(group, NOT_SET) for run in runs if run.choices]
+            names = [name for run in runs if (name := chosen(run, group)) is not None]
             _sort_in(group, names, columns, common, without)
     for name in _ordered(runs):
         if not (_is_seed_of(name, runs) or name.startswith(TOLD_ELSEWHERE)):
@@ -69,7 +71,7 @@ def compare(runs: Sequence[Run]) -> Compared:
 def setting(run: Run, column: str) -> Any:
     """What a run has in a column; None = nothing, or not known."""
     if column in GROUPS:
-        return run.choices.get(column, NOT_SET) if run.choices else None
+        return chosen(run, column)
     if column == SEED:
         return seed_of(run)
     value = run.settings.get(column)
@@ -77,9 +79,26 @@ def setting(run: Run, column: str) -> Any:
     return NOT_SET if value is None and column in run.settings and group not in GROUPS else value
 
 
+def chosen(run: Run, group: str) -> str | None:
+    """None = not known: only what Hydra kept says that nothing was chosen; a tracker's file does not."""
+    is_complete = bool(run.choices) and run.overrides is not None
+    return run.choices.get(group, NOT_SET if is_complete else None)
+
+
 def seed_of(run: Run) -> int | None:
     value = run.settings.get(SEED)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def release(run: Run) -> str:
+    return run.version.partition(" ")[0]
+
+
+def traces(run: Run) -> tuple[str, ...]:
+    """Keys of what lay at `trace=PATH`: the path may be the same and the trace another one."""
+    if not run.settings.get("trace"):
+        return ()
+    return tuple(sorted(key for key in run.lineage if key.startswith("trace/")))
 
 
 def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
@@ -136,14 +155,26 @@ def _values(name: str, runs: Sequence[Run]) -> list[Any]:
     group = name.partition(".")[0]
     has = [run for run in runs if name in run.settings]
     if group not in GROUPS:
-        return [run.settings[name] for run in has]
+        return _alike(name, has)
     by: dict[str | None, list[Any]] = defaultdict(list)
-    for run in has:
-        by[run.choices.get(group)].append(run.settings[name])
+    for run, value in zip(has, _alike(name, has), strict=True):
+        by[run.choices.get(group)].append(value)
     apart = [values for values in by.values() if len(_classes(values)) > 1]
     if apart:
         return apart[0]
     return next(iter(by.values())) if len(by) == 1 else []
+
+
+def _alike(name: str, runs: Sequence[Run]) -> list[Any]:
+    """A folder keeps ${train.horizons}, a tracker what it stood for: where both occur, what it stood for counts."""
+    values = [run.settings[name] for run in runs]
+    found = [REFERENCE.fullmatch(value) if isinstance(value, str) else None for value in values]
+    if all(found):
+        return values
+    return [
+        run.settings.get(told.group(1), value) if told else value
+        for run, value, told in zip(runs, values, found, strict=True)
+    ]
 
 
 def _is_seed_of(name: str, runs: Sequence[Run]) -> bool:
@@ -166,7 +197,8 @@ def _identity(run: Run, place: int) -> tuple[Any, ...]:
         if has_effect(name) and not _is_seed_of(name, (run,))
     }
     choices = {group: run.choices.get(group) for group in GROUPS if has_effect(group)}
-    return run.stage, tuple(sorted(alike.items())), tuple(sorted(choices.items()))
+    told = tuple(sorted(alike.items())), tuple(sorted(choices.items()))
+    return run.stage, release(run), traces(run), *told
 
 
 def _group(places: tuple[int, ...], runs: Sequence[Run]) -> SeedGroup:

@@ -5,11 +5,13 @@ It writes no file and no markup.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 from analysis.report import labels
@@ -47,6 +49,14 @@ class Contents:
     found: Found
     title: str = "Runs compared"
     columns: list[Column] = field(default_factory=list)
+    left_out: int = 0  # runs that found no room
+
+    def newest(self, n: int) -> Contents:
+        """The same of the last runs only."""
+        before = len(self.runs) - n
+        made = contents(replace(self.found, runs=self.runs[before:]), self.title)
+        made.left_out = self.left_out + before
+        return made
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -87,12 +97,20 @@ class Contents:
         text = f"{plural(len(self.runs), 'run')} of {stages}: {told}." if self.runs else "No runs."
         if self.found.unreadable:
             text += f" {plural(len(self.found.unreadable), 'place')} could not be read."
+        if self.left_out:
+            text += f" {plural(self.left_out, 'older run')} found no room here; runs.csv has them."
         return text
 
     def notes(self) -> list[str]:
         """What else happened on the way."""
         found = self.found
+        commits = sum(
+            len({self.runs[at].version for at in group.runs}) > 1 for group in self.groups
+        )
         told = {
+            f"{plural(commits, 'mean')} over seeds are of runs of several commits": commits,
+            f"{plural(self.left_out, 'run')} (the oldest) are not on the page, which was full; runs.csv and report.md "
+            "have them": self.left_out,
             f"{plural(found.twice, 'run')} found more than once, shown once": found.twice,
             f"{plural(found.gone, 'entry')} of the store's index led to folders that are gone": found.gone,
         }
@@ -158,4 +176,5 @@ def _shown(runs: Sequence[Run]) -> set[str]:
 
 def shown_setting(run: Run, name: str) -> Any:
     value = setting(run, name)
-    return value if isinstance(value, (int, float, str)) or value is None else str(value)
+    is_odd = isinstance(value, float) and not math.isfinite(value)  # JSON has no such number
+    return value if isinstance(value, (int, float, str, NoneType)) and not is_odd else str(value)

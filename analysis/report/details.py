@@ -1,4 +1,4 @@
-"""What the page says of one run: words first, then tables, then pictures, so that a budget can cut from the end.
+"""What the page says of one run, in steps: words, texts, tables, pictures, so that a budget can cut from the end.
 
 It knows no markup but that of the Markdown which stages write, and nothing of how runs compare.
 """
@@ -23,43 +23,56 @@ from analysis.report.runs import Run
 
 MOST_ROWS = 200  # of a table that the page shows
 MOST_LOG = 20_000  # characters of the end of a log
+MOST_WARNINGS = 200
 LARGEST_PICTURE = 600_000  # bytes
 WARNING = re.compile(r"^(?:\S+ \S+ )?(?:WARNING|ERROR|CRITICAL)\b:? ?(.*)$")
 
 
+def nothing(run: Run) -> dict[str, Any]:
+    """What a run has on a page that is full."""
+    texts = dict.fromkeys(("message", "typed_in", "log", "left_out"), "")
+    lists: dict[str, list[Any]] = {
+        name: []
+        for name in ("warnings", "notes", "pages", "lineage", "has_common", "tables", "pictures")
+    }
+    said = {"folder": str(run.folder), "version": run.version[:100], "clock": clock(run) or ""}
+    return {**said, **texts, **lists, "command": None, "metrics": {}, "settings": {}}
+
+
 def words(run: Run, common: Sequence[str]) -> dict[str, Any]:
-    """Everything but tables and pictures; settings that all runs share are said once, elsewhere."""
+    """What was told and found; settings that all runs share are said once, elsewhere."""
     shared = set(common)
     return {
-        "folder": str(run.folder),
-        "version": run.version,
-        "clock": clock(run) or "",
+        "message": run.message,
         "command": command(run),
         "typed_in": run.typed_in,
-        "warnings": warnings(run.log),
+        "warnings": warnings(run.log)[:MOST_WARNINGS],
         "notes": [*run.notes, *(f"table {name}: {why}" for name, why in run.failures.items())],
-        "pages": [[name, markup(text)] for name, text in run.pages.items() if text],
         "metrics": plain(dict(run.metrics)),
         "lineage": [[name, _made_from(told)] for name, told in run.lineage.items()],
         "settings": {name: plain(v) for name, v in run.settings.items() if name not in shared},
         "has_common": [name for name in common if name in run.settings or name in run.choices],
-        "log": run.log[-MOST_LOG:],
-        "tables": [],
-        "pictures": [],
-        "left_out": "",
     }
 
 
-def tables(run: Run) -> list[dict[str, Any]]:
-    found = []
+def texts(run: Run) -> dict[str, Any]:
+    pages = [[name, markup(text)] for name, text in run.pages.items() if text]
+    return {"pages": pages, "log": run.log[-MOST_LOG:]}
+
+
+def tables(run: Run) -> dict[str, Any]:
+    """Those that cannot be read say why."""
+    found: list[dict[str, Any]] = []
     for name in run.tables:
         frame = run.table(name)
         if frame is not None:
             found.append({"name": name, "of": len(frame), **_rows(frame.head(MOST_ROWS))})
-    return found
+        elif why := run.failures.get(name):
+            found.append({"name": name, "of": 0, "columns": [], "rows": [], "why": why})
+    return {"tables": found}
 
 
-def pictures(run: Run) -> list[dict[str, str]]:
+def pictures(run: Run) -> dict[str, Any]:
     """As drawings (text, which packs well), or as they are."""
     found = []
     for name, path in run.pictures.items():
@@ -73,7 +86,7 @@ def pictures(run: Run) -> list[dict[str, str]]:
             found.append({"name": name, "svg": content.decode(errors="replace")})
         else:
             found.append({"name": name, "png": base64.b64encode(content).decode()})
-    return found
+    return {"pictures": found}
 
 
 def warnings(log: str) -> list[str]:
@@ -98,7 +111,8 @@ def markup(text: str) -> str:
 
 def _made_from(told: Any) -> str:
     upstream = told.get("upstream") if isinstance(told, dict) else None
-    return ", ".join(f"{kind}/{key}" for kind, key in (upstream or {}).items())
+    above = upstream if isinstance(upstream, dict) else {}
+    return ", ".join(f"{kind}/{key}" for kind, key in above.items())
 
 
 def _rows(frame: pd.DataFrame) -> dict[str, Any]:

@@ -48,7 +48,7 @@ function exploredRows(x, y) {
 
 function exploredTrace(rows, x, y, ink, symbol, name) {
   const ends = rows.map((row) => (row.low && row.low[y.at] !== null ? [row.low[y.at], row.high[y.at]] : null));
-  const said = (column, row) => `${plain(column.name)}: ${plain(spoken(column.of(row)))}`;
+  const said = (column, row) => `${plain(column.name)}${column.note ? ` (${plain(row.clock || column.note)})` : ""}: ${plain(spoken(column.of(row)))}`;
   return {
     type: "scatter", mode: "markers", name: plain(name), hoverinfo: "text",
     x: rows.map((row) => (typeof x.of(row) === "number" ? x.of(row) : plain(x.of(row)))), y: rows.map((row) => y.of(row)),

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.report.runs import FOLDER, HYDRA, Run, Unreadable, is_run, read_run, reason
+from analysis.report.reading import read_run
+from analysis.report.runs import FOLDER, HYDRA, Run, Unreadable, is_run, reason
 from analysis.report.tracked_runs import read_tracked
 from prefetch.artifacts import MANIFEST, RUNS
 from prefetch.errors import ConfigError
@@ -75,7 +76,7 @@ def _take_latest(found: Found, most: int, store: Path, seen: set[str]) -> None:
     """The newest entries of the index, as far as their folders are still there."""
     if most < 1:
         raise ConfigError(f"report.runs=latest:{most}: must be at least 1")
-    entries = sorted((store / RUNS).glob("*.json"), key=lambda path: -path.stat().st_mtime)
+    entries = sorted((store / RUNS).glob("*.json"), key=_written_s, reverse=True)
     taken = 0
     for entry in entries:
         if taken == most:
@@ -89,6 +90,14 @@ def _take_latest(found: Found, most: int, store: Path, seen: set[str]) -> None:
             found.gone += 1
         else:
             taken += _take(found, _runs_at(folder), seen)
+
+
+def _written_s(entry: Path) -> float:
+    """0 where another process took it away meanwhile."""
+    try:
+        return entry.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _take_place(found: Found, place: Path, seen: set[str]) -> None:

@@ -10,7 +10,7 @@ SIMULATED, MEASURED = "simulated", "measured"
 CHEATS = "cheats"
 SIMULATES = ("evaluate", "advise")  # stages whose times come from the simulator
 OF_TIME = re.compile(
-    r"(tpot|ttft|tokens_per_s|slowdown|speedup|stall|utilisation|break_even|_ms\b|_ms_|pct$)"
+    r"(tpot|ttft|tokens_per_s|slowdown|speedup|stall|utilisation|break_even|late_|gap_closed|pays$|_ms\b|_ms_|pct$)"
 )
 CHOSEN = "chosen"
 

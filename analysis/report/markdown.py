@@ -11,11 +11,12 @@ from analysis.report.commands import command
 from analysis.report.comparing import SEED
 from analysis.report.contents import Column, Contents
 from analysis.report.labels import CHEATS
-from analysis.report.listing import group_row, problems
+from analysis.report.listing import group_mark, group_name, group_row, problems
 from analysis.report.series import Chart
 
 MOST_ROWS = 200  # of one table; the page and the CSV hold all
 MOST_COMMON = 400
+OF_SEEDS = "Rows of several seeds are means, and in brackets Student's 95 % interval over seeds."
 AT_AN_EDGE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # inside a word it is no mark
 
 
@@ -55,7 +56,7 @@ def escaped(value: Any) -> str:
         .replace("<", "&lt;")
     )
     text = AT_AN_EDGE.sub(r"\\_", text)
-    for sign in "|`*[]~":
+    for sign in "|`*[]~$":  # the last begins a formula where GitHub shows it
         text = text.replace(sign, f"\\{sign}")
     return text
 
@@ -65,7 +66,7 @@ def number(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
     return escaped(value)
 
 
@@ -86,10 +87,11 @@ def _stage(of: Contents, stage: str) -> str:
     for group, values, low, high in rows:
         newest = of.runs[group.runs[-1]]
         states = " and ".join(dict.fromkeys(of.runs[at].state for at in group.runs))
-        mark = f" ({CHEATS})" if of.marks[group.runs[-1]] else ""
+        mark = f" ({CHEATS})" if group_mark(of, group) else ""
         cells = [_with_interval(values[at], low[at], high[at]) for at in asked]
-        body.append([f"{newest.name}{mark}", states, *cells])
-    return table(["run", "state", *(_head(of.columns[at]) for at in asked)], body)
+        body.append([f"{group_name(of, group, newest)}{mark}", states, *cells])
+    told = table(["run", "state", *(_head(of.columns[at]) for at in asked)], body)
+    return f"{told}\n\n{OF_SEEDS}" if any(len(group.seeds) > 1 for group in groups) else told
 
 
 def _says_something(column: Column, values: Sequence[Any]) -> bool:

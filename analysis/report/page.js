@@ -86,6 +86,8 @@ function copyButton(text, name) {
 
 // ---- addresses: #runs, #figures, ..., #run-NAME
 
+let leftRun = ""; // where the reader comes back from
+
 function currentAddress() {
   return location.hash.slice(1) || "runs"; // addresses of ours have letters, digits and dashes only
 }
@@ -106,7 +108,10 @@ function show(isFirst) {
   if (wanted === "figures") showCharts();
   if (isFirst) return;
   window.scrollTo(0, 0);
-  byId(`${wanted}-title`).focus({ preventScroll: true });
+  const origin = wanted === "runs" && leftRun ? byId("table-box").querySelector(`a[href="#${leftRun}"]`) : null;
+  leftRun = wanted === "run" ? address : "";
+  if (origin) origin.focus(); // in the row that was opened, not at the top again
+  else byId(`${wanted}-title`).focus({ preventScroll: true });
 }
 
 function makeNavigation() {

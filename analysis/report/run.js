@@ -25,6 +25,7 @@ function facts(run, told) {
 
 function again(told) {
   if (!told.command) {
+    if (told.left_out) return null;
     return part("To make it again", element("p", {}, "What was typed is not known: its overrides are missing."));
   }
   const code = element("code", {}, told.command);
@@ -64,6 +65,7 @@ function pages(told) {
 function tables(told) {
   if (!told.tables.length) return null;
   return part("Tables", ...told.tables.map((one) => {
+    if (one.why) return element("p", { class: "quiet" }, `${one.name} cannot be read: ${one.why}`);
     const note = one.rows.length < one.of ? element("p", { class: "quiet" }, `The first ${one.rows.length} of ${one.of.toLocaleString("en")} rows.`) : null;
     const body = element("div", {}, note, plainTable(one.columns, one.rows, one.name));
     return folded(`${one.name} (${plural(one.of, "row")})`, body);
@@ -119,7 +121,7 @@ async function showRun(at) {
     return;
   }
   if (currentAddress() !== `run-${run.id}`) return; // the reader went on meanwhile
-  const message = run.message ? element("p", { class: "notice" }, run.message) : null;
+  const message = run.message ? element("p", { class: "notice" }, told.message || run.message) : null;
   const parts = [message, facts(run, told), again(told), ...lists(told), ...pages(told),
     element("div", { class: "beside" }, ...[difference(run), numbers(told)].filter(Boolean)), pictures(told), tables(told), lineage(told), rest(told)];
   if (told.left_out) parts.push(element("p", { class: "quiet" }, told.left_out));

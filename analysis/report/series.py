@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from analysis.report.comparing import GROUPS, Estimate, compare, estimate, setting
+from analysis.report.kinship import strangers
 from analysis.report.labels import clock
 from analysis.report.runs import Run
 
-TOLD_BY_ROWS = ("policy", "predictor", "memory", "seed", "simulator.clock")
-TOLD_BY_TABLES = (
-    "simulator.cache", "simulator.horizon", "evaluate.policies", "evaluate.predictors", "evaluate.capacities",
-    "evaluate.horizons", "evaluate.required_recall", "train.horizons", "train.baselines", "train.export",
+TOLD = (  # by the rows of tables, by their columns, or below
+    "policy", "predictor", "memory", "seed", "simulator.clock", "simulator.cache", "simulator.horizon",
+    "evaluate.policies", "evaluate.predictors", "evaluate.capacities", "evaluate.horizons", "evaluate.required_recall",
+    "train.horizons", "train.baselines", "train.export",
 )  # fmt: skip
 OWN_GROUPS = ("policy", "predictor")
 
@@ -68,11 +69,12 @@ class Chart:
 def suffixes(having: Sequence[tuple[int, Run]]) -> Callable[[int, Mapping[Any, Any]], str]:
     """What a series' name must add, since these runs differ in more than their tables' columns say."""
     columns = compare([run for _, run in having]).columns
-    shared = [c for c in columns if c not in TOLD_BY_ROWS and c not in TOLD_BY_TABLES]
+    shared = [c for c in columns if c not in TOLD]
     own = {g: [c for c in shared if c.startswith(f"{g}.")] for g in OWN_GROUPS}
     rest = [c for c in shared if not c.startswith(tuple(f"{g}." for g in OWN_GROUPS))]
     by_run = dict(having)
     clocks = {clock(run) for run in by_run.values()} - {None}
+    beside = strangers(having, TOLD)
 
     def suffix(i: int, row: Mapping[Any, Any]) -> str:
         run = by_run[i]
@@ -82,6 +84,7 @@ def suffixes(having: Sequence[tuple[int, Run]]) -> Callable[[int, Mapping[Any, A
         told = [_said(c, setting(run, c)) for c in asked if setting(run, c) is not None]
         if len(clocks) > 1:
             told.append(str(clock(run)))
+        told += beside[i]
         return f" ({', '.join(told)})" if told else ""
 
     return suffix

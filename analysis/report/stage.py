@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from omegaconf import ListConfig, OmegaConf
 
 from analysis.report.contents import Contents, contents
 from analysis.report.found import find
+from analysis.report.labels import clock
 from analysis.report.listing import row_of
 from analysis.report.markdown import markdown
 from analysis.report.page import page
@@ -23,7 +26,10 @@ from prefetch.outputs import Outputs
 
 log = logging.getLogger(__name__)
 PAGE, TEXT = "report.html", "report.md"
-FIXED = ("stage", "run", "state", "mark", "began", "took_s")
+FIXED = ("stage", "run", "state", "mark", "times", "began", "took_s")
+FORMULA = re.compile(
+    r"\s*[=+@\t\r\uff1d\uff0b\uff0d\uff20-]"
+)  # where a spreadsheet begins to compute
 
 
 def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
@@ -54,14 +60,25 @@ def frame(of: Contents) -> pd.DataFrame:
     """A row per run, every column."""
     names = dict.fromkeys(FIXED)
     for column in of.columns:
-        names[f"{column.name} ({column.kind})" if column.name in names else column.name] = None
-    rows = [
-        [run.stage, run.name, run.state, mark, run.began, run.seconds, *row_of(of, run)]
-        for run, mark in zip(of.runs, of.marks, strict=True)
-    ]
+        name = safe(column.name)
+        while name in names:
+            name = f"{name} ({column.kind})"
+        names[name] = None
+    rows = []
+    for run, mark in zip(of.runs, of.marks, strict=True):
+        told = [run.stage, run.name, run.state, mark, clock(run) or "", run.began, run.seconds]
+        rows.append([safe(value) for value in (*told, *row_of(of, run))])
     table = pd.DataFrame(rows, columns=list(names))
     kinds = zip(list(names)[len(FIXED) :], of.columns, strict=True)
     return table.astype({name: "string" for name, column in kinds if column.kind == "setting"})
+
+
+def safe(value: Any) -> Any:
+    """A text that a spreadsheet leaves alone, and that every file can hold."""
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "replace").decode()
+    return f"'{text}" if FORMULA.match(text) else text
 
 
 def _said(asked: str) -> str:

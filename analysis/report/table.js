@@ -29,8 +29,7 @@ function groupRows() {
     const several = group.runs.length > 1;
     return {
       ...first,
-      ...group,
-      name: several ? `${plural(group.seeds.length, "seed")}: ${first.name}` : first.name,
+      ...group, // of several its own name, mark, means
       state: states.length === 1 ? states[0] : "mixed",
       seconds: several ? null : first.seconds,
     };
@@ -163,14 +162,14 @@ function drawTable() {
 
 function quoted(value) {
   const text = value === null || value === undefined ? "" : String(value);
-  const isFormula = typeof value === "string" && /^[=+@\t\r-]/.test(text); // a spreadsheet would compute it
+  const isFormula = typeof value === "string" && /^\s*[=+@\t\r\uff1d\uff0b\uff0d\uff20-]/.test(text); // a spreadsheet would compute it
   const safe = isFormula ? `'${text}` : text;
-  return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+  return /[",;\t\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }
 
-// The rows and columns that are shown, in their order, with all digits.
+// The rows and columns that are shown, in their order, with all digits; the marks always.
 function csvText() {
-  const head = [], parts = [];
+  const head = ["mark", "times"], parts = [(row) => row.mark, (row) => row.clock];
   for (const column of view.columns) {
     head.push(column.name);
     parts.push((row) => column.of(row));
@@ -231,5 +230,10 @@ function fillTable() {
   for (const id of ["stage", "state", "seeds"]) byId(id).addEventListener("change", drawTable);
   byId("tools").addEventListener("submit", (event) => event.preventDefault());
   byId("csv").addEventListener("click", saveCsv);
+  byId("columns").addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    byId("columns").open = false;
+    byId("columns").firstElementChild.focus();
+  });
   drawTable();
 }

@@ -35,9 +35,14 @@ STATES = {"finished": FINISHED, "failed": FAILED}
 def read_tracked(path: Path) -> Run | Unreadable:
     """One `run-*.wandb`."""
     try:
-        told = read_offline_run(path)
+        return _read(path, read_offline_run(path))
     except (PrefetchError, OSError) as error:
         return Unreadable(path, str(error).removeprefix(f"{path}: "))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        return Unreadable(path, f"what it says is not what runs say ({reason(error)})")
+
+
+def _read(path: Path, told: OfflineRun) -> Run | Unreadable:
     config = {name: value for name, value in told.config.items() if name not in _OWN}
     config = Redactor(config).value(config)
     if not (config or told.summary):
@@ -50,6 +55,7 @@ def read_tracked(path: Path) -> Run | Unreadable:
         state=state,
         message=message,
         began=_iso(told.started_s),
+        version=_version(told.config.get("run")),
         source=TRACKED,
         settings=flat(config) | {"stage.name": stage},
         choices=chosen_names(config),
@@ -62,6 +68,10 @@ def read_tracked(path: Path) -> Run | Unreadable:
 
 
 _OWN = ("lineage", "upstream", "uses", "run", "_wandb")  # not settings
+
+
+def _version(value: Any) -> str:
+    return str(value.get("version", "")) if isinstance(value, Mapping) else ""
 
 
 def _state(told: OfflineRun) -> tuple[str, str]:

@@ -1,12 +1,16 @@
 """Charts exist where their data does, average over seeds, name what differs, and keep their marks."""
 
+import json
+import shutil
+
 import pandas as pd
 import pytest
 from report_runs import Told, write_run
 
 from analysis.report.charts import charts, times_are
-from analysis.report.comparing import estimate
-from analysis.report.runs import Run, read_run
+from analysis.report.comparing import estimate, seed_groups
+from analysis.report.reading import read_run
+from analysis.report.runs import Run
 
 
 def runs_of(folder, *told):
@@ -78,6 +82,58 @@ def test_a_setting_that_differs_stands_in_the_name(tmp_path):
     )
     names = {one.name for one in by_id(runs)["hit-rate"].variants[""]}
     assert {"lru + markov (batch=1)", "lru + markov (batch=2)"} <= names
+
+
+def about(folder, **said):
+    told = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(told | said))
+
+
+def test_another_version_is_another_line_and_no_second_seed(tmp_path):
+    folders = [write_run(tmp_path / str(i), Told(seed=i)) for i in range(2)]
+    about(folders[0], version="0.1.0")
+    about(folders[1], version="0.2.0")
+    runs = [read_run(folder) for folder in folders]
+    assert len(seed_groups(runs)) == 2
+    names = [one.name for one in by_id(runs)["hit-rate"].variants[""]]
+    assert {"lru + markov (version 0.1.0)", "lru + markov (version 0.2.0)"} <= set(names)
+
+
+def test_another_trace_at_the_same_path_is_another_line(tmp_path):
+    folders = [
+        write_run(tmp_path / str(i), Told(seed=i, settings={"trace": "t"})) for i in range(2)
+    ]
+    (folders[1] / "lineage.json").write_text('{"trace/fedcba9876543210": {"kind": "trace"}}')
+    runs = [read_run(folder) for folder in folders]
+    assert len(seed_groups(runs)) == 2
+    names = [one.name for one in by_id(runs)["hit-rate"].variants[""]]
+    assert {"lru + markov (trace 01234567)", "lru + markov (trace fedcba98)"} <= set(names)
+
+
+def test_a_setting_that_one_version_lacks_is_another_line(tmp_path):
+    runs = runs_of(tmp_path, Told(), Told(seed=1, settings={"simulator.semantics": "sequential"}))
+    names = [one.name for one in by_id(runs)["time-per-token"].variants[""]]
+    assert {"lru + markov", "lru + markov (no simulator.semantics)"} <= set(names)
+
+
+def test_runs_that_left_no_settings_stand_for_themselves(tmp_path):
+    for name in ("a", "b"):
+        shutil.rmtree(write_run(tmp_path / name, Told()) / ".hydra")
+    runs = [read_run(tmp_path / name) for name in ("a", "b")]
+    names = [one.name for one in by_id(runs)["hit-rate"].variants[""]]
+    assert sum(name.startswith("lru + markov (") for name in names) == 2
+
+
+def test_drawn_guesses_of_two_horizons_are_two_lines(tmp_path):
+    folders = [
+        write_run(tmp_path / str(h), Told(settings={"simulator.horizon": h})) for h in (1, 4)
+    ]
+    for folder, h in zip(folders, (1, 4), strict=True):
+        table = pd.read_csv(folder / "required_recall.csv").assign(horizon=h)
+        table.to_csv(folder / "required_recall.csv", index=False)
+    chart = by_id([read_run(folder) for folder in folders])["required-recall"]
+    names = [one.name for one in next(iter(chart.variants.values()))]
+    assert {"lru, cache 0.25, 1 ahead", "lru, cache 0.25, 4 ahead"} <= set(names)
 
 
 def test_a_predictors_setting_names_only_its_own_rows(tmp_path):

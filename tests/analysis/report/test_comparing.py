@@ -1,6 +1,7 @@
 """What differs is a column, what is the same is said once, and seeds are an axis."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_settings_of_different_choices_are_not_compared():
 
 def test_a_setting_that_another_version_lacks_is_no_difference():
     assert compare([run(simulator__cache=0.1), run()]).columns == ()
+
+
+def test_what_a_tracker_does_not_know_is_no_difference():
+    """A folder has Hydra's record and what was typed; an offline run of the tracker has resolved settings only."""
+    folder = run(choices={"policy": "lru", "experiment": "quick"}, train__horizons="[1, 4]")
+    folder = replace(
+        folder, overrides=[], settings=folder.settings | {"policy.h": "${train.horizons}"}
+    )
+    tracked = run(choices={"policy": "lru"}, train__horizons="[1, 4]", policy__h="[1, 4]")
+    assert compare([folder, tracked]).columns == ()
+    assert setting(tracked, "experiment") is None
+    plain = replace(tracked, overrides=[])
+    assert setting(plain, "experiment") == "not set" and compare([folder, plain]).columns
 
 
 def test_runs_that_differ_only_in_the_seed_are_one_group():

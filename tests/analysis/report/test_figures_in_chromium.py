@@ -19,6 +19,10 @@ def test_figures_are_drawn_and_a_point_says_what_it_is(at: Browser) -> None:
     at.point_at(x + 40, y + 40)
     at.point_at(x, y)
     at.wait("!!document.querySelector('#chart-hit-rate .hoverlayer .hovertext')")
+    told = at.ask(
+        "['time-per-token', 'explore'].map((id) => document.querySelector(`#chart-${id} .plot`).data[0].text[0])"
+    )
+    assert all("(simulated)" in text for text in told[:1]), told
     said = at.ask("document.querySelector('#chart-hit-rate .hoverlayer').textContent")
     assert "hit rate of distinct experts" in said and "%" in said
 
@@ -29,7 +33,7 @@ def test_figures_keep_marks_and_hostile_names_and_follow_the_filter(at: Browser)
         "[...document.querySelectorAll('#chart-hit-rate .keys button')].map((one) => one.innerText)"
     )
     names = at.ask(keys)
-    assert "belady (cheats)" in names and "lru + markov" in names
+    assert "belady\ncheats" in names and "lru + markov" in names
     assert f"lru + {HOSTILE[0]}" in names
     assert at.ask("document.querySelectorAll('#charts :is(img, script, b)').length") == 0
     assert "simulated" in at.ask("document.querySelector('#chart-time-per-token h3').innerText")
@@ -48,6 +52,7 @@ def test_a_key_takes_its_line_away_and_gives_it_back(at: Browser) -> None:
     for pressed, count in (("false", before - 1), ("true", before)):
         at.ask(f"{key}.click()")
         at.wait(f"{lines} === {count}")
+        assert at.ask(f"getComputedStyle({key}).opacity") == "1", "also what is off can be read"
         assert at.ask(f"{key}.getAttribute('aria-pressed')") == pressed
     at.ask("document.querySelector('#chart-recall-by-layer details').open = true")
     at.wait("document.querySelectorAll('#chart-recall-by-layer details tbody tr').length > 3")

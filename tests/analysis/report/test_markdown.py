@@ -6,6 +6,7 @@ from report_runs import HOSTILE, Told, hostile, sweep, write_run
 
 from analysis.report.contents import contents
 from analysis.report.found import find
+from analysis.report.listing import index
 from analysis.report.markdown import MOST_ROWS, escaped, markdown, table
 
 
@@ -55,6 +56,27 @@ def test_the_tables_of_the_page(tmp_path):
     for part in parts:
         assert part in text, part
     assert " to " in text, "intervals over seeds"
+
+
+def cheating_seeds(folder):
+    """Three seeds of what cheats; the first and the last failed and left no table that could say it."""
+    for seed in range(3):
+        has_failed = seed != 1
+        told = Told(
+            seed=seed, choices={"predictor": "oracle"}, state="failed" if has_failed else "finished",
+            error="no" if has_failed else None, began=f"2026-01-0{seed + 1}T00:00:00+00:00",
+        )  # fmt: skip
+        write_run(folder / str(seed), told)
+    return folder
+
+
+def test_a_mean_says_of_how_many_seeds_and_keeps_its_mark(tmp_path):
+    made = of(cheating_seeds(tmp_path / "a"))
+    assert "(cheats) | failed and finished |" in markdown(made)
+    (group,) = index(made)["groups"]
+    assert group["mark"] == "cheats" and group["name"].startswith("1 seed: ")
+    text = markdown(of(sweep(tmp_path / "20260102-030405-1", 48)))
+    assert "| 2 seeds: 20260102-030405-1/" in text and "Student's 95 % interval over seeds" in text
 
 
 def test_failed_and_unreadable_runs_are_told(tmp_path):

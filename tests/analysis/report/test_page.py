@@ -4,7 +4,10 @@ import base64
 import gzip
 import hashlib
 import json
+import random
 import re
+import string
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -169,6 +172,69 @@ def test_a_full_page_leaves_out_from_the_end_and_says_so(tmp_path):
         and "lies in the run's folder" in oldest["left_out"]
         and oldest["command"]
     )
+
+
+def noise(n, seed=0):
+    """Text that cannot be packed."""
+    rng = random.Random(seed)
+    return "".join(rng.choices(string.ascii_letters + string.digits, k=n))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        Told(pages={f"{i}.md": noise(90_000, i) for i in range(6)}),
+        Told(log="\n".join(f"WARNING {noise(2000, i)}" for i in range(300))),
+        Told(settings={"source.path": noise(600_000)}, words=(f"source.path={noise(600_000)}",)),
+        Told(state="failed", error=noise(600_000)),
+    ],
+    ids=["pages", "log", "setting", "error"],
+)
+def test_whatever_a_run_says_the_page_stays_small(tmp_path, told):
+    write_run(tmp_path / "long", replace(told, seed=5))
+    write_run(tmp_path / "short", Told())
+    limit = len(made(tmp_path / "short")) + 100_000
+    text = made(tmp_path, most_bytes=limit)
+    assert len(text.encode()) <= limit and len(data_of(text)["runs"]) == 2
+    left_out = [details_of(text, at)["left_out"] for at in (0, 1)]
+    assert any("lies in the run's folder" in said for said in left_out)
+
+
+def test_when_rows_do_not_fit_the_newest_stay_and_it_is_said(tmp_path):
+    found = find(str(sweep(tmp_path / "20260102-030405-1", 8)), tmp_path)
+    few = len(page(contents(found), ""))
+    found.runs = [found.runs[i % 8] for i in range(800)]
+    text = page(contents(found), "", most_bytes=few + 100_000)
+    told = data_of(text)
+    n = len(told["runs"])
+    assert 8 < n < 800 and len(text.encode()) <= few + 100_000
+    assert f"{800 - n} older runs found no room" in text
+    assert any(f"{800 - n} runs (the oldest)" in one["why"] for one in told["problems"])
+
+
+def test_a_table_that_cannot_be_read_is_named_where_it_would_stand(tmp_path):
+    (write_run(tmp_path / "a", Told()) / "by_fold.csv").write_text('a\n"')
+    (one,) = (t for t in details_of(made(tmp_path), 0)["tables"] if t["name"] == "by_fold")
+    assert "Error" in one["why"]
+
+
+def test_numbers_keep_their_digits_and_long_texts_their_place(tmp_path):
+    write_run(tmp_path / "a", Told(metrics={"hit_rate": 0.1234567890123, "tokens": 123456789.0}))
+    write_run(tmp_path / "b", Told(settings={"source.path": "x" * 5000}, seed=1))
+    text = made(tmp_path)
+    (cells,) = (run["cells"] for run in data_of(text)["runs"] if run["name"].endswith("a"))
+    assert 0.1234567890123 in cells and 123456789 in cells
+    assert "x" * 400 not in text and any(
+        details_of(text, at)["settings"].get("source.path") == "x" * 5000 for at in (0, 1)
+    )
+
+
+def test_equal_seeds_have_no_interval_of_rounding(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / str(seed), Told(seed=seed, metrics={"tpot_ms": 0.24138325}))
+    (group,) = data_of(made(tmp_path))["groups"]
+    at = group["cells"].index(0.24138325)
+    assert group["low"][at] == group["high"][at] == 0.24138325
 
 
 def test_a_thousand_runs_fit(tmp_path):

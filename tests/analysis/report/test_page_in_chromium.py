@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from browser import Browser
 from report_page import column, go, heading, narrow, nodes
-from report_runs import CELLS, HOSTILE, sweep
+from report_runs import CELLS, HOSTILE, Told, hostile, sweep, write_run
 
 from analysis.report.contents import contents
 from analysis.report.found import find
@@ -105,6 +105,8 @@ def test_the_csv_is_what_the_table_shows(at: Browser, tmp_path: Path) -> None:
     said = {row["predictor"] for row in rows}
     assert HOSTILE[0] in said and HOSTILE[2] in said, "quotes and commas survive"
     assert "'=1+1" in said and "=1+1" not in said, "a spreadsheet computes nothing"
+    assert {row["mark"] for row in rows if row["predictor"] == "oracle"} == {"cheats"}
+    assert {row["times"] for row in rows} == {""}, "train simulates nothing"
 
 
 def test_a_run_has_an_address_its_command_and_its_tables(at: Browser) -> None:
@@ -118,8 +120,10 @@ def test_a_run_has_an_address_its_command_and_its_tables(at: Browser) -> None:
     )
     assert at.ask("document.querySelectorAll('#run details table').length") >= 1
     assert "trace/0123456789abcdef" in at.ask("document.getElementById('run').textContent")
+    came_from = at.ask("location.hash")
     at.ask("history.back()")
     at.wait("!document.getElementById('section-runs').hidden")
+    assert at.ask("document.activeElement.hash") == came_from, "the reader is where they were"
 
 
 def test_a_hostile_run_is_text_all_over(at: Browser) -> None:
@@ -168,6 +172,11 @@ def test_keys_alone_reach_everything(at: Browser) -> None:
         at.ask(f"{heading('fixed stage')}.parentElement.getAttribute('aria-sort')") == "ascending"
     )
     assert at.ask("document.activeElement.dataset.sort") == "fixed stage", "the focus stays"
+    at.ask("document.getElementById('columns').open = true")
+    at.ask("document.querySelector('#column-list input').focus()")
+    at.press("Escape", 27)
+    assert not at.ask("document.getElementById('columns').open")
+    assert at.ask("document.activeElement.tagName") == "SUMMARY"
 
 
 def test_whoever_cannot_see_it_is_told_everything(at: Browser) -> None:
@@ -205,7 +214,24 @@ def test_on_a_phone_only_boxes_scroll_sideways(at: Browser, section: str) -> Non
             "document.getElementById('charts').dataset.drawn" if section == "figures" else "true"
         )
         go(at, f"#{section}", ready)
+        at.ask("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     assert at.ask("[document.documentElement.scrollWidth, innerWidth]") == [375, 375]
+
+
+def test_names_of_any_length_stay_in_their_place(browser: Browser, tmp_path: Path) -> None:
+    long = "L" * 200
+    write_run(tmp_path / long, hostile(long))
+    write_run(tmp_path / "b", Told(state="failed", error=long))
+    (tmp_path / "p.html").write_text(page(contents(find(str(tmp_path), tmp_path), long), ""))
+    browser.size(1400)
+    browser.open(tmp_path / "p.html")
+    inner, outer = browser.ask(
+        "[...document.querySelectorAll('#table-box tbody th')].map((cell) => [cell.scrollWidth, cell.clientWidth])"
+        ".reduce((a, b) => [Math.max(a[0], b[0] - b[1]), 0], [0, 0])"
+    )
+    assert inner == outer == 0, "a name lies over no other column"
+    browser.size(375, 800, is_phone=True)
+    assert browser.ask("[document.documentElement.scrollWidth, innerWidth]") == [375, 375]
 
 
 def test_on_paper_it_is_light_open_and_without_tools(at: Browser) -> None:

@@ -60,6 +60,18 @@ def test_names_that_are_hostile_or_the_same_make_a_table_all_the_same(tmp_path):
     ) + 3
 
 
+def test_no_cell_of_the_table_is_computed_and_marks_are_columns(tmp_path):
+    for i, name in enumerate(("=1+1", " +1", "@x", "-1+1", "\uff1d1")):
+        write_run(tmp_path / "runs" / str(i), hostile(name))
+    write_run(tmp_path / "runs" / "x", Told(choices={"predictor": "oracle"}))
+    folder, _ = made(tmp_path, str(tmp_path / "runs"))
+    table = pd.read_csv(folder / "runs.csv", keep_default_na=False, dtype=str)
+    texts = [*table.columns, *table["predictor"], *table["source.path"]]
+    assert not any(text.lstrip()[:1] in {*"=+@-", "\uff1d"} for text in texts if text)
+    (own,) = (row for row in table.to_dict("records") if row["predictor"] == "oracle")
+    assert (own["mark"], own["times"]) == ("cheats", "simulated")
+
+
 def test_a_store_without_runs_makes_an_empty_page(tmp_path):
     folder, metrics = made(tmp_path, "latest:20")
     assert metrics["runs"] == 0 and "No runs." in (folder / "report.html").read_text()

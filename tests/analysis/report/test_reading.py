@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from report_runs import Told, write_run
 
 from analysis.report.commands import command
+from analysis.report.contents import contents
 from analysis.report.details import markup, warnings
-from analysis.report.runs import Run, Unreadable, flat, is_run, read_run
+from analysis.report.found import find
+from analysis.report.markdown import markdown
+from analysis.report.page import page
+from analysis.report.reading import read_run
+from analysis.report.runs import Run, Unreadable, flat, is_run
+from analysis.report.stage import frame
 
 
 def read(folder) -> Run:
@@ -154,3 +160,38 @@ def test_markdown_of_a_run_brings_no_markup_of_its_own():
 def test_metrics_of_a_run_are_numbers(tmp_path):
     folder = write_run(tmp_path / "a", Told(metrics={"big": 2**60, "yes": True}))
     assert json.dumps(dict(read(folder).metrics))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (".hydra/config.yaml", "a: &x [1, *x]\nseed: 0\n"),
+        (".hydra/config.yaml", "a: &x {b: *x}\nseed: 0\n"),
+        (".hydra/config.yaml", f"a: {'{b: ' * 900}1{'}' * 900}\n"),
+        ("metrics.json", f'{{"a": 1{"0" * 400}}}'),
+        ("lineage.json", '{"a": {"upstream": 5}}'),
+        ("run.json", '{"stage": "\\ud800", "state": "failed", "error": "\\udfff"}'),
+        ("metrics.json", '{"\\ud800": 1}'),
+    ],
+)
+def test_what_no_run_would_write_stops_no_report(tmp_path, file, text):
+    write_run(tmp_path / "fine", Told())
+    (write_run(tmp_path / "odd", Told(seed=1)) / file).write_text(text)
+    of = contents(find(str(tmp_path), tmp_path))
+    assert len(of.runs) == 2, "what can be read of it is shown"
+    assert page(of, "").encode() and markdown(of).encode()
+    frame(of).to_parquet(tmp_path / "runs.parquet")
+
+
+def test_settings_that_are_no_json_numbers_are_words(tmp_path):
+    for i, value in enumerate((1.0, float("inf"), float("nan"))):
+        write_run(tmp_path / str(i), Told(settings={"train.patience": value}))
+    of = contents(find(str(tmp_path), tmp_path))
+    assert "inf" in page(of, "") and "train.patience" in [column.name for column in of.columns]
+
+
+def test_of_a_long_log_the_end_is_kept(tmp_path):
+    folder = write_run(tmp_path / "a", Told(log="begin\n" + "x" * 300_000 + "\nWARNING the end"))
+    run = read_run(folder)
+    assert isinstance(run, Run) and run.log.endswith("WARNING the end")
+    assert len(run.log) <= 200_000
