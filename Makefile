@@ -16,7 +16,7 @@ env: .venv/ready
 	touch .venv/ready
 
 demo: env
-	$(BIN)/python scripts/run.py stage=all
+	$(BIN)/python scripts/run.py stage=all train.folds=1
 
 test: env
 	$(BIN)/python -m pytest -n 2
