@@ -7,6 +7,7 @@ of them being there.
 from __future__ import annotations
 
 import functools
+import glob
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -113,9 +114,15 @@ def _files(folder: Path, hydra: Path, hidden: Redactor) -> dict[str, Any]:
     return {
         "tables": _tables(folder, hidden),
         "pictures": _pictures(folder),
-        "pages": {path.name: hidden.text(_text(path)) for path in sorted(folder.glob("*.md"))},
+        "pages": {path.name: hidden.text(_text(path)) for path in _own(folder, "*.md")},
         "log": hidden.text(_log(folder, hydra)),
     }
+
+
+def _own(folder: Path, pattern: str) -> list[Path]:
+    """Links that lead out of somebody's folder are not followed: a page would show what it was not given."""
+    root = folder.resolve()
+    return [path for path in sorted(folder.glob(pattern)) if path.resolve().is_relative_to(root)]
 
 
 def _yaml(text: str) -> Any:
@@ -223,22 +230,22 @@ def _overrides(value: Any, stage: str) -> list[str] | None:
 
 def _tables(folder: Path, hidden: Redactor) -> dict[str, Callable[[], pd.DataFrame]]:
     """Those that have a CSV: the others are for programs, too long to look at. Parquet is read where there is one."""
-    paths = sorted(folder.glob("*.csv"))
+    paths = _own(folder, "*.csv")
     return {path.stem: functools.partial(_frame, path, hidden) for path in paths}
 
 
 def _frame(path: Path, hidden: Redactor) -> pd.DataFrame:
-    typed = path.with_suffix(".parquet")
-    return hidden.frame(pd.read_parquet(typed) if typed.is_file() else pd.read_csv(path))
+    typed = _own(path.parent, f"{glob.escape(path.stem)}.parquet")
+    return hidden.frame(pd.read_parquet(typed[0]) if typed else pd.read_csv(path))
 
 
 def _pictures(folder: Path) -> dict[str, Path]:
     """Drawings where there are any: they are small and sharp."""
-    found = {path.stem: path for path in sorted(folder.glob("*.png"))}
-    return found | {path.stem: path for path in sorted(folder.glob("*.svg"))}
+    found = {path.stem: path for path in _own(folder, "*.png")}
+    return found | {path.stem: path for path in _own(folder, "*.svg")}
 
 
 def _log(folder: Path, hydra: Path) -> str:
-    logs = sorted(folder.glob("*.log")) or sorted(hydra.parent.glob("*.log"))
+    logs = _own(folder, "*.log") or _own(hydra.parent, "*.log")
     texts = [_text(path, is_end=True) for path in logs]
     return "\n".join(text for text in texts if text)

@@ -26,6 +26,17 @@ def read(folder) -> Run:
     return found
 
 
+def test_links_that_lead_out_of_a_run_are_not_followed(tmp_path):
+    folder = write_run(tmp_path / "run", Told(pages={"summary.md": "# It"}))
+    (tmp_path / "private.txt").write_text("not for a page")
+    for name in ("other.md", "other.csv", "other.svg", "other.log"):
+        (folder / name).symlink_to(tmp_path / "private.txt")
+    (folder / "same.md").symlink_to(folder / "summary.md")
+    run = read(folder)
+    assert set(run.pages) == {"summary.md", "same.md"} and "other" not in run.tables
+    assert "other" not in run.pictures and "not for a page" not in run.log
+
+
 def test_everything_that_a_stage_leaves_is_read(tmp_path):
     told = Told(
         words=("simulator.cache=0.5",),
