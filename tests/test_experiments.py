@@ -58,6 +58,7 @@ def test_every_cell_of_it_is_valid(name):
             cfg = compose("config", overrides=[f"experiment={name}", *cell])
             config.check_values(cfg)
             config.instantiate(cfg.predictor, "predictor")
+            assert max(cfg.train.horizons) < cfg.source.layers, "nothing is so many layers ahead"
         for group, named in (("policy", "policies"), ("predictor", "predictors")):
             assert set(whole.evaluate[named] or ()) <= set(config.choices(group))
 
