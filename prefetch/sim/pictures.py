@@ -382,9 +382,7 @@ def _front(table: pd.DataFrame) -> Line:
     fair = table[(table["mark"] != CHEATS) & table.slowdown.notna()]
     fair = fair.sort_values(["saved", "slowdown"], ascending=[False, True])
     best = fair[fair.slowdown < fair.slowdown.cummin().shift(fill_value=np.inf)]
-    return Line(
-        best.saved, best.slowdown, "fastest at that size", YELLOW, dots=False, width=4.0, alpha=0.6
-    )
+    return Line(best.saved, best.slowdown, "fastest at that size", NO_DATA, dots=False, width=4.0)
 
 
 def _bars(rows: pd.DataFrame) -> list[tuple[str, Any]]:
