@@ -50,6 +50,8 @@ def refuse(words: Sequence[str]) -> None:
                 f"{word}: nothing reads an added key; leave out the + to set one that exists"
             )
         group, _, value = word.partition("=")
+        if value == "null" and group in _groups():
+            raise ConfigError(f"{word}: names no choice; leave it out, or take one of {group}'s")
         if value.startswith("[") and group in _groups():
             names = value.strip("[]").replace(" ", "")
             raise ConfigError(

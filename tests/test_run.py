@@ -93,6 +93,7 @@ def test_artifacts_lists_and_removes(tmp_path):
         (("seed=abc",), 2, "Value 'abc' of type 'str' could not be converted to Integer"),
         ((*QUICK, "source.skwe=1"), 2, "source has: concentration, n_experts"),
         ((*QUICK, "stage=collect", "source.skew=x"), 2, "source.skew: expected float, got 'x'"),
+        (("experiment=null",), 2, "experiment=null: names no choice; leave it out"),
         (("source=[synthetic,arrays]",), 2, "to run each, use -m source=synthetic,arrays"),
         (("a=[1,",), 2, "a=[1,"),
         (("tracker=none", "stage=collect", "trace=nowhere"), 1, "nowhere/trace.json: not found"),
