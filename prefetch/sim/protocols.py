@@ -15,6 +15,7 @@ V events, A accesses, W guesses, L layers, E experts, C those that a layer's cac
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefetch.progress import Progress
-from prefetch.sim.cell import CHEATS, Cell
+from prefetch.sim.cell import CHEATS, REFUSALS, Cell
 from prefetch.sim.grid import CHOSEN, cell_of
 from prefetch.sim.hardware import Hardware, Lane
 from prefetch.sim.machine import Guesses, Machine
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from prefetch.sim.bench import Bench
     from prefetch.sim.workload import Workload
 
+log = logging.getLogger(__name__)
 OURS, INSTANT, BESIDE = "event by event, on the link", "instant arrival", "guesses beside the cache"
 ONE_BY_ONE = "one after the other"
 TRAINED, TESTED = "popularity of other requests", "popularity of what is tested"
@@ -53,9 +55,14 @@ def protocols(bench: Bench) -> pd.DataFrame:
     rows = list[dict[str, Any]]()
     with Progress("published protocols", len(todo), "cells") as progress:
         for capacity, name in todo:
-            rows += _rows(bench, capacity, name)
+            try:
+                rows += _rows(bench, capacity, name)
+            except REFUSALS as reason:  # as a row of the table of cells says; others may run
+                log.warning("no published protocols of %s at cache %s: %s", name, capacity, reason)
             progress.advance()
     table = pd.DataFrame(rows)
+    if table.empty:
+        return table
     by = table.set_index(["capacity", "predictor", "protocol"]).hit_rate
     honest = [HONEST.get(name, TRAINED if name == TRAINED else OURS) for name in table.protocol]
     table["honest_hit_rate"] = [

@@ -99,7 +99,7 @@ def test_without_a_generated_token_the_summary_says_so_and_shows_no_nan():
     assert "none was replayed" in said and "nan" not in said
 
 
-def test_the_table_compares_the_same_guesses(tmp_path):
+def test_the_table_compares_the_same_guesses(tmp_path, caplog):
     """An instant link and places of their own can only help; the tested tokens' own counts are the best static."""
     from hydra import compose, initialize_config_dir
 
@@ -107,7 +107,8 @@ def test_the_table_compares_the_same_guesses(tmp_path):
         "stage=evaluate", "source=synthetic", "source.n_requests=12", "source.prompt_tokens=6", "source.new_tokens=20",
         "source.n_layers=4", "source.n_experts=8", "source.top_k=2", "simulator.model_card=mixtral_8x7b",
         "train.horizons=[1]", "simulator.horizon=1", "evaluate.required_recall=false", "predictor=markov",
-        "evaluate.predictors=[markov,oracle]", "evaluate.capacities=[0.25,0.5]", "evaluate.protocols=true",
+        "evaluate.predictors=[markov,oracle,gate_lookahead]", "evaluate.capacities=[0.25,0.5]",
+        "evaluate.protocols=true",
     )  # fmt: skip
     with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
         cfg = compose("config", overrides=[*words, f"store={tmp_path / 'store'}"])
@@ -121,6 +122,12 @@ def test_the_table_compares_the_same_guesses(tmp_path):
             assert by[capacity, name, protocols.BESIDE] >= by[capacity, "none", protocols.OURS]
         assert by[capacity, "oracle", protocols.BESIDE] == 1
         assert by[capacity, "none", protocols.TESTED] >= by[capacity, "none", protocols.TRAINED]
+    assert set(table.predictor) == {"none", "markov", "oracle"}, (
+        "one that cannot run stops no other"
+    )
+    assert (
+        "no published protocols of gate_lookahead at cache 0.25: needs gate_inputs" in caplog.text
+    )
     assert set(table[table.predictor == "oracle"]["mark"]) == {"cheats"}
     assert set(table[table.protocol == protocols.TESTED]["mark"]) == {"cheats"}
     said = (tmp_path / "out" / "summary.md").read_text()
