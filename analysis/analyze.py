@@ -16,9 +16,9 @@ from analysis.routing.headline import metrics
 from analysis.routing.paths import layer_names
 from analysis.routing.statistics import GUIDE_FIELDS, SCHEMA
 from prefetch.artifacts import Store
-from prefetch.cluster import cluster_of
+from prefetch.cluster.mapping import cluster_of
 from prefetch.config import Config
-from prefetch.outputs import Outputs, write_json
+from prefetch.runs.outputs import Outputs, write_json
 from prefetch.trace.card import ModelCard
 from prefetch.trace.counts import load_counts
 from prefetch.trace.parquet import TraceReader

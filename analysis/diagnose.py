@@ -28,7 +28,7 @@ from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError, MissingData
 from prefetch.models.cards import load_architecture, load_card
-from prefetch.outputs import Outputs, write_json
+from prefetch.runs.outputs import Outputs, write_json
 from prefetch.sim.hardware import Hardware
 from prefetch.trace.parquet import TraceReader
 

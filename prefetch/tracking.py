@@ -1,7 +1,7 @@
 """The experiment tracker: what a run may tell it, and Weights & Biases. The only file that imports wandb.
 
 It knows no stage: a run is told as an `About`, its numbers, tables, curves, pictures, and the artifacts it stood on.
-Offline is the default and never touches the network; `prefetch.tracked` reads such a run back.
+Offline is the default and never touches the network; `prefetch.runs.tracked` reads such a run back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prefetch.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd  # slow to import, and not every stage makes a table
 
-    from prefetch.naming import About
+    from prefetch.runs.naming import About
 
 log = logging.getLogger(__name__)
 MODES = ("offline", "online", "disabled")

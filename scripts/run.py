@@ -8,7 +8,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from prefetch import stages
+from prefetch.runs import stages
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="config")

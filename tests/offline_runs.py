@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from prefetch.tracked import OfflineRun, find_offline_runs, read_offline_run
+from prefetch.runs.tracked import OfflineRun, find_offline_runs, read_offline_run
 
 
 def settled(folder: Path) -> OfflineRun:

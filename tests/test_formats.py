@@ -18,8 +18,8 @@ from prefetch import config
 from prefetch.artifacts import RUNS, Recipe, Store, write_index
 from prefetch.predict import export
 from prefetch.predict.popularity import Popularity
+from prefetch.runs.standing import Standing
 from prefetch.sim.hardware import hardware, numeric_fields
-from prefetch.standing import Standing
 from prefetch.trace.card import ModelCard
 from prefetch.trace.counts import ExpertCounts
 from prefetch.trace.parquet import SMALL, WIDE, TraceReader

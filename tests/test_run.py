@@ -34,7 +34,7 @@ def test_the_entry_is_short_and_imports_no_stage():
         check=True,
     )
     loaded = set(done.stdout.split())
-    assert "prefetch.stages" in loaded
+    assert "prefetch.runs.stages" in loaded
     assert not {"torch", "wandb", "pyarrow", "pandas", "numba", "prefetch.sources"} & loaded
 
 

@@ -16,7 +16,7 @@ from analysis.device.findings import ANOMALY, BOTTLENECK, ERROR, NO_MOE, Finding
 from analysis.device.operations import Operation
 from analysis.device.plain_text import short, shown
 from analysis.device.roofline import Peaks
-from prefetch.outputs import write_json
+from prefetch.runs.outputs import write_json
 
 CATEGORY, NO_DATA = "moe_fused", "NO_DATA"
 METRICS = Path("category_data") / f"{CATEGORY}_metrics.json"

@@ -19,7 +19,7 @@ from analysis.report.runs import FOLDER, HYDRA, Run, Unreadable, is_run, reason
 from analysis.report.tracked_runs import read_tracked
 from prefetch.artifacts import MANIFEST, RUNS
 from prefetch.errors import ConfigError
-from prefetch.tracked import find_offline_runs
+from prefetch.runs.tracked import find_offline_runs
 
 LATEST = re.compile(r"latest:(\d+)")
 LEFT_OUT = ("report",)  # a page about pages says nothing

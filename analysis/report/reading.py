@@ -31,7 +31,7 @@ from analysis.report.runs import (
     flat,
     reason,
 )
-from prefetch.redaction import Redactor
+from prefetch.runs.redaction import Redactor
 
 LONGEST_TEXT = 200_000  # bytes of a log or page that are read
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built

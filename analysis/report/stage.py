@@ -22,7 +22,7 @@ from analysis.report.runs import FAILED, INTERRUPTED, UNFINISHED
 from prefetch import __version__
 from prefetch.artifacts import Store
 from prefetch.config import Config
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 
 log = logging.getLogger(__name__)
 PAGE, TEXT = "report.html", "report.md"

@@ -1,6 +1,6 @@
 """A run from what the experiment tracker's offline file says of it; used where the run's own folder is not at hand.
 
-The file is read by `prefetch.tracked`; this file knows its names for metrics, tables and pictures.
+The file is read by `prefetch.runs.tracked`; this file knows its names for metrics, tables and pictures.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from analysis.report.runs import (
     reason,
 )
 from prefetch.errors import PrefetchError
-from prefetch.redaction import Redactor
-from prefetch.tracked import OfflineRun, read_offline_run
+from prefetch.runs.redaction import Redactor
+from prefetch.runs.tracked import OfflineRun, read_offline_run
 
 STATES = {"finished": FINISHED, "failed": FAILED}
 

@@ -19,13 +19,13 @@ import pandas as pd
 from numba import njit
 from numpy.typing import NDArray
 
+from prefetch.cluster.worker import n_threads
 from prefetch.errors import FormatError
 from prefetch.progress import Progress
 from prefetch.scoring import Split, Survey
 from prefetch.trace.blocks import BLOCK_ROWS, Traceable, blocks_of, columns_of, numbered
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import PHASES, RoutingTrace, no_expert
-from prefetch.worker import n_threads
 
 TRAIN_SHARE = 0.7
 WITNESSES = 400  # requests from which it is told how much requests differ; the error of a variance is then 7 %

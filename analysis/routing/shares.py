@@ -15,12 +15,12 @@ from typing import Any
 from analysis.routing.batch import Plan, batches, planned
 from analysis.routing.cache import OptimalCurve
 from analysis.routing.everything import Passes
-from prefetch.cluster import Cluster
+from prefetch.cluster.mapping import Cluster
+from prefetch.cluster.worker import need_seen, packed, unpacked
 from prefetch.scoring import Survey
 from prefetch.sim.eight import LAYERS
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.stretch import Stretch, cut
-from prefetch.worker import need_seen, packed, unpacked
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.copies import MOST_REQUESTS, Sketches, has_near_copy, sketches_of
+from prefetch.predict.copies import MOST_REQUESTS, Sketches, has_near_copy, sketches_of
 from prefetch.predict.domains import of_units
 from prefetch.predict.part import Part, parts_of, survey_of
 from prefetch.scoring import Fold, SharedText, Survey

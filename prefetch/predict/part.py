@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.cluster import Cluster
+from prefetch.cluster.mapping import Cluster
+from prefetch.cluster.worker import need_seen
 from prefetch.errors import MissingData
 from prefetch.predict.past import Past
 from prefetch.scoring import Fold, Survey
@@ -24,7 +25,6 @@ from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader, concat
 from prefetch.trace.routing import RoutingTrace
 from prefetch.trace.stretch import Stretch, cut
-from prefetch.worker import need_seen
 
 C = TypeVar("C")
 RECORDED_BY = {

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prefetch import config
 from prefetch.artifacts import BUILDING, UNFINISHED, Outside, Recipe
-from prefetch.cluster import cluster_of
+from prefetch.cluster.mapping import cluster_of
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.predict.domains import only

@@ -17,7 +17,6 @@ from rich.text import Text
 from prefetch.artifacts import Store
 from prefetch.config import Config, choices
 from prefetch.errors import ConfigError, MissingData
-from prefetch.outputs import Outputs
 from prefetch.predict import cards, export, results, shift
 from prefetch.predict.estimates import ENOUGH_UNITS
 from prefetch.predict.held_out import HeldOut, held_out_elsewhere, held_out_folds
@@ -37,6 +36,7 @@ from prefetch.predict.recipes import (
     with_predictor,
 )
 from prefetch.predict.results import Scored
+from prefetch.runs.outputs import Outputs
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.predictions import PredictionsCard, PredictionsReader

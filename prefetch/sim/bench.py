@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prefetch import config
 from prefetch.artifacts import Store
-from prefetch.cluster import Cluster, cluster_of
+from prefetch.cluster.mapping import Cluster, cluster_of
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.sim.apart import bound_apart, bound_key, row_apart, unless_refused

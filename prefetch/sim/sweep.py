@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from prefetch.artifacts import UNFINISHED
-from prefetch.cluster import Cluster
+from prefetch.cluster.mapping import Cluster
+from prefetch.cluster.worker import n_threads
 from prefetch.progress import Progress
 from prefetch.sim.code import CODE_KEY, own_code
-from prefetch.worker import n_threads
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]

@@ -23,7 +23,7 @@ from prefetch.artifacts import (
 )
 from prefetch.config import Config, instantiate
 from prefetch.errors import ConfigError, FormatError
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sources.ranks import Meeting, Rank
 from prefetch.sources.source import Source
 from prefetch.trace.counts import ExpertCounts, load_counts

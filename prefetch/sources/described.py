@@ -16,7 +16,7 @@ from rich.text import Text
 
 from prefetch import config
 from prefetch.artifacts import Artifact
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sources.collect import describe as of_artifact
 from prefetch.trace.beside import names_beside
 from prefetch.trace.describe import Description, describe

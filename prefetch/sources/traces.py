@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from prefetch.artifacts import MANIFEST, Outside, Store, sha256_of
 from prefetch.config import Config, TracesConfig
 from prefetch.errors import ConfigError, FormatError
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sources.collect import routing_recipe
 from prefetch.sources.described import show_lines, show_trace
 from prefetch.trace.checks import check_trace

@@ -26,7 +26,7 @@ from analysis.routing.everything import Passes, Settings, analyze_in
 from analysis.routing.shares import Shares
 from prefetch import config
 from prefetch.artifacts import Store
-from prefetch.cluster import Cluster, Dask
+from prefetch.cluster.mapping import Cluster, Dask
 from prefetch.config import Config
 from prefetch.predict.markov import Markov
 from prefetch.predict.part import whole

@@ -18,7 +18,7 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.trace.provenance import Provenance
 from prefetch.trace.writer import TraceWriter
 from prefetch.tracking import NoTracker

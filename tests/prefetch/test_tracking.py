@@ -11,7 +11,7 @@ import pytest
 from offline_runs import settled
 
 from prefetch.errors import ConfigError
-from prefetch.naming import About
+from prefetch.runs.naming import About
 from prefetch.tracking import TrackerLost, UsedArtifact, WandbTracker
 
 

@@ -15,7 +15,7 @@ from analysis.report import stage
 from prefetch.artifacts import Store
 from prefetch.config import CONFIGS, stage_names
 from prefetch.errors import ConfigError
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.tracking import NoTracker
 
 

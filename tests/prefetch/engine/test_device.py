@@ -29,7 +29,7 @@ from prefetch.engine.weights import layout_of
 from prefetch.errors import ConfigError
 from prefetch.kernels.experts import moe_torch
 from prefetch.kernels.layout import ExpertLayout
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sim import evaluate
 from prefetch.sim.bench import Bench
 from prefetch.sim.chosen import hardware_of

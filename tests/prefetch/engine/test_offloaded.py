@@ -21,8 +21,8 @@ from prefetch.engine.arena import Arena, PinError
 from prefetch.engine.backend import EngineError
 from prefetch.engine.offloaded import OffloadedMoE
 from prefetch.errors import ConfigError
-from prefetch.outputs import Outputs
 from prefetch.predict import train
+from prefetch.runs.outputs import Outputs
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru

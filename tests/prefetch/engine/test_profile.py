@@ -20,7 +20,7 @@ from prefetch.config import Config
 from prefetch.engine.profile import PAGE, run
 from prefetch.engine.profiling import copies, disk, roofs
 from prefetch.errors import ConfigError, PrefetchError
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sources import collect
 from prefetch.tracking import NoTracker
 

@@ -16,10 +16,10 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError, PrefetchError
-from prefetch.outputs import Outputs
 from prefetch.predict.domains import SEVERAL, of_units, only
 from prefetch.predict.part import Part
 from prefetch.predict.train import run
+from prefetch.runs.outputs import Outputs
 from prefetch.trace.card import plain_card
 from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import RoutingTrace, trace_of

@@ -21,13 +21,13 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
-from prefetch.outputs import Outputs
 from prefetch.predict import export
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import Predictor
 from prefetch.predict.runtime import KINDS, load
 from prefetch.predict.train import run
+from prefetch.runs.outputs import Outputs
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.routing import RoutingTrace
 from prefetch.tracking import NoTracker

@@ -20,11 +20,11 @@ from prefetch import config
 from prefetch.artifacts import Outside, Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError, MissingData
-from prefetch.outputs import Outputs
 from prefetch.predict.part import parts_of
 from prefetch.predict.predictor import restore
 from prefetch.predict.recipes import fold_of, made, predictions_recipe, predictor_recipe
 from prefetch.predict.train import run
+from prefetch.runs.outputs import Outputs
 from prefetch.stock import drop_unfinished
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.predictions import PredictionsReader

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.errors import ConfigError
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sim import advise
 from prefetch.sim.advising.at_hand import at_hand
 from prefetch.sim.advising.cases import cases_of, predicted

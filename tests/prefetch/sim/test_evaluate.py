@@ -14,7 +14,7 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sim.bench import Bench
 from prefetch.sim.evaluate import run
 from prefetch.trace.card import plain_card

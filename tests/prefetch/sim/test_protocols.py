@@ -9,7 +9,7 @@ from sticky_workloads import sticky
 
 from prefetch import config
 from prefetch.artifacts import Store
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sim import protocols
 from prefetch.sim.evaluate import run
 from prefetch.sim.machine import Guesses

@@ -22,7 +22,7 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ArtifactError, ConfigError
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sources import collect
 from prefetch.sources.ranks import Meeting, Rank, in_order
 from prefetch.trace.parquet import TraceFiles, TraceReader

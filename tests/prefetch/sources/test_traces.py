@@ -22,7 +22,7 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ArtifactError, ConfigError, FormatError, PrefetchError
-from prefetch.outputs import Outputs
+from prefetch.runs.outputs import Outputs
 from prefetch.sources.described import BESIDE, ON_ITS_OWN, missing_of
 from prefetch.sources.traces import READS, run
 from prefetch.trace import migrate as migration

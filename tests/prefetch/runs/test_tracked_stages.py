@@ -12,7 +12,7 @@ import pytest
 from entry import ROOT, begin, command, environment
 from offline_runs import settled
 
-from prefetch.tracked import find_offline_runs, read_offline_run
+from prefetch.runs.tracked import find_offline_runs, read_offline_run
 
 SMALL = (
     "source=synthetic", "source.n_requests=6", "source.n_layers=6", "source.n_experts=8", "source.top_k=2",

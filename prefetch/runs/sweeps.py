@@ -17,8 +17,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from prefetch import standing
-from prefetch.redaction import Redactor
+from prefetch.runs import standing
+from prefetch.runs.redaction import Redactor
 
 FOLDER = "hydra.sweep.dir"
 SHOWN = 10  # reasons; a sweep may hold hundreds of jobs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefetch.redaction import Redactor
+from prefetch.runs.redaction import Redactor
 
 LONGEST_NAME, LONGEST_TAG = 128, 64  # characters that W&B takes
 UNSAID = (

@@ -8,9 +8,9 @@ import pytest
 
 from prefetch.artifacts import Recipe, Store
 from prefetch.errors import ConfigError
-from prefetch.naming import About
-from prefetch.outputs import PATIENCE, Outputs, write_json
-from prefetch.redaction import HIDDEN, Redactor
+from prefetch.runs.naming import About
+from prefetch.runs.outputs import PATIENCE, Outputs, write_json
+from prefetch.runs.redaction import HIDDEN, Redactor
 from prefetch.tracking import NoTracker
 
 

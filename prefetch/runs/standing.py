@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from prefetch import __version__
 from prefetch.artifacts import git_commit
 from prefetch.errors import ConfigError
-from prefetch.outputs import write_json
-from prefetch.redaction import Redactor
+from prefetch.runs.outputs import write_json
+from prefetch.runs.redaction import Redactor
 
 log = logging.getLogger(__name__)
 NAME, LOCK = "run.json", ".run.lock"

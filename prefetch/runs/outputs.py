@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefetch.errors import PrefetchError
-from prefetch.redaction import Redactor
+from prefetch.runs.redaction import Redactor
 from prefetch.tracking import NoTracker, Tracker, UsedArtifact
 
 if TYPE_CHECKING:
     import pandas as pd  # slow to import, and not every stage makes a table
 
     from prefetch.artifacts import Store
-    from prefetch.naming import About
+    from prefetch.runs.naming import About
 
 log = logging.getLogger(__name__)
 TRACKED_ROWS = 10_000  # W&B shows no more of a table

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from routing_traces import odd_traces, random_trace, real_trace
 
-from prefetch import copies
-from prefetch.copies import has_near_copy, sketches_of
+from prefetch.predict import copies
+from prefetch.predict.copies import has_near_copy, sketches_of
 from prefetch.predict.part import survey_of
 from prefetch.trace.routing import RoutingTrace, trace_of
 

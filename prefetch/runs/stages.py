@@ -17,13 +17,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefetch import config, sweeps, typed
+from prefetch import config
 from prefetch.artifacts import Store, write_index
 from prefetch.config import Config
 from prefetch.errors import ConfigError, PrefetchError
-from prefetch.naming import About
-from prefetch.redaction import Redactor
-from prefetch.standing import Standing
+from prefetch.runs import sweeps, typed
+from prefetch.runs.naming import About
+from prefetch.runs.redaction import Redactor
+from prefetch.runs.standing import Standing
 
 log = logging.getLogger(__name__)
 SAY_AGAIN_S = 10  # longer than tidying up takes
@@ -85,7 +86,7 @@ def record(cfg: Config, folder: Path) -> dict[str, float]:
 
 
 def _recorded(cfg: Config, store: Store, folder: Path, plain: dict[str, Any]) -> dict[str, float]:
-    from prefetch.outputs import Outputs
+    from prefetch.runs.outputs import Outputs
     from prefetch.tracking import NoTracker
 
     began_s, hidden = time.time(), Redactor(plain)

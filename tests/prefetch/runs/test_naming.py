@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 
 from prefetch.config import CONFIGS, choices, stage_names
-from prefetch.naming import About
-from prefetch.redaction import HIDDEN, Redactor
+from prefetch.runs.naming import About
+from prefetch.runs.redaction import HIDDEN, Redactor
 
 CHOICES = {
     "stage": "evaluate",

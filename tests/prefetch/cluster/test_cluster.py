@@ -20,14 +20,15 @@ from hydra import compose, initialize_config_dir
 from routing_traces import random_trace
 
 from analysis import analyze
-from prefetch import config, connect, worker
+from prefetch import config
+from prefetch.cluster import connect, worker
 from prefetch.artifacts import Store
-from prefetch.cluster import Cluster, ClusterError, Dask, InProcess, cluster_of
+from prefetch.cluster.mapping import Cluster, ClusterError, Dask, InProcess, cluster_of
 from prefetch.config import Config, instantiate
 from prefetch.errors import ConfigError, FormatError
-from prefetch.outputs import Outputs
 from prefetch.predict.part import whole
 from prefetch.predict.recipes import predictor_recipe
+from prefetch.runs.outputs import Outputs
 from prefetch.sim import evaluate
 from prefetch.sim.bench import Bench
 from prefetch.sim.curves import hit_rate_curves
@@ -117,8 +118,8 @@ def written(stage: Any, folder: Path, *words: str) -> dict[str, bytes]:
 
 def choose(monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> None:
     """Stages that are told `cluster=dask` get this one."""
-    monkeypatch.setattr("prefetch.cluster._kept", {})
-    monkeypatch.setattr("prefetch.cluster.Cluster", lambda settings, folder: cluster)
+    monkeypatch.setattr("prefetch.cluster.mapping._kept", {})
+    monkeypatch.setattr("prefetch.cluster.mapping.Cluster", lambda settings, folder: cluster)
 
 
 # ---- same bytes
@@ -304,7 +305,7 @@ def test_workers_have_one_thread_each_unless_told(two):
         import numpy  # noqa: F401
         from threadpoolctl import threadpool_info
 
-        from prefetch.worker import n_threads
+        from prefetch.cluster.worker import n_threads
 
         pools = {pool["num_threads"] for pool in threadpool_info()}
         return n_threads(), os.environ["OMP_NUM_THREADS"], sorted(pools)
@@ -313,7 +314,7 @@ def test_workers_have_one_thread_each_unless_told(two):
 
 
 def test_a_worker_of_another_version_is_refused_by_name(two, monkeypatch):
-    monkeypatch.setattr("prefetch.worker.__version__", "9.9")
+    monkeypatch.setattr("prefetch.cluster.worker.__version__", "9.9")
     with pytest.raises(ConfigError, match=r"worker .*: prefetch is .* there and 9\.9 here"):
         list(two.map(_local(_twice), [1], title="t", names="a"))
 
@@ -403,7 +404,7 @@ def test_a_wrong_setting_is_refused(tmp_path, words, message):
 
 
 def test_settings_choose_and_share_a_cluster(tmp_path, monkeypatch):
-    monkeypatch.setattr("prefetch.cluster._kept", {})
+    monkeypatch.setattr("prefetch.cluster.mapping._kept", {})
     assert instantiate(configured(tmp_path).cluster, "cluster") == InProcess()
     one, same = (cluster_of(configured(tmp_path, "cluster=dask")) for _ in range(2))
     assert one is same and one is not None and one.folder == tmp_path / "cluster"

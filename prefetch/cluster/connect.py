@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from prefetch.cluster.worker import n_threads
 from prefetch.errors import ConfigError, PrefetchError
-from prefetch.worker import n_threads
 
 if TYPE_CHECKING:
     from distributed import Client
 
-    from prefetch.cluster import Dask
+    from prefetch.cluster.mapping import Dask
 
 PATIENCE_S = (
     10,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefetch.config import CONFIGS
-from prefetch.redaction import HIDDEN, Redactor
+from prefetch.runs.redaction import HIDDEN, Redactor
 
 KEY = "hf_" + "aB3" * 10
 SAFE = Redactor(environment={})

@@ -9,7 +9,7 @@ import pytest
 from offline_runs import settled
 
 from prefetch.errors import FormatError
-from prefetch.tracked import MAGIC, find_offline_runs, read_offline_run
+from prefetch.runs.tracked import MAGIC, find_offline_runs, read_offline_run
 
 
 @pytest.fixture(scope="module")

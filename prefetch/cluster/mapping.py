@@ -23,13 +23,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from prefetch import connect
 from prefetch.artifacts import UNFINISHED, lock_path
+from prefetch.cluster import connect
+from prefetch.cluster.connect import ClusterError
+from prefetch.cluster.worker import CODE, Task, Work, run, versions, write_state
 from prefetch.config import Config, instantiate
-from prefetch.connect import ClusterError
 from prefetch.errors import ConfigError
 from prefetch.progress import Progress
-from prefetch.worker import CODE, Task, Work, run, versions, write_state
 
 log = logging.getLogger(__name__)
 LOOK_S = 2.0  # between two looks at whether any worker is left

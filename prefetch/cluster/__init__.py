@@ -1,0 +1,1 @@
+"""Shards of work, mapped over the workers of a Dask cluster."""
