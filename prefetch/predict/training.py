@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Loss = Callable[[nn.Module, Any], Tensor]  # of one batch
     Score = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # whole numbers: right, of how many
 
+log = logging.getLogger(__name__)
 LARGEST_GRADIENT = 1.0
 STARTS_AGAIN = ("ddp", "ddp_find_unused_parameters_true", "fsdp")  # run the command once per device
 
@@ -181,10 +183,10 @@ def _run(trainer: pl.Trainer, learner: Learner, loaders: list[Any], path: Path |
     """Ctrl-C stays Ctrl-C: Lightning would end the process instead, and ignore the next one."""
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
-    started = path if path is not None and path.exists() else None
+    started = path if path is not None and _is_whole(path) else None
     try:
         told, asked = loaders[0], loaders[1] if len(loaders) > 1 else None
-        trainer.fit(learner, told, asked, ckpt_path=started)
+        trainer.fit(learner, told, asked, ckpt_path=started, weights_only=True)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
@@ -219,6 +221,25 @@ def _checkpoint(net: nn.Module, loaders: list[Any], settings: Training, title: s
     folder = Path(settings.resume)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{digest.hexdigest()[:16]}.ckpt"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an interrupted fit can go on from this file; torch itself checks no sums, and data alone is read."""
+    import torch
+
+    if not path.exists():
+        return False
+    try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+        if damaged is not None:
+            raise ValueError(f"the sum of {damaged} is wrong")
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of its reader
+        reason = str(error).strip().partition("\n")[0]
+        log.warning("%s: damaged, so this fit begins anew (%s)", path, reason)
+        return False
+    return True
 
 
 @contextmanager

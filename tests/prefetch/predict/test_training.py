@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,36 @@ def test_no_fit_goes_on_from_another_one(tmp_path: Path) -> None:
     train_net(net_of(), rows(900, 0), rows(200, 1), loss=loss, score=score, settings=resumed,
               title="the same start, 4 ahead")  # fmt: skip
     assert len(list(tmp_path.iterdir())) == 3
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("was_run"),)
+
+
+@pytest.mark.parametrize("damage", ["a byte", "cut short", "code"])
+def test_a_damaged_checkpoint_is_told_and_the_fit_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    settings = Training(epochs=4, resume=tmp_path / "fits", batch=300)
+    with pytest.raises(KeyboardInterrupt):
+        trained(settings, interrupted_at(7))
+    (path,) = (tmp_path / "fits").iterdir()
+    data = path.read_bytes()
+    if damage == "code":
+        torch.save({"state_dict": Hostile()}, path)
+    elif damage == "a byte":
+        with zipfile.ZipFile(path) as parts:
+            weights = max(parts.infolist(), key=lambda part: part.file_size)
+        at = weights.header_offset + weights.file_size // 2 + 100  # within its data
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    else:
+        path.write_bytes(data[: len(data) // 2])
+    assert trained(settings) == trained(dataclasses.replace(settings, resume=None))
+    assert f"{path}: damaged, so this fit begins anew" in caplog.text
+    assert not Path("was_run").exists()
 
 
 def test_a_loss_that_is_no_number_is_one_clear_line() -> None:
