@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-oldest check bench clean
+.PHONY: env demo test test-oldest check audit bench clean
 
 env: .venv/ready
 
@@ -39,8 +39,18 @@ check: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# known holes in what is installed; asks PyPI's own advisories, and fails for a package that they do not know
+audit: env .venv-audit/ready
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > .venv-audit/installed.txt
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement .venv-audit/installed.txt
+
+.venv-audit/ready:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet "pip-audit>=2.9"
+	touch .venv-audit/ready
+
 bench: env
 	@for file in scripts/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf .venv .venv-oldest artifacts outputs multirun .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-audit artifacts outputs multirun .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -12,6 +12,19 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
+def test_the_packages_themselves_load_nothing_else():
+    code = (
+        "import sys; before = set(sys.modules); import prefetch, analysis;"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert loaded >= {"prefetch", "analysis"}
+    assert not loaded - {"prefetch", "analysis"} - sys.stdlib_module_names, loaded
+
+
 def test_no_import_points_backward():
     done = lint(ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

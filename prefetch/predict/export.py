@@ -17,7 +17,7 @@ import numpy as np
 
 import prefetch
 from prefetch.errors import ConfigError
-from prefetch.predict import activation_matrix, history, linear, markov2, mixing, route_memory
+from prefetch.predict import activation_matrix, alike, history, linear, markov2, mixing
 from prefetch.predict.activation_matrix import ActivationMatrix
 from prefetch.predict.ensemble import Ensemble
 from prefetch.predict.gate_lookahead import GateLookahead
@@ -38,7 +38,7 @@ from prefetch.trace.routing import id_dtype
 
 RUNTIME = Path(__file__).parent / "runtime"
 FILE, FOLDER, CONTRACT = "predictor.safetensors", "predictor_runtime", "README.md"
-SHARP = (route_memory.SHARP_INSIDE, route_memory.SHARP_OUTSIDE, route_memory.SHARP_BOTH)
+SHARP = (alike.SHARP_INSIDE, alike.SHARP_OUTSIDE, alike.SHARP_BOTH)
 TRANSFORMER = (  # what the runtime takes as it is
     "chance_LE", "recent_FL", "nobody_FL", "trust_LF", "bias_LN", "layer_bias_HLL", "out_LNE", "prior_LE",
 )  # fmt: skip
@@ -226,7 +226,7 @@ def _remembered(fitted: RouteMemory) -> tuple[dict[str, Any], Arrays]:
         "nearest": fitted.nearest,
         "decay": fitted.decay,
         "carry": fitted.carry,
-        "least_weight": route_memory.LEAST_WEIGHT,
+        "least_weight": alike.LEAST_WEIGHT,
     }
     n_experts = fitted.chance_LE_.shape[1]
     ids_MLK = np.minimum(fitted.ids_MLK_, n_experts).astype(id_dtype(n_experts))
@@ -236,7 +236,7 @@ def _remembered(fitted: RouteMemory) -> tuple[dict[str, Any], Arrays]:
 def _route_memory(fitted: RouteMemory) -> Taken:
     plan, arrays = _remembered(fitted)
     mixes = _by_horizon(fitted, lambda h, _: {"mix_3": fitted.mix_H3_[h]})
-    plan["prior"] = route_memory.PRIOR
+    plan["prior"] = alike.PRIOR
     return Taken("route_memory", plan, {"chance_LE": fitted.chance_LE_, **arrays, **mixes})
 
 

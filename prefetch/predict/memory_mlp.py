@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.errors import MissingData
+from prefetch.predict.alike import N_TOLD
 from prefetch.predict.mlp import DECAYS, contexts_of
 from prefetch.predict.part import Part, together
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of, parameter_bytes
-from prefetch.predict.route_memory import FEWEST_TOLD, N_TOLD, RouteMemory, mean_and_spread
+from prefetch.predict.route_memory import FEWEST_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
 from prefetch.predict.training import alone, check, fill, flat, one_thread, train_net, training_of
 from prefetch.trace.routing import RoutingTrace

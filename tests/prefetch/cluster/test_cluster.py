@@ -21,8 +21,8 @@ from routing_traces import random_trace
 
 from analysis import analyze
 from prefetch import config
-from prefetch.cluster import connect, worker
 from prefetch.artifacts import Store
+from prefetch.cluster import connect, worker
 from prefetch.cluster.mapping import Cluster, ClusterError, Dask, InProcess, cluster_of
 from prefetch.config import Config, instantiate
 from prefetch.errors import ConfigError, FormatError

@@ -211,14 +211,14 @@ def test_where_there_is_an_incremental_face_it_says_the_same(
 
 def test_among_equally_alike_tokens_the_same_ones_are_asked() -> None:
     """The compiled walk gives places up in an order of its own."""
-    from prefetch.predict.route_memory import _nearest
+    from prefetch.predict.alike import nearest
 
     rng, walked = np.random.default_rng(0), 0
     memory = object.__new__(cast(Any, KINDS["route_memory"]))
     for _ in range(200):
         memory._alike_M = rng.integers(0, 6, rng.integers(0, 60)).astype(np.float32)
         memory._plan = {"nearest": int(rng.integers(1, 12))}
-        _, expected = _nearest(memory._alike_M, memory._plan["nearest"], 0, 0)
+        _, expected = nearest(memory._alike_M, memory._plan["nearest"], 0, 0)
         near = memory._most_alike()
         assert sorted(near.tolist()) == sorted(expected.tolist())
         walked += not np.all(np.diff(near) > 0)

@@ -7,9 +7,10 @@ import pytest
 from routing_traces import random_trace
 
 from prefetch.errors import ConfigError
+from prefetch.predict.alike import PRIOR
 from prefetch.predict.part import Part, whole
 from prefetch.predict.past import Past
-from prefetch.predict.route_memory import PRIOR, RouteMemory
+from prefetch.predict.route_memory import RouteMemory
 from prefetch.trace.routing import RoutingTrace
 
 
