@@ -21,7 +21,7 @@ from prefetch.errors import ConfigError, MissingData
 from prefetch.predict.part import Part
 from prefetch.predict.past import Answered, Past
 from prefetch.predict.predictor import ANSWER, horizons_of
-from prefetch.predict.training import one_thread
+from prefetch.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

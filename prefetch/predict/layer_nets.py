@@ -7,15 +7,18 @@ H horizons, T tokens, L layers, D hidden, M units within, E experts, K choices.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
+from prefetch.predict.predictor import horizons_of
 from prefetch.predict.tables import use_of
-from prefetch.predict.training import Training
+from prefetch.predict.training import Training, check, training_of
 
 if TYPE_CHECKING:
     from prefetch.predict.training import Loss
@@ -46,6 +49,63 @@ class Design(NamedTuple):
     units: int
     is_linear: bool  # nothing between the two layers
     title: str
+
+
+@dataclass
+class InputNets:
+    """A predictor of this kind: whoever derives from it says what is read, and how it is learnt."""
+
+    needs: ClassVar[
+        tuple[str, ...]
+    ]  # the one column of the trace, and the name of what `Past` tells of it
+    sees: ClassVar[str]
+    score: ClassVar[str] = "logit"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "lightning")
+    loss: ClassVar[str]  # of `nets`
+    title: ClassVar[str]
+
+    horizons: tuple[int, ...] = (1,)
+    hidden: int = 128
+    epochs: int = 10
+    learning_rate: float = 0.01
+    batch: int = 512
+    patience: int = 3
+    most_tokens: int = 32_768  # of the training requests: an input is as wide as the model
+    seed: int = 0
+    accelerator: str = "cpu"
+    devices: int | str = 1
+    strategy: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.resume: Path | None = None  # a folder, where an interrupted fit goes on
+        self.horizons = horizons_of(self.horizons)
+        check(self, "hidden", "most_tokens")
+
+    @property
+    def is_linear(self) -> bool:
+        return False
+
+    def fit(self, train: Part, validation: Part) -> Self:
+        from prefetch.predict import nets
+
+        column, loss = self.needs[0], getattr(nets, self.loss)
+        source = getattr(Past, column)
+        design = Design(column, source, loss, self.hidden, self.is_linear, self.title)
+        self.popular_LE_ = popular_logits(train)
+        parts = (
+            train.some(self.most_tokens, self.seed),
+            validation.some(self.most_tokens, self.seed),
+        )
+        learnt = fitted(design, parts, self.horizons, self.popular_LE_, training_of(self))
+        self.inner_HLDM_, self.inner_bias_HLM_, self.outer_HLME_, self.outer_bias_HLE_ = learnt
+        return self
+
+    def scores(self, past: Past) -> NDArray[np.float32]:
+        learnt = self.inner_HLDM_, self.inner_bias_HLM_, self.outer_HLME_, self.outer_bias_HLE_
+        place = self.horizons.index(past.horizon)
+        weights = Weights(*(array[place] for array in learnt))
+        x_TLD = getattr(past, self.needs[0])()
+        return scores_of(x_TLD, weights, self.popular_LE_, is_linear=self.is_linear)
 
 
 def fitted(

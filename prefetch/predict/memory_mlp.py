@@ -21,7 +21,8 @@ from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of, parameter_bytes
 from prefetch.predict.route_memory import FEWEST_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.predict.training import alone, check, fill, flat, one_thread, train_net, training_of
+from prefetch.predict.training import alone, check, fill, flat, train_net, training_of
+from prefetch.threads import one_thread
 from prefetch.trace.routing import RoutingTrace
 
 if TYPE_CHECKING:
@@ -115,11 +116,7 @@ class MemoryMlp:
     def memory(self) -> RouteMemory:
         """Rebuilt from what was learnt."""
         if self._memory is None:
-            memory = RouteMemory(memory_tokens=self.most_tokens, seed=self.seed)
-            memory.chance_LE_, memory.ids_MLK_ = self.chance_LE_, self.ids_MLK_
-            memory.request_M_ = self.request_M_
-            memory.goes_on_M_ = np.diff(self.request_M_, prepend=-1) == 0
-            self._memory = memory
+            self._memory = RouteMemory.rebuilt(self)
         return self._memory
 
     def resident_bytes(self) -> int:

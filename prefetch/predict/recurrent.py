@@ -18,7 +18,8 @@ from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.predict.training import alone, check, fill, flat, one_thread, train_net, training_of
+from prefetch.predict.training import alone, check, fill, flat, train_net, training_of
+from prefetch.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor

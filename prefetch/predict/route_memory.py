@@ -73,6 +73,15 @@ class RouteMemory:
         self.ids_MLK_, self.request_M_ = _remembered(train, most, self.seed)
         self.goes_on_M_ = np.diff(self.request_M_, prepend=-1) == 0
 
+    @classmethod
+    def rebuilt(cls, fitted: Any) -> Self:
+        """For a network that keeps what it learnt of this memory as its own: `chance_LE_`, `ids_MLK_`, `request_M_`."""
+        memory = cls(memory_tokens=fitted.most_tokens, seed=fitted.seed)
+        memory.chance_LE_, memory.ids_MLK_ = fitted.chance_LE_, fitted.ids_MLK_
+        memory.request_M_ = fitted.request_M_
+        memory.goes_on_M_ = np.diff(memory.request_M_, prepend=-1) == 0
+        return memory
+
     def told(
         self, past: Past, *, is_remembered: bool
     ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:

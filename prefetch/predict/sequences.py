@@ -160,7 +160,7 @@ def _came(batch: Batch, n_experts: int) -> Tensor:
 
 def answers(net: nn.Module, told: Told, *, chunk: int, window: int) -> NDArray[np.float32]:
     """[T, L, E] chances, a chunk at a time."""
-    from prefetch.predict.training import one_thread
+    from prefetch.threads import one_thread
 
     n_experts = int(net.n_experts)  # type: ignore[arg-type]
     chunks = Chunks(told, n_experts, chunk=chunk, window=window)

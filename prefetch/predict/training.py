@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError, PrefetchError
+from prefetch.threads import one_thread
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -147,19 +148,6 @@ def alone(seed: int) -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(is_strict, warn_only=only_warns)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The same sums in the same order on every machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def flat(net: nn.Module) -> NDArray[np.float32]:

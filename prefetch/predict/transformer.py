@@ -136,11 +136,7 @@ class Transformer:
     def _remembering(self) -> RouteMemory:
         """Rebuilt from what was learnt."""
         if self._memory is None:
-            memory = RouteMemory(memory_tokens=self.most_tokens, seed=self.seed)
-            memory.chance_LE_, memory.ids_MLK_ = self.chance_LE_, self.ids_MLK_
-            memory.request_M_ = self.request_M_
-            memory.goes_on_M_ = np.diff(self.request_M_, prepend=-1) == 0
-            self._memory = memory
+            self._memory = RouteMemory.rebuilt(self)
         return self._memory
 
     def _weight_scale(self, train: Part) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from prefetch.artifacts import Recipe
 from prefetch.errors import ConfigError
 from prefetch.models.tiny import corpus
 from prefetch.sources.source import Source
+from prefetch.threads import one_thread
 
 if TYPE_CHECKING:  # a trace that is found again must not wait for torch
     import numpy as np
@@ -142,7 +143,7 @@ class TinyMoE(Source):
         )
         if self.scores is not None:
             writer.note("scores are the router's logits")
-        with train.one_thread():
+        with one_thread():
             self._run(writer, trained)
         if self.gate_inputs:
             routers = enumerate(trained.net.routers)

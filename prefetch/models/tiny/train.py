@@ -6,8 +6,7 @@ It knows no trace and no source: texts by domain go in; weights, merges and held
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import cos, pi
 from pathlib import Path
@@ -25,6 +24,7 @@ from prefetch.errors import ConfigError
 from prefetch.models.tiny import bpe, corpus
 from prefetch.models.tiny.net import Routed, Shape, TinyMoE
 from prefetch.progress import Progress
+from prefetch.threads import one_thread
 
 HELD_OUT = 0.1  # share of every text, its end, that no training step sees
 BPE_BYTES = 200_000  # of every domain: more changes few merges and takes longer
@@ -44,17 +44,6 @@ class Trained:
     held_out: Mapping[str, NDArray[np.int32]]  # domain -> tokens, in the order of the corpus
     corpus_md5: Mapping[str, str]
     held_out_loss: Mapping[str, float]  # untrained, trained: nats per token, mean over the domains
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """More threads are slower on shared cores (237 against 43 CPU seconds), and order additions differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make(folder: Path, texts: Mapping[str, bytes], shape: Shape, *, steps: int, seed: int) -> None:

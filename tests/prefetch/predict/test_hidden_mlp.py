@@ -121,7 +121,7 @@ def test_no_more_tokens_are_learnt_from_than_asked(monkeypatch: pytest.MonkeyPat
     """Some requests are drawn; they are learnt from as if they were all there is."""
     many, asked = whole(recorded(0, n_requests=12)), whole(recorded(1))
     popular_LE = popular_logits(many)
-    monkeypatch.setattr("prefetch.predict.hidden_mlp.popular_logits", lambda _: popular_LE)
+    monkeypatch.setattr("prefetch.predict.layer_nets.popular_logits", lambda _: popular_LE)
     capped = HiddenMlp((1,), hidden=8, epochs=1, most_tokens=100, seed=3).fit(many, asked)
     few, few_asked = many.some(100, 3), asked.some(100, 3)
     assert len(few.requests) == 5
