@@ -27,6 +27,7 @@ THREADS = "PREFETCH_THREADS"  # in the environment of a worker: what its process
 OF_LIBRARIES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 LIBRARIES = ("python", "numpy", "numba", "pyarrow", "pandas")  # that numbers and files depend on
 CODE = "code of the project"
+ROOT, PACKAGES = Path(__file__).parents[2], ("analysis", "prefetch")
 CODEC = "lz4"  # counts are mostly zeros, or small
 
 Work = Callable[[Any, Any], Any]
@@ -76,9 +77,11 @@ def versions() -> dict[str, str]:
 
 @cache
 def _code() -> str:
-    here = Path(__file__).parent
-    paths = sorted([*here.rglob("*.py"), *(here.parent / "analysis").rglob("*.py")])
-    told = "".join(f"{path.relative_to(here.parent)} {sha256_of(path)}\n" for path in paths)
+    told = "".join(
+        f"{path.relative_to(ROOT)} {sha256_of(path)}\n"
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+    )
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 

@@ -319,6 +319,20 @@ def test_a_worker_of_another_version_is_refused_by_name(two, monkeypatch):
         list(two.map(_local(_twice), [1], title="t", names="a"))
 
 
+@pytest.mark.parametrize("changed", ["prefetch/sim/timed.py", "analysis/routing/pairs.py"])
+def test_the_code_of_both_packages_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    for package in worker.PACKAGES:
+        shutil.copytree(
+            worker.ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    monkeypatch.setattr(worker, "ROOT", tmp_path)
+    assert worker._code.__wrapped__() == worker._code()
+    (tmp_path / changed).write_text("changed")
+    assert worker._code.__wrapped__() != worker._code()
+
+
 def test_the_code_of_workers_elsewhere_is_compared(monkeypatch):
     known = worker.versions()
     worker.check_versions(known)
