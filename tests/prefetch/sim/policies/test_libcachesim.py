@@ -27,7 +27,11 @@ from prefetch.sim.policy import Policy
 from prefetch.sim.pool import SEQUENTIAL
 from prefetch.sim.run import replay
 
-lcs = pytest.importorskip("libcachesim", reason="libcachesim 0.3.5 is the oracle of this file")
+lcs = pytest.importorskip(
+    "libcachesim",
+    reason="libcachesim 0.3.5 is the oracle of this file; its wheel wants the system's libglib-2.0",
+    exc_type=ImportError,
+)
 
 PAIRS = (
     (Lru(), "LRU"), (Fifo(), "FIFO"), (Lfu(), "LFU"), (Sieve(), "Sieve"), (S3Fifo(), "S3FIFO"),
