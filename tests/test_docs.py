@@ -1,7 +1,8 @@
 """What the pages say can be typed, opened and imported exists.
 
-That every `stage.option` is in the schema is asked in test_config, the README's commands run in test_readme, the tables
-of docs/formats.md are compared in test_formats. Here: links, choices, options of the choices, values, code.
+That every `stage.option` is in the schema is asked in test_config, that every command composes in test_commands; the
+README's commands run in test_readme, Python examples in test_snippets; the tables of docs/formats.md are compared in
+test_formats. Here: links, choices, options of the choices, values, code.
 """
 
 import ast

@@ -100,6 +100,25 @@ def test_every_stage_and_source_stands_in_the_readme():
         assert f"`{name}`" in README, f"source {name}"
 
 
+def test_results_are_rows_of_the_benchmarks():
+    """Of the two real traces: hits and times with their intervals, digit by digit."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    page = page[page.index("## Every policy and cheap predictor") :]
+    measured = page[: page.index("Commands, ")].split("**gpt-oss-20b**")
+    rows = [
+        numbers
+        for line in README.splitlines()
+        if (numbers := re.findall(r"\d*\.\d+", line))
+        if len(numbers) == 12
+    ]
+    assert len(rows) >= 10
+    for row in rows:
+        for part, told in zip((row[:6], row[6:]), measured, strict=True):
+            hits, ms = [f"{float(number):.3f}" for number in part[:3]], part[3:]
+            cells = f"{hits[0]} [{hits[1]} {hits[2]}] |", f"| {ms[0]} [{ms[1]} {ms[2]}] |"
+            assert any(all(cell in line for cell in cells) for line in told.splitlines()), cells
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
