@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from prefetch import plain_yaml
 from prefetch.config import CONFIGS
 from prefetch.errors import ConfigError
 
@@ -152,7 +153,7 @@ def load_names(own: str | Path | None = None) -> Names:
 
 def _read(path: Path) -> tuple[dict[str, list[Rule]], dict[str, Any]]:
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        table = plain_yaml.load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
         raise ConfigError(f"diagnose.names={path}: cannot be read as YAML ({told})") from error

@@ -26,6 +26,7 @@ CATEGORIES = ("moe_fused", "moe_unfused")
 TIME = "Kernel Time (µs)_sum"
 CALLS = ("operation_count", "count", "name_count")
 MIB = 2**20
+MOST_RATE = 1e9  # of a device, in 1e12 a second
 MOST_US = 1e12  # of one operation: eleven days
 NUMBERS = {
     "num_tokens": "tokens", "hidden_dim": "hidden", "inter_dim": "inner", "num_experts": "experts", "topk": "top_k",
@@ -129,9 +130,9 @@ def _peaks(metadata: Mapping[str, Any], folder: Path) -> Peaks | None:
 
 def _rate(value: Any, name: str, folder: Path) -> float:
     rate = number(value)
-    if rate is None or rate <= 0 or isinstance(value, bool):
+    if rate is None or not 0 < rate < MOST_RATE or isinstance(value, bool):
         raise FormatError(
-            f"{folder / 'metadata'}: {name}: expected a number over 0, found {value!r}"
+            f"{folder / 'metadata'}: {name}: expected a number over 0 and below {MOST_RATE:.0e}, found {value!r}"
         )
     return rate
 
@@ -210,7 +211,7 @@ def _role(kernels: Mapping[str, Any], names: Names) -> str:
 def _told_cost(row: Mapping[Any, Any]) -> Cost | None:
     gflops = number(row.get("GFLOPS", row.get("GFLOPS_first")))
     mib = number(row.get("Data Moved (MB)", row.get("Data Moved (MB)_first")))
-    if gflops is None or mib is None or min(gflops, mib) < 0:
+    if gflops is None or mib is None or min(gflops, mib) < 0 or max(gflops, mib) > MOST_RATE**2:
         return None
     spec = text(row.get("Compute Spec")).removeprefix("matrix_").removeprefix("vector_")
     return Cost(gflops * 1e9, mib * MIB, spec or "bf16")

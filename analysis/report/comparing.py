@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from analysis.report.runs import FINISHED, Run
 
@@ -115,7 +115,7 @@ def estimate(values: Mapping[Any, float]) -> Estimate:
     n, mean = len(found), float(found.mean())
     if n < 2:
         return Estimate(mean, None, None, n)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * found.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + LEVEL) / 2) * found.std(ddof=1) / math.sqrt(n))
     return Estimate(mean, mean - half, mean + half, n)
 
 

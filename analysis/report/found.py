@@ -17,8 +17,9 @@ from typing import Any
 from analysis.report.reading import read_run
 from analysis.report.runs import FOLDER, HYDRA, Run, Unreadable, is_run, reason
 from analysis.report.tracked_runs import read_tracked
-from prefetch.artifacts import MANIFEST, RUNS
 from prefetch.errors import ConfigError
+from prefetch.manifest import MANIFEST
+from prefetch.runs.index import RUNS
 from prefetch.runs.tracked import find_offline_runs
 
 LATEST = re.compile(r"latest:(\d+)")
@@ -83,10 +84,11 @@ def _take_latest(found: Found, most: int, store: Path, seen: set[str]) -> None:
             break
         try:
             folder = Path(json.loads(entry.read_text())["folder"])
-        except (OSError, ValueError, KeyError, TypeError):
+            is_there = folder.is_dir()  # a name can be too long for any disk
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             found.unreadable.append(Unreadable(entry, "the entry of the store's index is damaged"))
             continue
-        if not folder.is_dir():
+        if not is_there:
             found.gone += 1
         else:
             taken += _take(found, _runs_at(folder), seen)

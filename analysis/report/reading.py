@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from analysis.report.runs import (
     FAILED,
@@ -31,10 +30,10 @@ from analysis.report.runs import (
     flat,
     reason,
 )
+from prefetch import plain_yaml
 from prefetch.runs.redaction import Redactor
 
 LONGEST_TEXT = 200_000  # bytes of a log or page that are read
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 
 
 def read_run(folder: Path) -> Run | Unreadable:
@@ -81,7 +80,7 @@ def _version(about: Mapping[str, Any]) -> str:
 
 def _config(hydra: Path, notes: list[str]) -> tuple[dict[str, Any], Redactor]:
     """Settings without secrets: runs of older versions kept what they were told."""
-    config = _object(_parsed(hydra / "config.yaml", _yaml, notes))
+    config = _object(_parsed(hydra / "config.yaml", plain_yaml.load, notes))
     try:
         hidden = Redactor(config)
         return _object(hidden.value(config)), hidden
@@ -99,9 +98,9 @@ def _typed(
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What was chosen and typed, and where."""
-    told = _object(_parsed(hydra / "hydra.yaml", _yaml, notes)) if config else {}
+    told = _object(_parsed(hydra / "hydra.yaml", plain_yaml.load, notes)) if config else {}
     runtime = _object(_object(told.get("hydra", told)).get("runtime"))
-    words = _overrides(_parsed(hydra / "overrides.yaml", _yaml, notes), stage)
+    words = _overrides(_parsed(hydra / "overrides.yaml", plain_yaml.load, notes), stage)
     return {
         "choices": _choices(runtime, config),
         "overrides": None if words is None else hidden.words(words),
@@ -123,10 +122,6 @@ def _own(folder: Path, pattern: str) -> list[Path]:
     """Links that lead out of somebody's folder are not followed: a page would show what it was not given."""
     root = folder.resolve()
     return [path for path in sorted(folder.glob(pattern)) if path.resolve().is_relative_to(root)]
-
-
-def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=Loader)
 
 
 def _json(text: str) -> Any:

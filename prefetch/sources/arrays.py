@@ -62,14 +62,15 @@ class Arrays(FileSource):
 
     def record(self, writer: TraceWriter, upstream: Mapping[str, Path]) -> None:
         files = self.files()
-        used_E = np.zeros(0, bool)
+        used_E, where = np.zeros(0, bool), ", ".join(map(str, files.values()))
         if not self.knows_experts:
-            used_E = used_ids(
+            blocks = (
                 block["expert_ids"]
                 for path in files.values()
                 for block in self._blocks(open_columns(path), only_ids=True)
             )
-        n_experts = self.experts(used_E, writer, ", ".join(map(str, files.values())))
+            used_E = used_ids(blocks, where)
+        n_experts = self.experts(used_E, writer, where)
         with Progress("reading", None, "tokens") as progress:
             for name, path in files.items():
                 writer.file(str(path))

@@ -12,17 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from prefetch import __version__
-from prefetch.artifacts import (
-    MANIFEST,
-    Artifact,
-    Build,
-    Outside,
-    Recipe,
-    Store,
-    library_version,
-)
+from prefetch.artifacts import Artifact, Build, Outside, Recipe, Store, library_version
 from prefetch.config import Config, instantiate
 from prefetch.errors import ConfigError, FormatError
+from prefetch.manifest import MANIFEST
 from prefetch.runs.outputs import Outputs
 from prefetch.sources.ranks import Meeting, Rank
 from prefetch.sources.source import Source

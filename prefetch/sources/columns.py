@@ -5,7 +5,6 @@ It knows no meaning of a column. T rows; a column is [T, ...].
 
 from __future__ import annotations
 
-import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from prefetch import zipped
 from prefetch.errors import FormatError, reading
+from prefetch.trace.packed import check_packed
 
-MOST_TIMES = 200  # zlib's own limit is 1,032; routing deflates 2 to 8 times
-SMALL_BYTES = 64 << 20  # request and phase columns are nearly constant, and may deflate like a bomb
 ONLY = "expert_ids"  # what the one array of a .npy file is called
 
 Block = dict[str, NDArray[Any]]
@@ -57,6 +55,8 @@ class Memory(Columns):
         self.names = tuple(self.arrays)
 
     def _npy(self) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            zipped.Header.of(file, self.path.stat().st_size)  # what numpy maps unchecked
         return {ONLY: np.load(self.path, mmap_mode="r", allow_pickle=False)}
 
     def _safetensors(self) -> dict[str, Any]:
@@ -95,21 +95,10 @@ class Npz(Columns):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        self.names = tuple(entry.filename.removesuffix(".npy") for entry in entries)
-        for entry in entries:
-            if entry.file_size > max(SMALL_BYTES, MOST_TIMES * entry.compress_size):
-                raise FormatError(
-                    f"{path}: {entry.filename} would inflate from {entry.compress_size:,} to "
-                    f"{entry.file_size:,} bytes, more than {MOST_TIMES} times: refused as a zip bomb; "
-                    "if it is none, save it with numpy.savez"
-                )
+        self.names = zipped.names_in(path)
 
     def whole(self, name: str) -> NDArray[Any]:
-        with reading(f"{self.path}, array {name}", "an array"), ExitStack() as opened:
-            member = _Member(opened.enter_context(zipfile.ZipFile(self.path)), name, opened)
-            return member.take(member.shape[0] if member.shape else 1)
+        return zipped.whole(self.path, name)
 
     def blocks(self, names: list[str], rows: int) -> Iterator[Block]:
         members = {}
@@ -117,42 +106,13 @@ class Npz(Columns):
             archive = opened.enter_context(zipfile.ZipFile(self.path))
             for name in names:
                 with reading(f"{self.path}, array {name}", "an array"):
-                    members[name] = _Member(archive, name, opened)
+                    members[name] = zipped.Member(archive, name, opened)
             total = self._n_rows({name: member.shape for name, member in members.items()})
             for start in range(0, total, rows):
                 with reading(self.path, "rows of its arrays"):
                     n = min(rows, total - start)
                     block = {name: member.take(n) for name, member in members.items()}
                 yield block
-
-
-class _Member:
-    """One array of an npz, from its header on: the rows come in order."""
-
-    def __init__(self, archive: zipfile.ZipFile, name: str, opened: ExitStack) -> None:
-        entry = archive.getinfo(f"{name}.npy")
-        self.file = opened.enter_context(archive.open(entry))
-        version = npy.read_magic(self.file)
-        if version not in ((1, 0), (2, 0)):
-            raise FormatError(f"expected version 1 or 2 of the npy format, found {version}")
-        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        self.shape, self.is_fortran, self.dtype = header(self.file)
-        n_bytes = math.prod(self.shape) * self.dtype.itemsize
-        if self.dtype.hasobject:
-            raise FormatError("holds Python objects: refused, because they can run code")
-        if n_bytes != entry.file_size - self.file.tell():
-            raise FormatError(
-                f"its header promises {n_bytes:,} bytes of {list(self.shape)} {self.dtype}, the file has "
-                f"{entry.file_size - self.file.tell():,}"
-            )
-
-    def take(self, rows: int) -> NDArray[Any]:
-        shape = (rows, *self.shape[1:]) if self.shape else ()
-        if self.is_fortran and rows != (self.shape[0] if self.shape else 1):
-            raise FormatError("is stored in Fortran order: save it with numpy.ascontiguousarray")
-        data = self.file.read(math.prod(shape) * self.dtype.itemsize)
-        order = "F" if self.is_fortran else "C"
-        return np.frombuffer(data, self.dtype).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
 class Parquet(Columns):
@@ -174,6 +134,8 @@ class Parquet(Columns):
             Block
         ] = []  # Arrow may hand out fewer rows than asked, at the end of a row group
         with pq.ParquetFile(self.path) as file:
+            with reading(self.path, "rows of Parquet"):
+                check_packed(file.metadata, self.path)
             batches = file.iter_batches(batch_size=rows, columns=names)
             while True:
                 with reading(self.path, "rows of Parquet"):

@@ -100,7 +100,8 @@ class Counts(FileSource):
 
     def _read(self, path: Path) -> Read:
         if path.suffix == ".npz":
-            return _read_npz(path)
+            with reading(path, "counts [layer, expert]"):
+                return _read_npz(path)
         with reading(path, "JSON with expert counts"):
             about = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(about, dict):
@@ -166,6 +167,7 @@ def _read_npz(path: Path) -> Read:
         counts_LE.ndim != 2
         or counts_LE.dtype.kind not in "iu"
         or layers.shape != counts_LE.shape[:1]
+        or layers.dtype.kind not in "iu"
     ):
         raise FormatError(
             f"{path}: expected whole numbers [layer, expert] and as many layer numbers, found {counts_LE.dtype} "

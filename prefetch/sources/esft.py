@@ -61,8 +61,9 @@ class Esft(FileSource):
             layers = [self._layer(number, path) for number, path in sorted(files)]
             check_aligned(layers)
             if n_experts is None:  # the first task tells; the ids of the others must fit
-                used_E = used_ids(layer.ids_TK for layer in layers)
-                n_experts = self.experts(used_E, writer, str(files[0][1].parent))
+                where = str(files[0][1].parent)
+                used_E = used_ids((layer.ids_TK for layer in layers), where)
+                n_experts = self.experts(used_E, writer, where)
             self._write(task or self._task(), layers, n_experts, writer)
 
     def _task(self) -> str:

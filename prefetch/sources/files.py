@@ -120,12 +120,14 @@ def domain_of(name: str) -> str:
     return Path(name).name.split(".")[0]
 
 
-def used_ids(blocks: Iterable[NDArray[Any]]) -> NDArray[np.bool_]:
-    """Which ids occur at all; negative ids mean no expert."""
+def used_ids(blocks: Iterable[NDArray[Any]], where: str) -> NDArray[np.bool_]:
+    """Which ids occur at all; negative ids mean no expert. `where` is what an error names."""
     used = np.zeros(2**16, bool)
     for ids in blocks:
         if ids.size and int(ids.max()) >= 2**16 - 1:
-            raise FormatError(f"expert id {int(ids.max())} is out of range: at most 65534 experts")
+            raise FormatError(
+                f"{where}: expert id {int(ids.max())} is out of range: at most 65534 experts"
+            )
         used[ids[ids >= 0] if ids.dtype.kind == "i" else ids] = True
     return used
 

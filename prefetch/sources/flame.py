@@ -83,7 +83,8 @@ class Flame(FileSource):
         )
         used_E = np.zeros(0, bool)
         if not self.knows_experts:
-            used_E = used_ids(block["ids"] for block in self._layer_blocks(layers, only_ids=True))
+            blocks = self._layer_blocks(layers, only_ids=True)
+            used_E = used_ids((block["ids"] for block in blocks), str(where))
         n_experts = self.experts(used_E, writer, str(where))
         with Progress("reading", self.max_tokens, "tokens") as progress:
             self._read(layers, samples, n_experts, writer, progress)

@@ -38,7 +38,8 @@ class LlamaCsv(FileSource):
         used_E = np.zeros(2**16, bool)
         for log in logs.values():
             used_E[log.ids_RK] = True
-        n_experts = self.experts(used_E, writer, "source.path")
+        where = ", ".join(str(log.path) for log in logs.values())
+        n_experts = self.experts(used_E, writer, where)
         for name, log in logs.items():
             writer.file(str(log.path))
             domain = domain_of(name)

@@ -46,7 +46,8 @@ class LlamaEvalCallback(FileSource):
         used_E = np.zeros(2**16, bool)
         for log, _ in dumps.values():
             used_E[log.ids_RK] = True
-        n_experts = stated.pop() if stated else self.experts(used_E, writer, "source.path")
+        where = ", ".join(str(log.path) for log, _ in dumps.values())
+        n_experts = stated.pop() if stated else self.experts(used_E, writer, where)
         for name, (log, _) in dumps.items():
             writer.file(str(log.path))
             domain, top_k = domain_of(name), log.ids_RK.shape[1]

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import ConfigError, FormatError, reading
+from prefetch.optional import require
 from prefetch.sources.files import UNNAMED, FileSource
+from prefetch.sources.gguf_layout import check_layout
 from prefetch.trace.counts import ExpertCounts
 from prefetch.trace.provenance import Provenance
 
@@ -59,8 +61,7 @@ def read_counts(path: Path) -> dict[int, NDArray[np.int64]]:
     found: dict[int, NDArray[np.int64]] = {}
     for name, values in _tensors(path):
         match = NAME.match(name)
-        if not match or values.size == 1:
-            continue
+        assert match is not None
         counts = values.ravel()
         if (
             not np.isfinite(counts).all()
@@ -75,7 +76,7 @@ def read_counts(path: Path) -> dict[int, NDArray[np.int64]]:
                 f"{path}, tensor {name}: a count of {counts.max():.0f} is beyond float32's exact range"
             )
         layer = int(match.group(1))
-        if layer in found and (found[layer] != counts).any():
+        if layer in found and not np.array_equal(found[layer], counts):
             raise FormatError(
                 f"{path}, tensor {name}: its counts differ from those of the layer's other tensors"
             )
@@ -88,32 +89,23 @@ def read_counts(path: Path) -> dict[int, NDArray[np.int64]]:
 
 
 def _tensors(path: Path) -> list[tuple[str, NDArray[Any]]]:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ConfigError(
-            "reading GGUF needs the package gguf: pip install 'expert-prefetch[llama]'"
-        ) from error
+    """Those of counts, by their names; the others are not held."""
+    gguf = require("gguf", "GGUFReader", asked_by="reading GGUF")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise FormatError(
                 f"{path}: expected a GGUF file; the older .dat importance matrices hold no counts per expert"
             )
-    try:
-        reader = GGUFReader(path)
+    with reading(path, "a whole GGUF file"):
+        check_layout(path)
+        reader = gguf.GGUFReader(path)
         kind = reader.get_field("general.type")
         if kind is None or kind.contents() != "imatrix":
             raise FormatError(
                 f"{path}: expected general.type=imatrix; this GGUF file is something else"
             )
-        return [(tensor.name, np.array(tensor.data, np.float64)) for tensor in reader.tensors]
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        OSError,
-        UnicodeDecodeError,
-        OverflowError,
-    ) as error:
-        raise FormatError(f"{path}: expected a whole GGUF file; {error}") from error
+        return [
+            (tensor.name, np.array(tensor.data, np.float64))
+            for tensor in reader.tensors
+            if NAME.match(tensor.name) and tensor.data.size != 1
+        ]

@@ -47,7 +47,8 @@ class LlamaServer(FileSource):
         used_E = np.zeros(2**16, bool)
         for _, log in logs.values():
             used_E[log.ids_RK] = True
-        n_experts = self.experts(used_E, writer, "source.path")
+        where = ", ".join(str(log.path) for _, log in logs.values())
+        n_experts = self.experts(used_E, writer, where)
         for name, (rows, log) in logs.items():
             self._write(writer, name, rows, log, n_experts)
 
@@ -177,6 +178,10 @@ def read_log(path: Path, rows: Rows, *, numbers_before: int = 1) -> Log:
     n_ids = width - numbers_before
     weights = None
     if numbers_before == 2:  # the variant with a token index and weights
+        if n_ids % 2:
+            raise FormatError(
+                f"{path}, line {rows.lines_R[chosen][0]}: expected as many weights as ids, found {n_ids} numbers"
+            )
         n_ids //= 2
         weights = values[:, 2 + n_ids :]
     layer_R = whole(path, rows, values[:, 0], 2**16, "a layer", chosen)

@@ -8,6 +8,7 @@ they may come at any time and are left out. It knows no server and no model. T r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from prefetch.sources.columns import dense
 
 BLOCK_BYTES = 64 << 20
 REQUIRED = ("layer", "token_idx", "topk_ids")
+FIRST = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\{|\Z)")  # a null there ends Arrow's process
+MOST_DEPTH = 64  # brackets in a row, or in its texts
+OPENS, CLOSES = np.zeros(256, np.int8), np.zeros(256, np.int8)
+OPENS[list(b"[{")] = CLOSES[list(b"]}")] = 1
 DUMMY_ROWS = 8  # so many equal rows, weights included, are no text
 
 
@@ -127,6 +132,9 @@ def _parsed(text: bytes) -> dict[str, NDArray[Any]]:
     import pyarrow as pa
     from pyarrow import json as pj
 
+    if not FIRST.match(text):
+        raise FormatError("expected one JSON object per line")
+    _check_depth(text)
     ids, weights = pa.list_(pa.int32()), pa.list_(pa.float32())
     kinds = {"layer": pa.int32(), "token_idx": pa.int64(), "topk_ids": ids, "topk_weights": weights}
     table = pj.read_json(
@@ -141,3 +149,15 @@ def _parsed(text: bytes) -> dict[str, NDArray[Any]]:
     if len(table) and set(REQUIRED) - set(names):
         raise FormatError(f"expected {', '.join(REQUIRED)} in every row, found {names}")
     return {name: dense(table.column(name).combine_chunks(), name) for name in names}
+
+
+def _check_depth(text: bytes) -> None:
+    """Arrow's parser calls itself for every bracket: a line of a hundred thousand would end the process."""
+    data = np.frombuffer(text, np.uint8)
+    begins = np.append(0, np.flatnonzero(data[:-1] == ord("\n")) + 1)
+    opened_R = np.add.reduceat(OPENS[data], begins, dtype=np.int32)
+    for row in np.flatnonzero(opened_R > MOST_DEPTH).tolist():
+        line = data[begins[row] : begins[row + 1] if row + 1 < len(begins) else None]
+        deepest = np.cumsum(OPENS[line] - CLOSES[line], dtype=np.int32).max()
+        if deepest > MOST_DEPTH:
+            raise FormatError(f"expected rows of plain values, found brackets {deepest} deep")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,9 @@ from numpy.typing import NDArray
 
 from prefetch.errors import FormatError, reading
 from prefetch.sources.files import whole_ids
-from prefetch.sources.textscan import MOST_TIMES
+from prefetch.sources.textscan import check_inflates
 from prefetch.trace.routing import DECODE, NO_TOKEN, PREFILL
+from prefetch.zipped import npy_of
 
 AXES = "token, layer, choice"
 DTYPES = ("int32", "int16", "uint8", "uint16", "int64")
@@ -31,18 +31,16 @@ DTYPES = ("int32", "int16", "uint8", "uint16", "int64")
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) of every line that is not blank."""
     found = False
+    is_packed = path.suffix == ".gz"
     with reading(path, "JSON lines in UTF-8"):
-        opened: Any = gzip.open if path.suffix == ".gz" else Path.open
-        file, left = opened(path, "rb"), MOST_TIMES * path.stat().st_size + (1 << 20)
+        if is_packed:
+            check_inflates(path)
+        opened: Any = gzip.open if is_packed else Path.open
+        file = opened(path, "rb")
     with file:
         for number in itertools.count(1):
             with reading(path, "JSON lines in UTF-8"):
-                line = file.readline(left + 1)
-            left -= len(line)
-            if left < 0:
-                raise FormatError(
-                    f"{path}: inflates to more than {MOST_TIMES} times its size; refused"
-                )
+                line = file.readline()
             if not line:
                 break
             if not line.strip():
@@ -74,7 +72,7 @@ class Encoding:
         if isinstance(value, str):
             data = base64.b64decode(value, validate=True)
             if data.startswith(b"\x93NUMPY"):
-                return whole_ids(np.load(io.BytesIO(data), allow_pickle=False), AXES), 0
+                return whole_ids(npy_of(data), AXES), 0
             if self.n_layers is None or self.top_k is None:
                 raise FormatError(
                     "raw base64 does not say its shape: pass source.n_layers=... and source.top_k=..., and "

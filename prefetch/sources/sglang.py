@@ -84,11 +84,11 @@ class Sglang(FileSource):
         served = {name: path for name, path in files.items() if name not in recordings}
         if served and self.ids is None:
             raise ConfigError(f"{next(iter(served.values()))}: a response does not say {WHICH}")
-        used_E = np.zeros(0, bool)
+        used_E, where = np.zeros(0, bool), ", ".join(map(str, files.values()))
         if not self.knows_experts:
             requests = (r.ids_TLK for p in served.values() for _, r in self._requests(p, map_LP))
-            used_E = used_ids(chain((r.ids_TLK for r in recordings.values()), requests))
-        n_experts = self.experts(used_E, writer, ", ".join(map(str, files.values())))
+            used_E = used_ids(chain((r.ids_TLK for r in recordings.values()), requests), where)
+        n_experts = self.experts(used_E, writer, where)
         for name, recording in recordings.items():
             self._write_recording(recording, domain_of(name), n_experts, writer)
         for name, path in served.items():

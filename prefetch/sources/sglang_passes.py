@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from prefetch.errors import FormatError, reading
 from prefetch.trace.routing import DECODE, PREFILL
+from prefetch.zipped import check_stored
 
 EXTEND, DECODE_PASS, MIXED, IDLE = 1, 2, 3, 4  # sglang's ForwardMode
 MOST_EXPERTS = 2**15
@@ -59,6 +60,8 @@ def read_recording(path: Path) -> Recording:
     with reading(path, "a file of SGLang's per-token recorder"):
         if not path.stat().st_size:
             raise FormatError(f"{path}: the file is empty")
+        with path.open("rb") as file:
+            check_stored(file)
         about = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(about, dict) or "records" not in about:
             raise FormatError(

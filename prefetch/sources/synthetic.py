@@ -60,7 +60,7 @@ class Synthetic(Source):
             f"a chain may have {CHAIN_EXPERTS} experts": self.process != "chain"
             or self.n_experts <= CHAIN_EXPERTS,
             "a chain needs n_experts divisible by top_k": self.process != "chain"
-            or self.n_experts % self.top_k == 0,
+            or self.n_experts % max(1, self.top_k) == 0,
         }
         for claim, holds in claims.items():
             if not holds:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import ConfigError, FormatError, reading
+from prefetch.optional import require
 from prefetch.sources.files import domain_of
 
 
@@ -68,10 +68,8 @@ def _lines(path: Path, domain: str, fields: Fields) -> Iterator[Text]:
             where = f"{path}, line {number}"
             if line.isspace():
                 continue
-            try:
+            with reading(where, "one JSON object per line"):
                 record = json.loads(line)
-            except ValueError as error:
-                raise FormatError(f"{where}: expected one JSON object per line; {error}") from error
             yield fields.read(record, domain=domain, where=where)
 
 
@@ -79,12 +77,7 @@ def dataset_texts(
     name: str, *, part: str | None, split: str, revision: str, fields: Fields
 ) -> Iterator[Text]:
     """The rows of a set on the hub, at the commit that was pinned."""
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ConfigError(
-            f"source.dataset={name}: pip install datasets, or pass files with source.path ({error})"
-        ) from error
+    datasets = require("datasets", "load_dataset", asked_by=f"source.dataset={name}")
     try:
         rows = datasets.load_dataset(name, part, split=split, revision=revision, streaming=True)
     except Exception as error:  # a class of its own for every way to fail

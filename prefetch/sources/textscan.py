@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from prefetch.errors import FormatError
 
 MOST_TIMES = 200  # text of routing deflates 2 to 8 times; more than this is a bomb, or no log
+PIECE_BYTES = 1 << 20
 ENCODINGS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
@@ -65,7 +66,9 @@ def read_text(path: Path) -> NDArray[np.uint8]:
     """The bytes of a text file, gzip undone; what is no text in UTF-8 is refused by name."""
     raw = np.fromfile(path, np.uint8) if path.stat().st_size else np.empty(0, np.uint8)
     if bytes(raw[:2]) == b"\x1f\x8b":
-        raw = np.frombuffer(_inflate(path, MOST_TIMES * len(raw) + (1 << 20)), np.uint8)
+        check_inflates(path)
+        with gzip.open(path) as file:
+            raw = np.frombuffer(file.read(), np.uint8)
     if not len(raw):
         raise FormatError(f"{path}: the file is empty")
     head = bytes(raw[:4])
@@ -81,15 +84,19 @@ def read_text(path: Path) -> NDArray[np.uint8]:
     return raw
 
 
-def _inflate(path: Path, most: int) -> bytes:
+def check_inflates(path: Path) -> None:
+    """Refuses a gzip that is damaged or a bomb before any of it is held: its own word on its size is worth nothing."""
+    left = MOST_TIMES * path.stat().st_size + (1 << 20)
     try:
         with gzip.open(path) as file:
-            data = file.read(most + 1)
+            while piece := file.read(PIECE_BYTES):
+                left -= len(piece)
+                if left < 0:
+                    raise FormatError(
+                        f"{path}: inflates to more than {MOST_TIMES} times its size; refused"
+                    )
     except (OSError, EOFError, zlib.error) as error:
         raise FormatError(f"{path}: expected a gzip file; {error}") from error
-    if len(data) > most:
-        raise FormatError(f"{path}: inflates to more than {MOST_TIMES} times its size; refused")
-    return data
 
 
 def parse_rows(path: Path, data: NDArray[np.uint8], *, word: str = "") -> Rows:

@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from prefetch.artifacts import MANIFEST, Outside, Store, sha256_of
+from prefetch.artifacts import Outside, Store
 from prefetch.config import Config, TracesConfig
 from prefetch.errors import ConfigError, FormatError
+from prefetch.manifest import MANIFEST, sha256_of
 from prefetch.runs.outputs import Outputs
 from prefetch.sources.collect import routing_recipe
 from prefetch.sources.described import show_lines, show_trace

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
+import sys
 import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
 from prefetch.errors import FormatError, reading
+from prefetch.zipped import check_stored
 
 
 def unpickle(path: Path, *, record_class: str | None = None) -> Any:
@@ -25,17 +28,24 @@ def unpickle(path: Path, *, record_class: str | None = None) -> Any:
     with reading(path, "a pickle of plain values, arrays and tensors"), path.open("rb") as file:
         if not path.stat().st_size:
             raise FormatError(f"{path}: the file is empty")
+        whole = io.BytesIO(file.read())  # which hands out no more than there is, whatever is asked
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # old files use what numpy and torch have since deprecated
-            value = _Restricted(file, record_class).load()
-        if file.read(1):
+            value = _Restricted(whole, record_class).load()
+        if whole.read(1):
             raise FormatError(f"{path}: something follows the pickle; expected one")
         return value
 
 
-class _Restricted(pickle.Unpickler):
+class _Restricted(pickle._Unpickler):
+    """Python's own unpickler: the compiled one makes room for whatever place in its memory a file names."""
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
+
     def __init__(self, file: BinaryIO, record_class: str | None) -> None:
         super().__init__(file)
         self.allowed = _allowed()
@@ -50,6 +60,16 @@ class _Restricted(pickle.Unpickler):
                 "was run; if it is a record of plain fields, pass source.record_class=" + full
             )
         return self.allowed[full]
+
+    def _bytearray(self) -> None:
+        """As the original, which makes room before it reads."""
+        n_bytes = int.from_bytes(self.read(8), "little")
+        data = self.read(n_bytes) if n_bytes < sys.maxsize else b""
+        if len(data) < n_bytes:
+            raise FormatError(f"the pickle promises {n_bytes:,} bytes, and ends before")
+        self.append(bytearray(data))
+
+    dispatch[pickle.BYTEARRAY8[0]] = _bytearray
 
 
 class _Dtype:
@@ -80,8 +100,6 @@ class _Array(np.ndarray):
 
 def _allowed() -> dict[str, Callable[..., Any]]:
     """Full name in the file -> what stands for it here. Rebuilders are taken from a value's own recipe."""
-    import torch
-
     from_buffer: Any = np.zeros(1).__reduce_ex__(5)[0]
     rebuild: Any = np.float64(0).__reduce__()[0]
 
@@ -100,7 +118,7 @@ def _allowed() -> dict[str, Callable[..., Any]]:
         "numpy.ndarray": None,  # named as an argument only; calling it is an error
         "numpy.dtype": _Dtype,
         "torch.storage._load_from_bytes": _storage,
-        "torch._utils._rebuild_tensor_v2": torch.zeros(1).__reduce_ex__(2)[0],
+        "torch._utils._rebuild_tensor_v2": _tensor,
     }
     for core in ("numpy.core", "numpy._core"):  # before and since numpy 2
         names[f"{core}.multiarray._reconstruct"] = reconstruct
@@ -120,4 +138,19 @@ def _storage(data: bytes) -> Any:
     """torch's own function unpickles without restriction; this one loads weights only."""
     import torch
 
+    check_stored(io.BytesIO(data))
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *more: Any) -> Any:
+    """Refuses a tensor that has more numbers than its storage, which torch would make room for."""
+    import torch
+
+    n_numbers, last = (
+        math.prod(size),
+        sum((n - 1) * step for n, step in zip(size, stride, strict=True)),
+    )
+    if min(offset, *size, *stride, 0) < 0 or max(n_numbers, offset + last + 1) > len(storage):
+        raise FormatError(f"a tensor of {tuple(size)} does not fit its {len(storage)} numbers")
+    rebuild: Any = torch.zeros(1).__reduce_ex__(2)[0]
+    return rebuild(storage, offset, size, stride, *more)

@@ -45,15 +45,11 @@ class Vllm(FileSource):
         files = self.files()
         logs = {name: read_log(path) for name, path in files.items() if is_log(path)}
         served = {name: path for name, path in files.items() if name not in logs}
-        used_E = np.zeros(0, bool)
+        used_E, where = np.zeros(0, bool), ", ".join(map(str, files.values()))
         if not self.knows_experts:
-            used_E = used_ids(
-                chain(
-                    (log.ids_TLK for log in logs.values()),
-                    (r.ids_TLK for path in served.values() for _, r in self._requests(path)),
-                )
-            )
-        n_experts = self.experts(used_E, writer, ", ".join(map(str, files.values())))
+            requests = (r.ids_TLK for path in served.values() for _, r in self._requests(path))
+            used_E = used_ids(chain((log.ids_TLK for log in logs.values()), requests), where)
+        n_experts = self.experts(used_E, writer, where)
         for name, log in logs.items():
             self._write_log(log, domain_of(name), n_experts, writer)
         for name, path in served.items():

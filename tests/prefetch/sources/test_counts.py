@@ -127,3 +127,18 @@ def test_numbers_that_cannot_be_are_refused_in_words(tmp_path, about, message):
 def test_top_k_of_zero_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected at least 1, got 0"):
         count(Counts(path=write(tmp_path / "a.json", shapes()["dense"]), top_k=0))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"counts": np.array([[-1, 2]])},
+        {"counts": np.ones((2, 2), int), "layer_ids": np.array([b"a", b"b"])},
+        {"counts": np.ones((2, 2), int), "layer_ids": np.array([0.5, 1])},
+        {"counts": np.array(3)},
+    ],
+)
+def test_an_npz_of_odd_numbers_is_refused_with_its_name(tmp_path, arrays):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(FormatError, match=r"a\.npz"):
+        Counts(path=str(tmp_path / "a.npz")).count(Provenance("real", "counts"))

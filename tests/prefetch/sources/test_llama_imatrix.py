@@ -1,5 +1,7 @@
 """Counts out of an importance matrix: one layer's tensors must agree, and what is no count is refused."""
 
+import struct
+
 import numpy as np
 import pytest
 
@@ -79,3 +81,34 @@ def test_other_files_are_refused_by_name(tmp_path):
         (tmp_path / "c.gguf").write_bytes(cut[:size])
         with pytest.raises(FormatError, match=r"c\.gguf"):
             LlamaImatrix(path=str(tmp_path / "c.gguf"), top_k=2).count(REAL)
+
+
+COUNT = struct.pack("<Q", 2**40)
+
+
+@pytest.mark.parametrize("at", [8, 16, 24], ids=["tensors", "keys", "the first key's length"])
+def test_a_file_that_promises_without_end_is_refused_at_once(tmp_path, at):
+    path = write(tmp_path / "a.gguf", GOOD)
+    data = bytearray((tmp_path / "a.gguf").read_bytes())
+    data[at : at + 8] = COUNT
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(FormatError, match=r"a\.gguf: (promises more|its description ends)"):
+        LlamaImatrix(path=path, top_k=2).count(REAL)
+
+
+def test_a_list_without_end_is_refused_at_once(tmp_path):
+    """The library asks for each of its entries, behind the end of the file as well."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    key = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 4, 2**40)
+    (tmp_path / "a.gguf").write_bytes(head + key)
+    with pytest.raises(FormatError, match="promises more"):
+        LlamaImatrix(path=str(tmp_path / "a.gguf"), top_k=2).count(REAL)
+    (tmp_path / "a.gguf").write_bytes(head + key.replace(COUNT, struct.pack("<Q", 9)))
+    with pytest.raises(FormatError, match="ends behind the file"):
+        LlamaImatrix(path=str(tmp_path / "a.gguf"), top_k=2).count(REAL)
+
+
+def test_tensors_of_other_sizes_for_one_layer_are_refused(tmp_path):
+    counts = {**GOOD, "blk.1.ffn_up_exps.weight": [5, 0, 3]}
+    with pytest.raises(FormatError, match="differ from those of the layer's other"):
+        LlamaImatrix(path=write(tmp_path / "a.gguf", counts), top_k=2).count(REAL)

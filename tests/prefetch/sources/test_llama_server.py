@@ -205,6 +205,12 @@ def test_a_malformed_log_is_named_with_its_line(tmp_path, collect, content, mess
     assert "bad.log" in str(caught.value)
 
 
+def test_rows_with_an_id_more_than_weights_are_named_with_their_line(tmp_path, collect):
+    text = "Layer,Token,ExpertIDs,ExpertWeights\n3,0,1 2 0.5\n4,0,2 1 0.5\n"
+    with pytest.raises(FormatError, match=r"run\.log, line 2: expected as many weights as ids"):
+        collect(LlamaServer(path=write(tmp_path, text), n_experts=8))
+
+
 def test_an_id_twice_and_out_of_range(tmp_path, collect):
     lines = GOOD.splitlines(keepends=True)
     lines[5] = "3,1 1 2 3 4 5 6 7\n"

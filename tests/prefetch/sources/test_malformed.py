@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -361,3 +362,94 @@ def test_gzip_that_inflates_without_end(collect, tmp_path):
     path = tmp_path / "expert_weights_1.txt.gz"
     path.write_bytes(gzip.compress(b"0\t" * (1 << 24)))
     assert "inflates" in refused(collect, "esft", path)
+
+
+PICKLES = {
+    "a place in memory far away": b"\x80\x04]r\xff\xff\xff\x7f.",  # the compiled unpickler makes room up to there
+    "bytes without end": b"\x80\x05\x96\x00\x00\x00\x00\x04\x00\x00\x00a.",
+    "a frame without end": b"\x80\x04\x95\x00\x00\x00\x00\x10\x00\x00\x00a.",
+    "text without end": b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x3fa.",
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_gets_no_room_that_it_does_not_fill(collect, tmp_path, name):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(PICKLES[name])
+    tracemalloc.start()
+    try:
+        assert "MemoryError" not in refused(collect, "specmoe", path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(collect, tmp_path):
+    path, ids = (
+        tmp_path / "a.pkl",
+        torch.zeros(1).expand(1 << 40),
+    )  # four bytes that say they are four TiB
+    record = {"layer_id": 0, "sample_id": "a", "target_routing": ids}
+    path.write_bytes(pickle.dumps([record]))
+    assert "does not fit its" in refused(collect, "specmoe", path)
+
+
+@pytest.mark.parametrize(
+    "line", [b"null\n", b" \nnull\n", b'{"layer": ' + b"[" * 100_000 + b"\n", b"[1]\n"]
+)
+def test_a_log_that_would_end_arrows_process_is_refused(collect, tmp_path, line):
+    path = written("vllm log", tmp_path)
+    rows = path.read_bytes()
+    path.write_bytes(line + rows)
+    refused(collect, "vllm log", path)
+    path.write_bytes(rows + line)  # only what stands first may end it; a null is no row
+    if b"null" not in line:
+        refused(collect, "vllm log", path)
+
+
+def test_a_description_may_hold_brackets(collect, tmp_path):
+    path = written("vllm log", tmp_path)
+    told = json.dumps({"model": "m", "layers": [[i] for i in range(200)], "note": "]]]] [[[ {{{"})
+    path.write_bytes(told.encode() + b"\n" + path.read_bytes())
+    assert collect(source_of("vllm log", path)).n_tokens == T
+
+
+def test_a_deflated_part_of_a_torch_file_is_not_inflated(collect, tmp_path):
+    path = written("sglang", tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {one.filename: archive.read(one) for one in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    assert "would inflate" in refused(collect, "sglang", path)
+
+
+@pytest.mark.parametrize("name", ["esft", "vllm"])
+def test_a_gzip_bomb_is_counted_before_it_is_held(collect, tmp_path, name):
+    path = tmp_path / ("expert_weights_1.txt.gz" if name == "esft" else "a.jsonl.gz")
+    path.write_bytes(gzip.compress(b'["a", ' * (1 << 25)))
+    tracemalloc.start()
+    try:
+        assert "inflates to more than" in refused(collect, name, path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["npz", "parquet", "esft", "flame", "vllm"])
+def test_an_id_that_no_model_has_is_named_with_its_file(collect, tmp_path, name):
+    ids, _ = routing()
+    ids[5, 0, 1] = 70_000
+    path = written(name, tmp_path, ids=ids)
+    made, _, _, settings = SOURCES[name]
+    with pytest.raises(FormatError) as error:  # without n_experts the ids are asked first
+        collect(made(path=str(path), **settings))
+    assert str(path.parent) in str(error.value)
+
+
+def test_a_file_that_recorded_less_than_the_one_before_is_named(collect, tmp_path):
+    ids, weights = routing()
+    np.savez(tmp_path / "a.npz", expert_ids=ids, weights=weights)
+    np.savez(tmp_path / "b.npz", expert_ids=ids)
+    with pytest.raises(FormatError, match=r"b\.npz: every block must record the same"):
+        collect(source_of("npz", tmp_path))

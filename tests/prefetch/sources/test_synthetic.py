@@ -71,6 +71,7 @@ def test_the_true_matrix_reaches_the_bound_and_a_fitted_one_does_not_pass_it(col
         ({"prompt_tokens": 0, "new_tokens": 0}, "at least one token"),
         ({"skew": float("nan")}, "skew must be a number"),
         ({"concentration": float("inf")}, "concentration must be a positive number"),
+        ({"top_k": 0}, "top_k must be at least 1"),
         ({"n_experts": 65534}, "a chain may have 256 experts"),
         ({"stickiness": 1.5}, "stickiness must be from 0 to 1"),
         ({"concentration": 0.0}, "concentration must be a positive number"),

@@ -1,0 +1,75 @@
+"""A few kilobytes of runs are not unfolded; what tools write of routing is far from the limit."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prefetch.errors import FormatError
+from prefetch.sources.columns import open_columns
+from prefetch.trace.card import plain_card
+from prefetch.trace.packed import check_packed
+from prefetch.trace.parquet import TraceReader
+from prefetch.trace.provenance import Provenance
+from prefetch.trace.routing import trace_of
+from prefetch.trace.writer import TraceWriter
+
+MANY = 20_000_000
+
+
+def test_a_list_of_one_value_is_not_unfolded(tmp_path):
+    path, offsets = tmp_path / "a.parquet", pa.array([0, MANY], pa.int32())
+    ids = pa.ListArray.from_arrays(offsets, pa.array(np.zeros(MANY, np.int32)))
+    pq.write_table(pa.table({"expert_ids": ids}), path, compression="zstd")
+    assert path.stat().st_size < 1 << 16
+    columns = open_columns(path)
+    with pytest.raises(FormatError, match=r"a\.parquet: column expert_ids.*refused as a bomb"):
+        next(columns.blocks(["expert_ids"], 16))
+
+
+def test_a_shard_of_one_row_again_and_again_is_not_unfolded(tmp_path):
+    card = plain_card("toy", n_experts=16, top_k=2, layer_numbers=tuple(range(64)))
+    writer = TraceWriter(tmp_path, Provenance("real", "test"), max_dropped=1.0)
+    writer.begin(card)
+    rng = np.random.default_rng(0)
+    writer.append(trace_of(card, rng.random((8, 64, 16)).argsort(-1)[..., :2]))
+    writer.close()
+    path, about = (
+        tmp_path / "tokens-00000.parquet",
+        json.loads((tmp_path / "trace.json").read_text()),
+    )
+    table = pq.read_table(path)
+    row = pa.DictionaryArray.from_arrays(
+        pa.array(np.zeros(1 << 20, np.int8)), table.column("experts").chunk(0)[:1]
+    )
+    small = {
+        name: pa.repeat(table.column(name)[0].as_py(), 1 << 20)
+        for name in ("request", "position", "executed")
+    }
+    columns = {**small, "experts": row.dictionary_decode()}
+    pq.write_table(pa.table(columns), path, compression="zstd", use_dictionary=True)
+    about["tokens"] = about["shards"][0]["rows"] = 1 << 20
+    (tmp_path / "trace.json").write_text(json.dumps(about))
+    with pytest.raises(
+        FormatError, match=r"tokens-00000\.parquet: column experts.*refused as a bomb"
+    ):
+        TraceReader(tmp_path).load()
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_routing_is_far_from_the_limit(tmp_path, compression):
+    ids = np.random.default_rng(0).random((4096, 8, 32)).argsort(-1)[..., :4]
+    flat = pa.FixedSizeListArray.from_arrays(
+        pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), 4), 8
+    )
+    pq.write_table(
+        pa.table({"ids": flat, "request": np.zeros(4096)}),
+        tmp_path / "a.parquet",
+        compression=compression,
+    )
+    with pq.ParquetFile(tmp_path / "a.parquet") as file:
+        check_packed(file.metadata, tmp_path / "a.parquet")
+        chunk = file.metadata.row_group(0).column(0)
+        assert chunk.num_values * 8 < 20 * chunk.total_compressed_size
