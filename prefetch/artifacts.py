@@ -7,30 +7,35 @@ folder under a file lock, sealed with a manifest, and renamed into place.
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from prefetch.errors import ArtifactError
+from prefetch.errors import ArtifactError, PrefetchError
+from prefetch.manifest import (
+    MANIFEST,
+    Damaged,
+    check_files,
+    digest_of,
+    read_manifest,
+    seal,
+    sha256_of,
+)
+from prefetch.written import FULL, disk_error
 
 log = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
-RUNS = "runs"  # index of runs, wherever they wrote
 BUILDING = ".building"  # suffix of a temporary folder; only the holder of its lock may touch it
 UNFINISHED = ".unfinished"  # suffix of what an interrupted build left to go on from
 Build = Callable[[Path, Mapping[str, Path]], None]
@@ -64,7 +69,7 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        return _digest(self.identity)
+        return digest_of(self.identity)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Outside:
 
     @property
     def content_key(self) -> str:
-        return _digest(self.identity)
+        return digest_of(self.identity)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -92,11 +97,17 @@ class Outside:
         return {"kind": self.kind, "outside": True, "upstream": {}, "files": files}
 
     @property
+    def told(self) -> Mapping[str, Any]:
+        """Its identity as the store that sealed it told it, or by its content."""
+        is_sealed = (self.folder / MANIFEST).is_file()
+        return dict(read_manifest(self.folder)["identity"]) if is_sealed else self.identity
+
+    @property
     def sealed_key(self) -> str | None:
         """The key that it has in the store that sealed it; None = no store did."""
         if not (self.folder / MANIFEST).is_file():
             return None
-        return _digest(read_manifest(self.folder)["identity"])
+        return digest_of(read_manifest(self.folder)["identity"])
 
 
 @dataclass(frozen=True)
@@ -114,10 +125,16 @@ class Store:
     """`need("trace", cfg)` finds or makes; `used` remembers what a run stood on, for its lineage."""
 
     def __init__(
-        self, root: Path | str, *, makers: Mapping[str, str] | None = None, verify: bool = True
+        self,
+        root: Path | str,
+        *,
+        makers: Mapping[str, str] | None = None,
+        verify: bool = True,
+        rebuild: bool = False,
     ) -> None:
         self.root = Path(root)
         self.verify = verify
+        self.rebuild = rebuild  # what is damaged is made again, instead of an error
         self.used: dict[str, Mapping[str, Any]] = {}
         self._makers = makers or {}  # kind -> dotted name of a function from the config to a recipe
 
@@ -132,11 +149,22 @@ class Store:
             artifact = self._outside(recipe)
         else:
             folder = self.root / recipe.kind / recipe.key
-            artifact = self._found(folder) or self._build(recipe, folder)
+            artifact = self._whole(folder, is_last=False) or self._build(recipe, folder)
             with suppress(OSError):  # a store that belongs to somebody else can still be read
                 lock_path(artifact.folder).touch()  # when it was last used
+            self._note_upstream(recipe)
         self.used[f"{recipe.kind}/{artifact.key}"] = artifact.manifest["identity"]
         return artifact
+
+    def _note_upstream(self, recipe: Recipe) -> None:
+        """What it was made from was stood on too, whether this run made it or found it."""
+        for part in recipe.upstream.values():
+            if isinstance(part, Recipe):
+                self._note_upstream(part)
+                identity = json.loads(json.dumps(part.identity))  # as a manifest would tell it
+            else:
+                identity = part.told
+            self.used[f"{part.kind}/{part.key}"] = identity
 
     def has(self, recipe: Recipe | Outside) -> bool:
         """Is it there already? Nothing is made, and nothing is checked."""
@@ -156,7 +184,10 @@ class Store:
             return Artifact(recipe.kind, recipe.key, recipe.folder, {"identity": recipe.identity})
         manifest = read_manifest(recipe.folder)
         if self.verify:
-            check_files(recipe.folder, manifest)
+            try:
+                check_files(recipe.folder, manifest)
+            except Damaged as error:
+                raise Damaged(f"{error}; nothing here can make it again: get it anew") from error
         return Artifact(recipe.kind, sealed_key, recipe.folder, manifest)
 
     def _build(self, recipe: Recipe, folder: Path) -> Artifact:
@@ -164,24 +195,30 @@ class Store:
         with self._writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
-                found = self._found(folder)
+                found = self._whole(folder)  # by somebody else, while this run waited
                 if found is not None:
                     return found
+                discard(folder)
                 log.info("making %s %s", recipe.kind, folder.name)
-                temporary = folder.with_name(folder.name + BUILDING)
-                _remove(
-                    temporary
-                )  # left by a run that was killed: the lock says that nobody builds it
-                temporary.mkdir()
-                try:
-                    started = time.perf_counter()
-                    recipe.build(temporary, upstream)
-                    _seal(temporary, recipe.identity, time.perf_counter() - started)
-                    temporary.replace(folder)
-                except BaseException:
-                    _remove(temporary)
-                    raise
+                self._build_alone(recipe, folder, upstream)
         return Artifact(recipe.kind, folder.name, folder, read_manifest(folder), was_made=True)
+
+    def _build_alone(self, recipe: Recipe, folder: Path, upstream: Mapping[str, Path]) -> None:
+        temporary = building(folder)
+        temporary.mkdir()
+        try:
+            started = time.perf_counter()
+            recipe.build(temporary, upstream)
+            seal(temporary, recipe.identity, time.perf_counter() - started)
+            temporary.replace(folder)
+        except BaseException as error:
+            answer = None
+            if isinstance(error, Exception) and not isinstance(error, (OSError, PrefetchError)):
+                answer = disk_error(error, temporary)  # a library's, which may have met the disk
+            _remove(temporary)
+            if answer is not None:
+                raise answer from error
+            raise
 
     @contextmanager
     def _writing(self, folder: Path) -> Iterator[None]:
@@ -190,68 +227,36 @@ class Store:
             yield
         except OSError as error:
             is_ours = str(self.root) in str(error.filename or "")
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) or is_ours:
-                raise ArtifactError(
-                    f"{folder}: cannot be written ({error.strerror}); free the disk or pass store=DIR"
-                ) from error
+            if error.errno in FULL or is_ours:
+                is_full = error.errno in FULL and error.errno != errno.EROFS
+                advice = "free the disk or pass store=DIR" if is_full else "pass store=DIR"
+                reason = error.strerror or error
+                raise ArtifactError(f"{folder}: cannot be written ({reason}); {advice}") from error
             raise
+
+    def _whole(self, folder: Path, *, is_last: bool = True) -> Artifact | None:
+        """None = it is not there, or it is damaged and may be made again; the last look says so."""
+        try:
+            return self._found(folder)
+        except Damaged as error:
+            if self.rebuild:
+                if is_last:
+                    log.warning("%s; it is made again", error)
+                return None
+            name = f"{folder.parent.name}/{folder.name}"
+            raise Damaged(
+                f"{error}; artifacts.rebuild=true makes it again, stage=artifacts artifacts.remove={name} removes it"
+            ) from error
 
     def _found(self, folder: Path) -> Artifact | None:
         if not folder.is_dir():
             return None
         manifest = read_manifest(folder)
-        if _digest(manifest["identity"]) != folder.name:
-            raise ArtifactError(
-                f"{folder}: its manifest is that of another artifact; remove the folder"
-            )
+        if digest_of(manifest["identity"]) != folder.name:
+            raise Damaged(f"{folder}: its manifest is that of another artifact")
         if self.verify:
             check_files(folder, manifest)
         return Artifact(folder.parent.name, folder.name, folder, manifest)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        if not isinstance(manifest, dict) or not {"identity", "files", "seconds", "made"} <= set(
-            manifest
-        ):
-            raise ValueError("expected the fields identity, files, seconds, made")
-        files = manifest["files"]
-        if not files or any({"bytes", "sha256"} - files[name].keys() for name in files):
-            raise ValueError("expected files with their bytes and sha256")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"{path}: the artifact is damaged ({error}); remove the folder {folder}"
-        ) from error
-    return manifest
-
-
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Every file is there and holds the bytes that were sealed."""
-    for name, sealed in manifest["files"].items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ArtifactError(
-                f"{folder / MANIFEST}: names {name!r}, which lies outside its folder"
-            )
-        if not path.is_file():
-            raise ArtifactError(
-                f"{path}: missing from the artifact; remove the folder {folder} and run again"
-            )
-        if path.stat().st_size != sealed["bytes"] or sha256_of(path) != sealed["sha256"]:
-            raise ArtifactError(
-                f"{path}: its sha256 differs from the manifest, so the artifact is corrupted; "
-                f"remove the folder {folder} and run again"
-            )
-
-
-def sha256_of(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def library_version(name: str) -> str:
@@ -261,56 +266,6 @@ def library_version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _digest(identity: Mapping[str, Any]) -> str:
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _seal(folder: Path, identity: Mapping[str, Any], seconds: float) -> None:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    if not paths:
-        raise ArtifactError(f"{folder}: the recipe {identity['kind']} wrote no file")
-    manifest = {
-        "identity": identity,
-        "git_commit": git_commit(),
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(seconds, 3),
-        "files": {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in paths
-        },
-    }
-    for path in paths:
-        _sync(path)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    _sync(folder / MANIFEST)
-
-
-def _sync(path: Path) -> None:
-    """On disk before the rename: a power cut must not leave a sealed folder with empty files."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-@cache  # the code that runs is the code that was imported
-def git_commit() -> str | None:
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 @contextmanager
@@ -332,23 +287,18 @@ def lock_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def write_index(store: Store, *, stage: str, folder: Path, failed: bool) -> None:
-    """Enters a run into the store's index: its folder, its stage, and what it stood on."""
-    entry = {
-        "stage": stage,
-        "folder": str(folder.resolve()),
-        "failed": failed,
-        "used": sorted(store.used),
-    }
-    index = store.root / RUNS
-    try:
-        index.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(entry["folder"].encode()).hexdigest()[:16]  # type: ignore[attr-defined]
-        temporary = index / f".{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(entry, indent=1) + "\n")
-        temporary.replace(index / f"{name}.json")
-    except OSError as error:
-        log.warning("%s: the run could not be entered (%s)", index, error)
+def building(folder: Path) -> Path:
+    """Where it is built, and whence it is deleted; for the holder of its lock alone."""
+    return folder.with_name(folder.name + BUILDING)
+
+
+def discard(folder: Path) -> None:
+    """Out of sight in one step, then deleted, with what a killed run left of it; under its lock."""
+    doomed = building(folder)
+    _remove(doomed)
+    if folder.exists():
+        folder.rename(doomed)
+        _remove(doomed)
 
 
 def _remove(folder: Path) -> None:

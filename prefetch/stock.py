@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefetch.artifacts import BUILDING, RUNS, UNFINISHED, Store, lock_path, read_manifest
+from prefetch.artifacts import BUILDING, UNFINISHED, Store, discard, lock_path
 from prefetch.config import ArtifactsConfig, Config
 from prefetch.errors import ArtifactError, ConfigError
+from prefetch.manifest import MANIFEST, Damaged, check_files, read_manifest
+from prefetch.runs.index import RUNS
+from prefetch.written import left_parts
+
+KEY = re.compile("[0-9a-f]{16}")  # what has another name was put there by somebody else
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Entry:
     age_s: float
     idle_s: float  # since a run last asked for it
     folder: Path
+    damage: str | None = None  # what is wrong with it, as far as its manifest tells
 
     @property
     def name(self) -> str:
@@ -38,26 +46,46 @@ class Entry:
 
 
 def entries(store: Store) -> list[Entry]:
-    """Every sealed artifact, oldest first; damaged ones are an error that names them."""
-    found = []
-    for path in sorted(store.root.glob("*/*/manifest.json")):
-        folder, manifest = path.parent, read_manifest(path.parent)
-        if folder.name.endswith(BUILDING):
-            continue
-        upstream = manifest["identity"].get("upstream", {})
-        found.append(
-            Entry(
-                kind=folder.parent.name,
-                key=folder.name,
-                source=str(manifest["identity"].get("config", {}).get("source", "")),
-                made_from=tuple(f"{kind}/{key}" for kind, key in upstream.items()),
-                n_bytes=sum(file["bytes"] for file in manifest["files"].values()),
-                age_s=_since(path),
-                idle_s=min(_since(path), _since(lock_path(folder))),
-                folder=folder,
-            )
-        )
+    """Every sealed artifact, oldest first."""
+    found = [_entry(path) for path in sorted(store.root.glob("*/*")) if KEY.fullmatch(path.name)]
     return sorted(found, key=lambda entry: -entry.age_s)
+
+
+def _entry(folder: Path) -> Entry:
+    try:
+        manifest: dict[str, Any] = read_manifest(folder)
+        damage, n_bytes = None, sum(file["bytes"] for file in manifest["files"].values())
+    except Damaged as error:
+        manifest, damage = {"identity": {}}, str(error)
+        n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    upstream = manifest["identity"].get("upstream", {})
+    return Entry(
+        kind=folder.parent.name,
+        key=folder.name,
+        source=str(manifest["identity"].get("config", {}).get("source", "")),
+        made_from=tuple(f"{kind}/{key}" for kind, key in upstream.items()),
+        n_bytes=n_bytes,
+        age_s=_since(folder / MANIFEST),
+        idle_s=min(_since(folder / MANIFEST), _since(lock_path(folder))),
+        folder=folder,
+        damage=damage,
+    )
+
+
+def damaged(held: list[Entry]) -> list[Entry]:
+    """Those whose files are not what was sealed: every byte is read."""
+    found = []
+    for entry in held:
+        damage = entry.damage
+        try:
+            if damage is None:
+                check_files(entry.folder, read_manifest(entry.folder))
+        except Damaged as error:
+            damage = str(error)
+        if damage is not None:
+            print(damage)
+            found.append(entry)
+    return found
 
 
 def _since(path: Path) -> float:
@@ -71,7 +99,7 @@ def used_names(store: Store, held: list[Entry]) -> set[str]:
         try:
             run = json.loads(path.read_text())
             folder, stood_on = Path(run["folder"]), set(run["used"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path}: the entry of a run is damaged; remove the file"
             ) from error
@@ -87,26 +115,32 @@ def used_names(store: Store, held: list[Entry]) -> set[str]:
 
 
 def remove(entry_folder: Path) -> None:
-    """Out of sight in one step, then deleted: a reader never meets half an artifact."""
+    """A reader never meets half an artifact."""
     with FileLock(lock_path(entry_folder)):
-        doomed = entry_folder.with_name(entry_folder.name + BUILDING)
-        shutil.rmtree(doomed, ignore_errors=True)
-        entry_folder.rename(doomed)
-        shutil.rmtree(doomed)
+        discard(entry_folder)
 
 
 def sweep_remains(store: Store) -> list[Path]:
-    """Temporary folders of runs that were killed: those whose lock nobody holds."""
+    """Temporary folders of runs that were killed, whose lock nobody holds, and files that nobody is writing."""
     swept = []
+    for path in [path for folder in _folders_of_files(store) for path in left_parts(folder)]:
+        with suppress(OSError):  # somebody else's, or a disk that cannot be written: it stays
+            path.unlink()
+            swept.append(path)
     for folder in store.root.glob(f"*/*{BUILDING}"):
         lock = FileLock(lock_path(folder.with_name(folder.name.removesuffix(BUILDING))), timeout=0)
         try:
             with lock:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder)
                 swept.append(folder)
-        except Timeout:
-            continue  # somebody is building it now
+        except OSError:
+            continue  # somebody is building it now (Timeout is one), or it stays, as above
     return swept
+
+
+def _folders_of_files(store: Store) -> list[Path]:
+    """Where single files are written, and not folders: the index of runs, and rows that were kept."""
+    return [store.root / RUNS, *store.root.glob(f"*/.*{UNFINISHED}")]
 
 
 def drop_unfinished(store: Store) -> list[Path]:
@@ -116,15 +150,15 @@ def drop_unfinished(store: Store) -> list[Path]:
         key = folder.name.removeprefix(".").removesuffix(UNFINISHED)
         try:
             with FileLock(lock_path(folder.with_name(key)), timeout=0):
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder)
                 dropped.append(folder)
-        except Timeout:
+        except OSError:
             continue
     return dropped
 
 
 def run(cfg: Config, store: Store) -> None:
-    """Lists; with artifacts.remove=unused or kind/key it removes first."""
+    """Lists; with artifacts.remove=unused, damaged or kind/key it removes first."""
     try:
         for folder in sweep_remains(store):
             print(f"removed the remains of a killed run: {folder}")
@@ -146,6 +180,8 @@ def _doomed(cfg: ArtifactsConfig, held: list[Entry], used: set[str]) -> list[Ent
     wanted = cfg.remove
     if wanted is None:
         return []
+    if wanted == "damaged":
+        return damaged(held)
     if wanted == "unused":
         idle = [entry for entry in held if entry.name not in used]
         fresh = [entry for entry in idle if entry.idle_s < 60 * cfg.spare_minutes]
@@ -159,8 +195,8 @@ def _doomed(cfg: ArtifactsConfig, held: list[Entry], used: set[str]) -> list[Ent
     if len(named) != 1:
         names = ", ".join(entry.name for entry in held) or "nothing"
         raise ConfigError(
-            f"artifacts.remove={wanted}: expected 'unused' or the name of one artifact, it fits {len(named)}; "
-            f"the store holds {names}"
+            f"artifacts.remove={wanted}: expected unused, damaged or the name of one artifact, "
+            f"it fits {len(named)}; the store holds {names}"
         )
     return named
 
@@ -184,6 +220,7 @@ def _show(held: list[Entry], used: set[str], store: Store) -> None:
     for entry in held:
         age = _duration(entry.age_s)
         is_used = "yes" if entry.name in used else "no"
+        is_used = is_used if entry.damage is None else f"{is_used}, damaged"
         table.add_row(
             entry.kind,
             entry.key,

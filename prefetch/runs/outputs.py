@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from prefetch.errors import PrefetchError
 from prefetch.runs.redaction import Redactor
 from prefetch.tracking import NoTracker, Tracker, UsedArtifact
+from prefetch.written import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd  # slow to import, and not every stage makes a table
@@ -79,8 +78,9 @@ class Outputs:
         self._tracker = SafeTracker(tracker)
         self._store = store
         self._hidden = hidden or Redactor()
-        self._n_used, self._began_s = 0, time.time()
+        self._n_used = 0
         folder.mkdir(parents=True, exist_ok=True)
+        self._before = self._hidden.seen(folder)
 
     def start(self, about: About) -> None:
         self._tracker.start(about)
@@ -127,12 +127,19 @@ class Outputs:
     def finish(self, error: str | None, exit_code: int = 1, since_s: float = math.inf) -> None:
         """The last word, also where the disk is full: what the run stood on, nothing secret, and how it ended."""
         try:
-            if self._store is not None:
-                self.lineage(self._store.used, since_s)
-            self._hidden.folder(self.folder, self._began_s)
+            self._close(since_s)
+        except OSError as full:
+            if error is None:
+                raise
+            log.warning("%s", full)  # beside the error that ended the run
         finally:
             safe = () if error is None else (self._hidden.text(error), exit_code)
             self._tracker.tell("finish", *safe)
+
+    def _close(self, since_s: float) -> None:
+        if self._store is not None:
+            self.lineage(self._store.used, since_s)
+        self._hidden.folder(self.folder, self._before)
 
     def _keep_lineage(self) -> None:
         """A run that is killed later has told what it stood on until now."""
@@ -159,9 +166,7 @@ class Outputs:
 
 def write_json(path: Path, content: Any) -> None:
     """All of it or nothing: a reader never sees half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _is_number(value: object) -> bool:

@@ -110,17 +110,22 @@ class Redactor:
         for path in (*folder.glob(".hydra/*.yaml"), folder.parent / "multirun.yaml"):
             self.yaml(path)
 
-    def folder(self, folder: Path, since_s: float, leave: str = "wandb") -> None:
-        """The last resort: text files written below a folder since then that hold a known secret.
+    def seen(self, folder: Path, leave: str = "wandb") -> dict[Path, int]:
+        """The text files below a folder and when each was written, in ns; none where nothing is to be hidden."""
+        found = folder.rglob("*") if self._literals else ()
+        texts = (path for path in found if path.suffix in TEXT_FILES and not path.is_symlink())
+        ours = (path for path in texts if leave not in path.relative_to(folder).parts)
+        return {path: path.stat().st_mtime_ns for path in ours if path.is_file()}
 
-        Only what is new: a run may have been told to write where the user's own files lie.
+    def folder(self, folder: Path, before: Mapping[Path, int]) -> None:
+        """The last resort: text files below a folder, written since it was `seen`, that hold a known secret.
+
+        Only what is new: a run may have been told to write where the user's own files lie. Clocks are set back, so
+        that another time is new, not only a later one.
         """
         known = [literal.encode() for literal in self._literals]
-        for path in folder.rglob("*") if known else ():
-            inner = path.relative_to(folder).parts
-            if path.suffix not in TEXT_FILES or leave in inner or path.is_symlink():
-                continue
-            if not path.is_file() or path.stat().st_mtime < since_s:
+        for path, written_ns in self.seen(folder).items():
+            if before.get(path) == written_ns:
                 continue
             data = path.read_bytes()
             if any(literal in data for literal in known):

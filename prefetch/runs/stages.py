@@ -18,10 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prefetch import config
-from prefetch.artifacts import Store, write_index
+from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError, PrefetchError
+from prefetch.optional import broken_install
 from prefetch.runs import sweeps, typed
+from prefetch.runs.index import write_index
 from prefetch.runs.naming import About
 from prefetch.runs.redaction import Redactor
 from prefetch.runs.standing import Standing
@@ -57,7 +59,8 @@ def run_stage(cfg: DictConfig) -> dict[str, float]:
 
 
 def open_store(cfg: Config) -> Store:
-    return Store(cfg.store, makers=cfg.makers, verify=cfg.artifacts.verify)
+    asked = cfg.artifacts
+    return Store(cfg.store, makers=cfg.makers, verify=asked.verify, rebuild=asked.rebuild)
 
 
 def record(cfg: Config, folder: Path) -> dict[str, float]:
@@ -157,6 +160,7 @@ def guarded(main: Callable[[], Any]) -> int:
     if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
         print(config.overview())  # without composing anything: the answer is the same, and at once
         return 0
+    logging.raiseExceptions = False  # a log that cannot be written stops nothing, and says nothing
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
@@ -171,23 +175,28 @@ def guarded(main: Callable[[], Any]) -> int:
             sweeps.close(sys.argv[1:])
     except BrokenPipeError:
         return _mute()
-    except (OSError, HydraException, OmegaConfBaseException, PrefetchError) as error:
-        if wants_traceback:
-            raise
-        return _report(error)
-    except RuntimeError as error:
-        if "srun" not in str(error) or wants_traceback:
-            raise
-        return _report(
-            ConfigError(
-                "hydra/launcher: Slurm is not on this machine (no srun); try submitit_local"
-            )
-        )
     except KeyboardInterrupt:
         signal.setitimer(signal.ITIMER_REAL, 0)
         print("interrupted; what was finished is kept, run again to go on", file=sys.stderr)
         return 130
+    except Exception as error:
+        known = _known(error)
+        if known is None or wants_traceback:
+            raise
+        return _report(known)
     return 0
+
+
+def _known(error: Exception) -> Exception | None:
+    """What whoever typed can do something about; None = a slip of ours."""
+    if isinstance(error, (OSError, HydraException, OmegaConfBaseException, PrefetchError)):
+        return error
+    if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
+        return error.__cause__  # Hydra could not open its log
+    if isinstance(error, RuntimeError) and "srun" in str(error):
+        no_slurm = "hydra/launcher: Slurm is not on this machine (no srun); try submitit_local"
+        return ConfigError(no_slurm)
+    return broken_install(error)
 
 
 def _interrupt(*_: Any) -> None:

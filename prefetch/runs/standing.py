@@ -12,7 +12,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +21,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from prefetch import __version__
-from prefetch.artifacts import git_commit
 from prefetch.errors import ConfigError
+from prefetch.manifest import git_commit
 from prefetch.runs.outputs import write_json
 from prefetch.runs.redaction import Redactor
+from prefetch.written import left_parts, write_whole
 
 log = logging.getLogger(__name__)
 NAME, LOCK = "run.json", ".run.lock"
@@ -38,7 +39,8 @@ class Standing:
     stage: str
     words: Sequence[str]  # what was typed behind scripts/run.py
     settings: Mapping[str, Any]  # all of them, resolved
-    _began_s: float = field(default=0.0, init=False)
+    _began_s: float = field(default=0.0, init=False)  # since 1970
+    _clock_s: float = field(default=0.0, init=False)  # the same on a clock that nobody sets
 
     def about(self) -> dict[str, Any]:
         """What makes two runs the same run."""
@@ -55,7 +57,7 @@ class Standing:
     def done(self) -> dict[str, float] | None:
         """The metrics of the same run, where this folder holds it whole."""
         told, metrics = self._told(), read(self.folder / "metrics.json")
-        same = told.get("state") == FINISHED and (self.folder / "metrics.json").exists()
+        same = told.get("state") == FINISHED and bool(metrics)  # a power cut may have emptied it
         same = same and all(told.get(name) == value for name, value in self.about().items())
         return metrics if same else None
 
@@ -94,10 +96,11 @@ class Standing:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """The run itself: how it ended is written down, whatever ended it."""
-        self._began_s = time.time()
+        self._began_s, self._clock_s = time.time(), time.monotonic()
         with self._alone():
-            for name in ("error.txt", "metrics.json"):  # of an attempt before this one
-                (self.folder / name).unlink(missing_ok=True)
+            of_before = (self.folder / name for name in ("error.txt", "metrics.json"))
+            for path in (*of_before, *left_parts(self.folder, alone=True)):
+                path.unlink(missing_ok=True)
             self._write(RUNNING, None)
             try:
                 yield
@@ -111,8 +114,9 @@ class Standing:
 
     def _end(self, state: str, error: str) -> None:
         error = Redactor(self.settings).text(error)
-        (self.folder / "error.txt").write_text(error + "\n")  # the console forgets
-        self._write(state, error)
+        with suppress(OSError):  # the disk may be what failed: the error itself is still to be told
+            self._write(state, error)
+            write_whole(self.folder / "error.txt", error + "\n")  # the console forgets
 
     def _write(self, state: str, error: str | None) -> None:
         entry = {
@@ -121,7 +125,7 @@ class Standing:
             "error": error,
             "command": command(Redactor(self.settings).words(self.words)),
             "began": datetime.fromtimestamp(self._began_s, UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - self._began_s, 3),
+            "seconds": round(time.monotonic() - self._clock_s, 3),
             "process": os.getpid(),
         }
         write_json(self.folder / NAME, entry)
@@ -131,7 +135,7 @@ def read(path: Path) -> dict[str, Any]:
     """What stands in a file of ours; nothing where there is none, or a torn one."""
     try:
         told = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return dict(told) if isinstance(told, dict) else {}
 

@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prefetch import config
 from prefetch.config import Config
-from prefetch.errors import ConfigError, PrefetchError
+from prefetch.errors import ConfigError, PrefetchError, one_line
+from prefetch.written import FULL
 
 SWEEP = ("-m", "--multirun")
 READS_TRACE_AND_SOURCE = ("traces",)  # stages: one as it is, the other beside it
@@ -60,17 +61,24 @@ def refuse(words: Sequence[str]) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """One line that says what was wrong and lists what exists."""
+    """One line that says what was wrong and lists what exists; whatever was typed, it stays one."""
+    return one_line(_explained(error))
+
+
+def _explained(error: BaseException) -> str:
     if isinstance(error, PrefetchError):
         return str(error)
     if isinstance(error, OSError) and not isinstance(error, HydraException):
-        return f"{error.filename or 'input or output'}: {error.strerror or error}"
+        advice = (
+            "; free the disk, or pass hydra.run.dir=DIR store=DIR" if error.errno in FULL else ""
+        )
+        return f"{error.filename or 'input or output'}: {error.strerror or error}{advice}"
     text = str(error)
     if isinstance(error.__cause__, OmegaConfBaseException):
         text = f"{text}; {error.__cause__}"
     line = text.split("Config search path")[0]
     for noise in (
-        r"To append to your config use \S+",
+        r"To append to your (config|default list) use \S+",
         r"(object|reference)_type=\S+",
         r"See https\S+ for \w+",
     ):

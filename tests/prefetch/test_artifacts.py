@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,17 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from prefetch.artifacts import (
-    MANIFEST,
-    Outside,
-    Recipe,
-    Store,
-    check_files,
-    lock_path,
-    write_index,
-)
+from prefetch.artifacts import Outside, Recipe, Store, lock_path
 from prefetch.config import ArtifactsConfig
 from prefetch.errors import ArtifactError, ConfigError
+from prefetch.manifest import MANIFEST, check_files
+from prefetch.runs.index import write_index
 from prefetch.stock import entries, run, used_names
 
 
@@ -98,6 +93,92 @@ def test_a_manifest_that_leads_outside_its_folder_is_refused(tmp_path, name):
     manifest = {"files": {name: {"bytes": 1, "sha256": "0" * 64}}}
     with pytest.raises(ArtifactError, match="which lies outside its folder"):
         check_files(tmp_path, manifest)
+
+
+def test_what_is_damaged_is_made_again_on_request(tmp_path, caplog):
+    held, built = Store(tmp_path).make(recipe()), []
+    path = held.folder / "deep" / "value.txt"
+    path.write_text("2 []")
+    with pytest.raises(ArtifactError, match=r"artifacts\.rebuild=true makes it again"):
+        Store(tmp_path).make(recipe(built=built))
+    again = Store(tmp_path, rebuild=True).make(recipe(built=built))
+    assert (again.was_made, built, path.read_text()) == (True, [1], "1 []")
+    assert [record.message.count("value.txt: its sha256 differs") for record in caplog.records] == [
+        1
+    ]
+    assert not Store(tmp_path, rebuild=True).make(recipe(built=built)).was_made and built == [1]
+
+
+def test_any_byte_of_a_manifest_counts(tmp_path):
+    """Its own sum finds what the sums of the files do not: a time, a commit."""
+    path = Store(tmp_path).make(recipe()).folder / MANIFEST
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(
+            ArtifactError, match=r"manifest\.json: the artifact is damaged|another artifact"
+        ):
+            Store(tmp_path).make(recipe())
+    old = json.loads(whole)
+    path.write_text(
+        json.dumps({name: old[name] for name in old if name != "sum"})
+    )  # of older stores
+    assert not Store(tmp_path).make(recipe()).was_made
+
+
+def test_a_folder_of_the_user_s_own_is_not_made_again(tmp_path):
+    made = Store(tmp_path / "store").make(recipe())
+    (made.folder / "deep" / "value.txt").write_text("2 []")
+    with pytest.raises(ArtifactError, match=r"value\.txt: its sha256 differs.*get it anew"):
+        Store(tmp_path / "other", rebuild=True).make(Outside("toy", made.folder))
+    assert made.folder.exists()
+
+
+def test_damaged_artifacts_are_listed_and_removed_on_request(tmp_path, capsys):
+    store = Store(tmp_path)
+    whole, changed, torn = (store.make(recipe(value)).folder for value in (1, 2, 3))
+    (changed / "deep" / "value.txt").write_text("9 []")
+    (torn / MANIFEST).write_text("{")
+    foreign = tmp_path / "toy" / "notes"
+    foreign.mkdir()
+    run(Cfg(None), store)
+    assert capsys.readouterr().out.count("no, damaged") == 1, "files are read on request only"
+    run(Cfg("damaged"), store)
+    said = capsys.readouterr().out
+    assert "value.txt: its sha256 differs" in said and "manifest.json: the artifact is" in said
+    assert whole.exists() and foreign.exists() and not changed.exists() and not torn.exists()
+    assert list(tmp_path.glob("toy/*.building")) == []
+
+
+def test_a_library_that_meets_a_full_disk_is_understood(tmp_path):
+    def build(folder, above):
+        raise RuntimeError("Error while serializing: I/O error (os error 28)")
+
+    with pytest.raises(ArtifactError, match=r"No space left.*pass store=DIR"):
+        Store(tmp_path).make(Recipe("toy", 1, {}, build))
+
+
+def test_what_was_stood_on_is_the_same_whether_it_was_made_or_found(tmp_path):
+    top = recipe(2, upstream={"low": recipe(1)})
+    first, second = Store(tmp_path), Store(tmp_path)
+    first.make(top), second.make(top)
+    assert first.used == second.used and len(first.used) == 2
+
+
+def test_the_list_sweeps_what_killed_writers_left_of_single_files(tmp_path):
+    store = Store(tmp_path)
+    store.make(recipe())
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait(60)
+    left = [
+        f".x.json-{socket.gethostname()}-{process}-1.part" for process in (gone.pid, os.getpid())
+    ]
+    for folder in (tmp_path / "runs", tmp_path / "cells" / ".code.unfinished"):
+        folder.mkdir(parents=True)
+        for name in left:
+            (folder / name).touch()
+        run(Cfg(None), store)
+        assert [path.name for path in folder.iterdir()] == left[1:], "somebody is writing the other"
 
 
 def test_a_missing_file_and_a_damaged_manifest_are_named(tmp_path):
@@ -281,3 +362,56 @@ def test_a_store_of_somebody_else_can_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "touch", refuse)
     assert Store(tmp_path).make(recipe()).folder == made.folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": []},
+        {"identity": {"config": 5}},
+        {"identity": {"upstream": [1]}},
+        {"identity": {"config": {"a": float("nan")}}},
+        {"files": ["a"]},
+        {"files": {"a": {"bytes": [], "sha256": "x"}}},
+        {"files": {"a": {"bytes": "5", "sha256": "x"}}},
+        {"files": 5},
+    ],
+)
+def test_a_manifest_of_odd_values_is_damaged_and_ends_no_list(tmp_path, change):
+    store = Store(tmp_path)
+    folder = store.make(recipe()).folder
+    manifest = json.loads((folder / MANIFEST).read_text()) | change
+    manifest.pop("sum", None)  # as older versions sealed
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (entry,) = entries(store)
+    assert entry.damage is not None and MANIFEST in entry.damage
+    with pytest.raises(ArtifactError, match="damaged"):
+        store.make(recipe())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_json_of_brackets_is_damage_wherever_it_stands(tmp_path, text):
+    store = Store(tmp_path)
+    folder = store.make(recipe()).folder
+    (folder / MANIFEST).write_text(text)
+    (entry,) = entries(store)
+    assert entry.damage is not None
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "0.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"0\.json"):
+        used_names(store, [])
+
+
+def test_what_somebody_else_left_stays_and_the_rest_is_listed(tmp_path, monkeypatch, capsys):
+    store = Store(tmp_path)
+    held = store.make(recipe())
+    remains = held.folder.with_name("0123456789abcdef.building")
+    remains.mkdir()
+
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("prefetch.stock.shutil.rmtree", refuse)
+    run(Cfg(None), store)
+    said = capsys.readouterr().out
+    assert remains.exists() and "removed" not in said and held.key in said

@@ -177,6 +177,7 @@ def test_a_run_ends_for_its_tracker_even_where_nothing_can_be_written(tmp_path):
     store, tracker = Store(tmp_path / "store"), Recorder(tmp_path)
     outputs = Outputs(tmp_path / "run", tracker, store=store)
     (tmp_path / "run").rmdir()  # as a disk that is gone
-    with pytest.raises(OSError, match=r"lineage\.json"):
-        outputs.finish("OSError: no space", 1)
+    outputs.finish("OSError: no space", 1)  # the error that ended it is the one to be told
     assert tracker.told["end"] == ("OSError: no space", 1)
+    with pytest.raises(OSError, match=r"lineage\.json"):
+        outputs.finish(None)

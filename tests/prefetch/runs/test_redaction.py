@@ -152,10 +152,16 @@ def test_files_that_somebody_else_wrote_are_the_last_resort(tmp_path):
     (folder / "summary.md").write_text("from xyzzy, and much more text after it\n")
     (folder / "picture.png").write_bytes(b"\x89 xyzzy")
     (folder / "mine.yaml").write_text("token: xyzzy\n")  # of the user, from before the run
-    os.utime(folder / "mine.yaml", (100, 100))
+    (folder / "again.md").write_text("xyzzy\n")
+    before = {
+        folder / name: (folder / name).stat().st_mtime_ns for name in ("mine.yaml", "again.md")
+    }
+    assert hidden.seen(folder).items() >= before.items()
+    os.utime(folder / "again.md", (100, 100))  # written since, by a clock that was set back
     (tmp_path / "elsewhere.json").write_text('"xyzzy"')
     (folder / "link.json").symlink_to(tmp_path / "elsewhere.json")
-    hidden.folder(folder, 200.0)
+    hidden.folder(folder, before)
+    assert (folder / "again.md").read_text() == f"{HIDDEN}\n"
     assert (folder / "summary.md").read_text() == f"from {HIDDEN}, and much more text after it\n"
     assert (folder / "picture.png").read_bytes() == b"\x89 xyzzy"
     assert (folder / "mine.yaml").read_text() == "token: xyzzy\n"
