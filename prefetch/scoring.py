@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from prefetch.agreement import Agreement
 from prefetch.trace.routing import DECODE, RoutingTrace, no_expert
 
-TRAIN, TEST, LEFT_OUT, VALIDATION = 0, 1, 2, 3  # parts; what is left out repeats an earlier request
+TRAIN, TEST, LEFT_OUT = 0, 1, 2  # parts; what is left out repeats an earlier request
 FOLDS = 5
 TIME_SHARES = (0.6, 0.7)  # of the rows, where a split is in time: train ends, validation ends
 TEMPLATE_POSITIONS = 4096  # from the start: later positions are not looked at

@@ -191,8 +191,8 @@ def test_cells_that_are_no_numbers_cost_nothing_but_the_model(tmp_path, row):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"peak_hbm_bw_tbs": "fast"}, {"peak_hbm_bw_tbs": 0}, {"max_achievable_tflops": [1]},
-            {"max_achievable_tflops": {"matrix_bf16": -5}}]
+    "bad", [{"peak_hbm_bw_tbs": "fast"}, {"peak_hbm_bw_tbs": 0}, {"peak_hbm_bw_tbs": 1e308},
+            {"max_achievable_tflops": [1]}, {"max_achievable_tflops": {"matrix_bf16": -5}}]
 )  # fmt: skip
 def test_peaks_that_are_none_are_named(tmp_path, bad):
     with pytest.raises(FormatError, match=r"metadata.*(expected a number over 0)"):

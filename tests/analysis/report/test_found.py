@@ -36,7 +36,7 @@ def test_the_latest_of_the_index_wherever_they_wrote(tmp_path):
         )
         enter(tmp_path / "store", folder, 1000 + i)
     shutil.rmtree(tmp_path / "run3")
-    (tmp_path / "store" / "runs" / "broken.json").write_text("{")
+    (tmp_path / "store" / "runs" / "broken.json").write_text(json.dumps({"folder": "x" * 5000}))
     found = find("latest:2", tmp_path / "store")
     assert [run.folder.name for run in found.runs] == ["run1", "run2"]
     assert found.gone == 1 and [one.place.name for one in found.unreadable] == ["broken.json"]

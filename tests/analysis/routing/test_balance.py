@@ -199,6 +199,19 @@ def test_state_takes_both_significance_and_size() -> None:
     assert set(load_of([900_000, 1_000_000], 1_900_000).state) == {"balanced"}  # sure, small
     states = list(load_of([100, 1000, 1000, 3900], 6000).state)
     assert states == ["underused", "balanced", "balanced", "overused"]
+
+
+def test_one_token_is_as_far_off_as_it_is():
+    """One choice of four: 3/4 above its mean, in spreads of sqrt(1/4 x 3/4)."""
+    z = load_of([1, 0, 0, 0], 1).z.to_numpy()
+    assert z == pytest.approx(np.array([0.75, -0.25, -0.25, -0.25]) / np.sqrt(3 / 16))
+
+
+def test_half_and_twice_the_even_share_are_still_balanced():
+    counts_LE = np.array([[500, 2000, 750, 750], [499, 2001, 750, 750]])
+    table = load(counts_LE, np.array([4000, 4000]), 1, card_of(2, 4, 1))
+    assert table.state[:4].tolist() == ["balanced"] * 4 and (table.q_value[:4] < 0.01).all()
+    assert table.state[4:].tolist() == ["underused", "overused", "balanced", "balanced"]
     assert set(load_of([100, 1000, 1000, 3900], 6000, under=0.01, over=3).state) == {"balanced"}
 
 

@@ -25,6 +25,7 @@ from analysis.routing.cache import (
     capacity_for,
     reuse_distances,
 )
+from prefetch.errors import MissingData
 from prefetch.trace.card import ModelCard, plain_card
 from prefetch.trace.routing import DECODE, RoutingTrace, trace_of
 
@@ -151,6 +152,32 @@ def test_the_optimum_refuses_what_it_did_not_see_before() -> None:
         OptimalCurve(plan, first).merge(OptimalCurve(plan, first))
     with pytest.raises(ValueError, match="the same rows"):
         cache_curves(*counted([[]], plan), optimal_of(trace, plan))
+
+
+def test_the_optimum_of_some_layers_is_theirs() -> None:
+    """Also where eight layers go together, and where the last ones are fewer."""
+    trace = drawn(120, n_layers=11, n_experts=16)
+    plan = plan_of(trace)
+    first, whole = FirstUses(plan), optimal_of(trace, plan)
+    accumulate(trace, plan, [first])
+    together = OptimalCurve(plan, first)
+    for layers in (range(0, 9), range(9, 11)):
+        part = OptimalCurve(plan, first).of_layers(layers)
+        accumulate(trace, plan, [part])
+        together.take(layers, part.stacks.hist_LCD)
+    np.testing.assert_array_equal(together.stacks.hist_LCD, whole.stacks.hist_LCD)
+
+
+def test_more_rows_than_the_optimum_can_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = drawn(50)
+    plan = plan_of(trace)
+    first = FirstUses(plan)
+    accumulate(trace, plan, [first])
+    monkeypatch.setattr("analysis.routing.cache.MOST_EVENTS", 51)
+    OptimalCurve(plan, first)
+    monkeypatch.setattr("analysis.routing.cache.MOST_EVENTS", 50)
+    with pytest.raises(MissingData, match="up to 50"):
+        OptimalCurve(plan, first)
 
 
 def optimal_of(trace: RoutingTrace, plan: Plan) -> OptimalCurve:

@@ -30,7 +30,7 @@ from analysis.routing.significance import q_values
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
 from prefetch.trace.card import plain_card
-from prefetch.trace.routing import RoutingTrace, trace_of
+from prefetch.trace.routing import DECODE, PREFILL, RoutingTrace, trace_of
 
 
 def traced(ids_TLK: NDArray[Any], n_experts: int, per_request: int = 20, **of: Any) -> RoutingTrace:
@@ -73,6 +73,47 @@ def test_counts_are_those_taken_by_hand(seed: int, top_k: int) -> None:
     found = counted(trace, plan)
     np.testing.assert_array_equal(found.pairs_CLEE(), slow_CLEE)
     np.testing.assert_array_equal(found.tokens_CL(), slow_CL)
+
+
+def test_the_strongest_pair_is_that_of_the_tested_ones() -> None:
+    """And every pair that was seen, however rarely, or that chance would have shown, has its row."""
+    found = counted(random_trace(5, n_requests=14, tokens=12, n_experts=12, top_k=3, skew=1.5))
+    summary, pairs = found.summary(), found.pairs()
+    pairs_LEE = found.pairs_CLEE().sum(axis=0)
+    for row in summary.itertuples():
+        own = pairs[pairs.layer == row.layer]
+        seen = {(a, b) for a, b in combinations(range(12), 2) if pairs_LEE[row.layer, a, b]}
+        listed = own[own["count"] > 0]
+        assert set(zip(listed.expert_a, listed.expert_b, strict=True)) == seen
+        assert (own["count"].min() == 1) and (own.expected[own["count"] == 0] >= 5).all()
+        tested = own[own.q_value.notna()]
+        best = tested.loc[tested.lift.idxmax()]
+        assert row.pairs_tested == len(tested) < len(own)
+        assert row.strongest_lift == best.lift == tested.lift.max()
+        assert (row.expert_a, row.expert_b) == (best.expert_a, best.expert_b)
+
+
+def test_chance_leaves_everybody_their_partners_however_few() -> None:
+    """Also where the busiest is in a little more than half of all pairs."""
+    rng = np.random.default_rng(0)
+    x_NE = rng.exponential(1, (300, 5)) * np.where(np.arange(5), 0.5, rng.uniform(1, 5, (300, 1)))
+    partners_NE = x_NE * (x_NE.sum(axis=1, keepdims=True) - x_NE)
+    partners_NE = partners_NE[partners_NE.max(axis=1) >= 1]  # as counts have it
+    found_NE = factors(partners_NE)
+    left_NE = found_NE * (found_NE.sum(axis=1, keepdims=True) - found_NE)
+    np.testing.assert_allclose(left_NE, partners_NE, rtol=1e-7)
+
+
+@pytest.mark.parametrize("phase", [PREFILL, DECODE])
+def test_a_trace_of_one_phase_is_counted_as_any_other(phase: int) -> None:
+    made = random_trace(3, n_requests=8, tokens=6, n_experts=6, top_k=2)
+    one = trace_of(made.card, made.ids_TLK, request_T=made.request_T, phase_T=phase)
+    plan = plan_of(one)
+    is_test_T = plan.split.parts(one, np.arange(one.n_tokens)) == TEST
+    found = counted(one, plan)
+    assert found.tokens_CL().tolist() == [[(~is_test_T).sum()] * 4, [is_test_T.sum()] * 4]
+    own_CL = found.pairs_CLEE().diagonal(axis1=2, axis2=3).sum(axis=2)
+    assert (own_CL == 2 * found.tokens_CL()).all()
 
 
 def test_no_batch_changes_a_number() -> None:

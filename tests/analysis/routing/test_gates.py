@@ -317,3 +317,27 @@ def test_the_embedded_model_from_its_folder(collect, tmp_path):
     (reader.folder / "router_weights.safetensors").unlink()
     with pytest.raises(MissingData, match="no router weights"):
         recorded_gates(reader)
+
+
+def test_ranks_are_exact_where_float32_cannot_tell():
+    """Whole numbers with many ties, and logits that are off by less than the slack: the exact products decide."""
+    rng, (n_tokens, n_experts, top_k, nobody) = np.random.default_rng(0), (400, 9, 2, 255)
+    x_TD = rng.integers(-2, 3, (n_tokens, 3)).astype(np.float32)
+    gate_ED = rng.integers(-2, 3, (n_experts, 3)).astype(np.float32)
+    exact_TE = x_TD @ gate_ED.T
+    logits_TE = exact_TE + rng.uniform(-0.4, 0.4, exact_TE.shape).astype(np.float32)
+    logits_TE[7], slack_T = np.nan, np.ones(n_tokens)
+    ids_TK = np.argsort(rng.random((n_tokens, n_experts)), axis=1)[:, :top_k].astype(np.uint8)
+    ids_TK[rng.random(ids_TK.shape) < 0.1] = nobody
+    group_T = rng.integers(-1, 2, n_tokens)
+    group_T[7] = 0
+    expected_GC = np.zeros((2, 4), np.int64)
+    for t in np.flatnonzero(group_T >= 0):
+        chosen = [e for e in ids_TK[t].tolist() if e != nobody]
+        order = np.argsort(-exact_TE[t], kind="stable").tolist()
+        ranks = [n_experts if t == 7 else order.index(e) for e in chosen]
+        hits = sum(r < top_k for r in ranks), sum(r < 2 * top_k for r in ranks)
+        expected_GC[group_T[t]] += [len(chosen) > 0, len(chosen), *hits]
+    counts_GC = np.zeros_like(expected_GC)
+    gates._count_hits(x_TD, gate_ED, logits_TE, slack_T, ids_TK, nobody, group_T, counts_GC)
+    assert counts_GC.tolist() == expected_GC.tolist()

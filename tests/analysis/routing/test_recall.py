@@ -9,7 +9,7 @@ from analysis.routing.recall import PREDICTORS, Recall, recall_from_counts, smoo
 from analysis.routing.statistics import Usage
 from analysis.routing.transitions import Transitions
 from prefetch.errors import MissingData
-from prefetch.scoring import TEST, TRAIN
+from prefetch.scoring import TEST, TRAIN, bootstrap
 from prefetch.trace.card import plain_card
 from prefetch.trace.routing import RoutingTrace, trace_of
 
@@ -144,6 +144,46 @@ def test_batches_and_merging_change_nothing(max_rows):
         two.add(part)
     one.merge(two)
     assert one.curve().equals(whole.curve()) and one.summary().equals(whole.summary())
+
+
+def test_an_interval_is_that_of_the_tested_requests_that_have_a_pair(monkeypatch):
+    """Popularity by hand, request by request; one tested request has experts in its first layer only."""
+    trace = random_trace(9, n_requests=60)
+    ids = trace.ids_TLK.astype(int)
+    alone, *tested = plan_of(trace).split.test_requests.tolist()
+    ids[trace.request_T == alone, 1:] = -1
+    trace = trace_of(trace.card, ids, request_T=trace.request_T)
+    found, ids = scored(trace), trace.ids_TLK
+    is_train_T = found.plan.split.parts(trace, np.arange(len(ids))) == TRAIN
+    hits_R, of_R = np.zeros(len(tested), np.int64), np.zeros(len(tested), np.int64)
+    for layer in (1, 2, 3):
+        used_E = np.bincount(ids[is_train_T, layer].ravel(), minlength=16)
+        guess = np.argsort(-used_E, kind="stable")[:3]
+        for place, request in enumerate(tested):
+            own = ids[trace.request_T == request, layer]
+            hits_R[place] += np.isin(own, guess).sum()
+            of_R[place] += own.size
+    expected = bootstrap(hits_R, of_R, seed=found.plan.seed)
+    assert found.interval("popularity", 1) == pytest.approx(expected, abs=1e-12)
+    assert found.recall("popularity", 1, 3).mean() == pytest.approx(hits_R.sum() / of_R.sum())
+    assert np.isnan(found.interval("markov_shuffled", 1)).all()
+    monkeypatch.setattr("analysis.routing.recall.bootstrap", lambda *_, **__: (-0.5, 1.5))
+    assert found.interval("popularity", 1) == (0.0, 1.0)
+
+
+def test_template_and_new_text_are_told_apart():
+    """The template is guessed by who is popular there; the rest is drawn anew."""
+    ids = random_trace(3, n_requests=40, tokens=40).ids_TLK.copy().reshape(40, 40, 4, 3)
+    ids[:, :12] = [[0, 1, 2]] * 4
+    card = random_trace().card
+    trace = trace_of(card, ids.reshape(-1, 4, 3), request_T=np.arange(1600) // 40)
+    rows = scored(trace).summary().query("predictor == 'previous_token'").set_index("part")
+    assert rows.recall_at_k["template"] > 0.9 > 0.6 > rows.recall_at_k["new_text"]
+
+
+def test_widths_are_those_that_there_are():
+    assert set(scored(random_trace(8)).table().width) == {3, 6, 12}
+    assert set(scored(random_trace(8, n_experts=8)).table().width) == {3, 6, 8}
 
 
 def test_recall_rises_with_the_width_to_one():

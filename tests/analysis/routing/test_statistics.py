@@ -1,6 +1,7 @@
 """The sixteen statistics of the guide, held against the files that define them, and what stands beside them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from hypothesis.extra.numpy import arrays
 from routing_traces import odd_traces, random_trace
 from scipy import stats
 
-from analysis.routing.batch import accumulate, plan_of
+from analysis.routing.batch import accumulate, batches, plan_of
 from analysis.routing.statistics import (
     GUIDE_FIELDS,
     Usage,
+    classes,
     coverage,
     entropy_bits,
     gini,
@@ -67,6 +69,22 @@ def test_entropy_of_an_even_and_of_a_single_use():
     assert table.gini.tolist() == [0.0, 0.75]
     assert table.coverage_95.tolist() == [4.0, 1.0]
     assert table.zero_usage_experts.tolist() == [0, 3]
+    assert entropy_bits(np.array([[1, 0], [0, 0]]))[0] == 0, "one choice is no surprise"
+
+
+def test_a_layer_in_numbers_that_can_be_checked_by_hand():
+    row = layer_statistics(np.array([[0, 1, 3, 8]]), card(1, 4)).loc[0]
+    assert (row["mean"], row["min_usage"], row["max_usage"]) == (3, 0, 8)
+    assert row["std"] == pytest.approx(np.sqrt((9 + 4 + 0 + 25) / 4))
+    assert row["coefficient_of_variation"] == pytest.approx(row["std"] / 3)
+    assert (row["q25"], row["median"], row["q75"], row["iqr"]) == (0.75, 2, 4.25, 3.5)
+    assert (row["active_experts"], row["expert_diversity"], row["total_usage"]) == (3, 0.75, 12)
+    bits = (np.log2(12) + 3 * np.log2(4) + 8 * np.log2(1.5)) / 12
+    assert row["entropy_bits"] == pytest.approx(bits)
+    assert row["normalized_entropy"] == pytest.approx(bits / 2)
+    assert row["effective_experts"] == pytest.approx(2**bits)
+    assert (row["max_over_mean"], row["max_violation"]) == pytest.approx((8 / 3, 5 / 3))
+    assert [row[f"coverage_{share}"] for share in (50, 80, 90, 95)] == [1, 2, 2, 3]
 
 
 def test_the_committed_statistics_of_switch_are_reproduced(real_data):
@@ -140,8 +158,41 @@ def test_classes_add_up_and_the_first_choice_is_that_of_the_largest_weight():
         assert (usage.counts(first=True)[layer] == np.bincount(first[:, layer], minlength=16)).all()
         decode = ids[trace.phase_T == 1, layer].ravel()
         assert (usage.counts("decode")[layer] == np.bincount(decode, minlength=16)).all()
-    assert (usage.counts(part=TRAIN) + usage.counts(part=TEST) == usage.counts()).all()
+    is_test_T = np.isin(trace.request_T, plan.split.test_requests)
+    for part, rows in ((TEST, is_test_T), (TRAIN, ~is_test_T)):
+        want_LE = [np.bincount(ids[rows, layer].ravel(), minlength=16) for layer in range(4)]
+        assert (usage.counts(part=part) == want_LE).all()
+        prefill = ids[rows & (trace.phase_T == 0), 2].ravel()
+        found = usage.counts("prefill", part=part)[2]
+        assert (found == np.bincount(prefill, minlength=16)).all()
+        assert (usage.tokens(part=part) == rows.sum()).all()
+    first, later = Usage(plan), Usage(plan)
+    for place, batch in enumerate(batches(trace, plan, "weights", max_rows=100)):
+        (first if place < 4 else later).add(batch)
+    first.merge(later)
+    assert (first.counts_CLE == usage.counts_CLE).all()
+    assert (first.first_CLE == usage.first_CLE).all()
+    assert (first.tokens_CL == usage.tokens_CL).all()
     assert (usage.tokens() == 1200).all() and (usage.tokens("prefill") == 600).all()
+
+
+def test_a_class_is_part_phase_and_template() -> None:
+    part_T, phase_T, template_T = np.indices((3, 2, 2)).reshape(3, -1)
+    block = SimpleNamespace(phase_T=phase_T)
+    batch = SimpleNamespace(block=block, is_template_T=template_T > 0, part_T=part_T)
+    class_T = classes(batch)  # type: ignore[arg-type]
+    assert sorted(class_T) == list(range(12)) and (class_T % 2 == template_T).all()
+    assert (class_T // 4 == part_T).all() and (class_T // 2 % 2 == phase_T).all()
+
+
+def test_tokens_are_rows_with_an_expert_there() -> None:
+    trace = random_trace(n_requests=6, tokens=10)
+    ids = trace.ids_TLK.astype(int)
+    ids[::7, 1], ids[::5, 2, 0] = -1, -1
+    found = statistics(trace_of(trace.card, ids, request_T=trace.request_T))
+    rows = found[(found.phase == "all") & (found.choices == "all")]
+    assert rows.tokens.tolist() == [60, 60 - 9, 60, 60]
+    assert rows.total_usage.tolist() == [180, 180 - 27, 180 - 12, 180]
 
 
 @pytest.mark.parametrize("name", odd_traces())

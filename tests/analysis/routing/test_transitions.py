@@ -8,7 +8,7 @@ from routing_traces import chain, odd_traces, random_trace, real_trace
 from scipy.stats import hypergeom, skew
 
 from analysis.routing.batch import accumulate, batches, plan_of
-from analysis.routing.pairs import control, count_pairs, information, shuffled
+from analysis.routing.pairs import SKIP, control, count_pairs, information, shuffled
 from analysis.routing.transitions import NextTokens, Transitions, next_tokens, transitions
 from prefetch.errors import MissingData
 from prefetch.scoring import TEST, TRAIN
@@ -70,6 +70,16 @@ def test_what_tells_nothing_leaves_everything_open_however_few_tokens(n_experts,
     assert row.conditional_entropy_bits == max(0, min(row.entropy_bits, row.entropy_bits - beyond))
 
 
+def test_a_horizon_is_at_least_one_layer():
+    plan = plan_of(random_trace(n_requests=2))
+    for horizons in ((), (0,), (2, 0)):
+        with pytest.raises(ValueError, match="at least one layer"):
+            Transitions(plan, horizons)
+    assert Transitions(plan, (3, 9)).horizons == (3,)
+    with pytest.raises(MissingData, match="no later layer"):
+        Transitions(plan, (4,))
+
+
 def test_one_token_tells_no_entropy_of_others():
     row = transitions(random_trace(n_requests=1, tokens=1), (1,)).iloc[0]
     told = [name for name in row.index if name.endswith("_bits") and "plugin" not in name]
@@ -98,6 +108,48 @@ def test_a_row_without_a_first_choice_still_has_its_others():
         changed = np.mean([a[0] != b[0] for a, b in steps])
         assert table.transition_rate[layer] == pytest.approx(changed)
         assert table.persistence[layer] == pytest.approx(1 - changed)
+        alike = [len(set(a) & set(b)) for a, b in steps]
+        assert table.same_set[layer] == pytest.approx(np.mean([n == 2 for n in alike]))
+        assert table.jaccard[layer] == pytest.approx(np.mean([n / (4 - n) for n in alike]))
+
+
+def test_what_is_counted_later_is_in_the_next_table():
+    trace = random_trace(n_requests=6, tokens=10)
+    plan = plan_of(trace)
+    made = [(Transitions(plan, (1,)), NextTokens(plan)) for _ in range(3)]
+    parts = list(batches(trace, plan, max_rows=20))
+    for batch in parts:
+        for one in made[0]:
+            one.add(batch)
+            one.table()  # what it tells is kept until more is counted
+    for place, batch in enumerate(parts):
+        for one in made[1 if place < 2 else 2]:
+            one.add(batch)
+    for mine, later, whole in zip(made[1], made[2], made[0], strict=True):
+        mine.table()
+        mine.merge(later)
+        fresh = type(whole)(plan, (1,)) if isinstance(whole, Transitions) else NextTokens(plan)
+        accumulate(trace, plan, [fresh])
+        assert mine.table().equals(fresh.table()) and whole.table().equals(fresh.table())
+
+
+def test_requests_of_one_token_repeat_nothing():
+    trace = random_trace(n_requests=6, tokens=1)
+    plan = plan_of(trace)
+    counted = NextTokens(plan)
+    accumulate(trace, plan, [counted])
+    assert np.isnan(counted.repeat_rate()) and counted.table().empty
+
+
+def test_rows_that_do_not_count_are_counted_by_nobody():
+    """Also where there are more experts than the number that says so."""
+    here_TK = np.array([[1, 2], [3, 4], [5, 299], [7, 511]], np.uint16)
+    class_T = np.array([0, SKIP, 3, 0], np.uint8)
+    joint_CEE = np.zeros((4, 300, 300), np.int64)
+    count_pairs(here_TK, here_TK[::-1].copy(), class_T, 511, joint_CEE)
+    found = {tuple(at): int(joint_CEE[tuple(at)]) for at in np.argwhere(joint_CEE)}
+    pairs = [(0, 1, 7), (0, 2, 7), (3, 5, 3), (3, 5, 4), (3, 299, 3), (3, 299, 4)]
+    assert found == dict.fromkeys([*pairs, (0, 7, 1), (0, 7, 2)], 1)
 
 
 def ragged(seed: int = 0) -> RoutingTrace:
