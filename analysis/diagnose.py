@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -21,7 +21,6 @@ from analysis.device.offload import MOST_ROWS, Offloaded, offloaded
 from analysis.device.operations import Active
 from analysis.device.plain_text import one_line, shown
 from analysis.device.roofline import BYTES, Peaks, peaks_of
-from analysis.device.routing_tables import RoutingTables, routing_tables
 from analysis.device.shapes import Given, Known
 from analysis.device.step_routing import step_routing
 from prefetch.artifacts import Store
@@ -31,6 +30,9 @@ from prefetch.models.cards import load_architecture, load_card
 from prefetch.runs.outputs import Outputs, write_json
 from prefetch.sim.hardware import Hardware
 from prefetch.trace.parquet import TraceReader
+
+if TYPE_CHECKING:
+    from analysis.device.routing_tables import RoutingTables
 
 log = logging.getLogger(__name__)
 NO_TOKENS = "the profile does not tell the tokens of a step: pass diagnose.tokens beside trace="
@@ -151,6 +153,9 @@ def _with_routing(
     trace, notes = TraceReader(source), list(beside.notes)
     is_decode = _is_decode(cfg, told, notes)
     routing = step_routing(trace, tokens, is_decode=is_decode, source=source)
+    # what judges routing is slow to import, and most profiles come without
+    from analysis.device.routing_tables import routing_tables
+
     tables = routing_tables(trace, routing.steps)
     notes += [
         f"{name} of the routing: not computable ({why})" for name, why in tables.missing.items()

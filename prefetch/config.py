@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import textwrap
 import types
 import typing
@@ -60,7 +61,7 @@ class SimulatorConfig:
     context: int = 4096  # tokens of a request that memory is kept for
     horizon: int = 4  # layers ahead that a guess is made
     width: int | None = None  # guesses copied per layer; None = k
-    threshold: float = 0.0  # scores below it are not copied
+    threshold: float = 0.0  # chances below it are not copied; 0 = all, whatever scores mean
     admit: str = "at_start"  # at_start | on_hit: when a guess's copy takes a place in the cache
     landing: int | None = None  # with admit=on_hit: places beside the cache for guesses; None = k
     budget: str | None = None  # bytes that guesses may move per step (200MiB); None = no limit
@@ -204,11 +205,12 @@ class ReportConfig:
 
 @dataclass
 class ArtifactsConfig:
-    remove: str | None = None  # "unused", or kind/key (a prefix will do); None = only list
+    remove: str | None = None  # unused, damaged, or kind/key (a prefix will do); None = only list
     spare_minutes: float = (
         60.0  # "unused" leaves alone what was used so recently: a run may be at work
     )
     verify: bool = True  # compare every file with its sha256 before it is used
+    rebuild: bool = False  # of any stage: make what is damaged again, instead of an error
 
 
 @dataclass
@@ -275,17 +277,21 @@ def overview() -> str:
     groups = [
         path.name
         for path in sorted(CONFIGS.iterdir())
-        if path.name != "stage" and choices(path.name)
+        if path.name not in ("stage", "moe_names") and choices(path.name)
     ]
+    typed = {"model_card": "simulator.model_card=, source.model_card="}  # the one that is no group
     lines += [
-        textwrap.fill(f"{group}: {', '.join(choices(group))}", 100, subsequent_indent="  ")
-        for group in groups
+        textwrap.fill(
+            f"{typed.get(name, name)}: {', '.join(choices(name))}", 100, subsequent_indent="  "
+        )
+        for name in groups
     ]
     return "\n".join(lines)
 
 
 def check_values(cfg: Config) -> None:
     """What the types of the trunk cannot say."""
+    check_numbers(OmegaConf.to_container(typing.cast(DictConfig, cfg)))
     analyze, train = cfg.analyze, cfg.train
     claims = {
         f"analyze.horizon={analyze.horizon}: must be at least 1": analyze.horizon >= 1,
@@ -337,6 +343,20 @@ def check_values(cfg: Config) -> None:
             raise ConfigError(claim)
 
 
+def check_numbers(value: Any, where: str = "") -> None:
+    """Numbers that no option can mean: NaN, infinity, and whole ones that no array and no clock can hold."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            check_numbers(inner, f"{where}.{name}" if where else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            check_numbers(inner, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}={value}: expected a finite number")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}: a whole number beyond 64 bits is none that it can mean")
+
+
 def with_choice(cfg: Config, group: str, name: str) -> Config:
     """The same configuration with another choice of a group, at its default settings."""
     path = CONFIGS / group / f"{name}.yaml"
@@ -386,7 +406,7 @@ def instantiate(leaf: DictConfig, where: str) -> Any:
         return target(**values)
     except PrefetchError as error:
         raise type(error)(f"{where}: {error}") from error
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LONGEST = 4000  # characters of a message; files quote themselves in it
+HIDDEN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+"
+)  # control, line ends, turned text
+
 
 class PrefetchError(Exception):
-    """Base of every error whose message says what was wrong, where, what was expected, and what to do."""
+    """Base of every error whose message says what was wrong, where, what was expected, and what to do.
+
+    It is one line that every terminal and file can hold, whatever a hostile file has put into it.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class ConfigError(PrefetchError):
@@ -29,7 +41,7 @@ def reading(where: Path | str, what: str = "") -> Iterator[None]:
     try:
         yield
     except PrefetchError as error:
-        if str(where) in str(error):
+        if one_line(str(where)) in str(error):
             raise
         raise type(error)(f"{where}: {error}") from error
     except NameError:
@@ -41,3 +53,9 @@ def reading(where: Path | str, what: str = "") -> Iterator[None]:
 
 class MissingData(PrefetchError):
     """This trace cannot tell that: the message says why, and what would be needed."""
+
+
+def one_line(text: str) -> str:
+    """Without what ends a line or moves a cursor; of a long one the beginning, and the end with what to do."""
+    line = HIDDEN.sub(" ", text).encode("utf-8", "replace").decode()
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1000]} ... {line[-900:]}"

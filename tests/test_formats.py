@@ -15,9 +15,10 @@ from recorded_traces import full_trace, on_disk
 from safetensors import safe_open
 
 from prefetch import config
-from prefetch.artifacts import RUNS, Recipe, Store, write_index
+from prefetch.artifacts import Recipe, Store
 from prefetch.predict import export
 from prefetch.predict.popularity import Popularity
+from prefetch.runs.index import RUNS, write_index
 from prefetch.runs.standing import Standing
 from prefetch.sim.hardware import hardware, numeric_fields
 from prefetch.trace.card import ModelCard

@@ -62,6 +62,11 @@ class Plan:
         return np.sort(request_R[:: max(1, -(-len(request_R) // WITNESSES))])
 
     @property
+    def pair_type(self) -> np.dtype[Any]:
+        """Of counts of pairs, each at most once a row: wide enough for twice as many as all rows."""
+        return np.dtype(np.int32 if self.survey.executed_rows < 2**30 else np.int64)
+
+    @property
     def phases(self) -> tuple[str, ...]:
         """The names of the row groups that tables keep apart: all, and each phase where both exist."""
         decode, rows = self.survey.decode_rows, self.survey.executed_rows

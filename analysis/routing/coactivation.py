@@ -47,9 +47,9 @@ class CoActivation:
         )  # counted apart; what all rows show is their sum
         shape = (2 * len(self._groups), card.n_layers, card.n_experts, card.n_experts)
         n_bytes = len(plan.phases) * Spread.n_bytes(card.n_layers, card.n_experts)
-        check_bytes(4 * math.prod(shape) + n_bytes, card)
+        check_bytes(plan.pair_type.itemsize * math.prod(shape) + n_bytes, card)
         # of group g and part c at 2 g + c; each pair once, where its first expert stood
-        self._half_CLEE = np.zeros(shape, np.int32)
+        self._half_CLEE = np.zeros(shape, plan.pair_type)
         self._tokens_CL = np.zeros(shape[:2], np.int64)
         self.spreads = {phase: Spread(card.n_layers, card.n_experts) for phase in plan.phases}
         self._compared: dict[str, tuple[_Compared, _Compared, _Compared]] = {}
@@ -81,10 +81,10 @@ class CoActivation:
         for phase, spread in self.spreads.items():
             spread.merge(later.spreads[phase])
 
-    def pairs_CLEE(self, phase: str = "all") -> NDArray[np.int32]:
+    def pairs_CLEE(self, phase: str = "all") -> NDArray[Any]:
         """Symmetric; what repeats an earlier request is in neither part."""
         half_CLEE = self._of(self._half_CLEE, phase)
-        whole_CLEE: NDArray[np.int32] = half_CLEE + half_CLEE.swapaxes(2, 3)
+        whole_CLEE: NDArray[Any] = half_CLEE + half_CLEE.swapaxes(2, 3)
         each = np.arange(whole_CLEE.shape[-1])
         whole_CLEE[..., each, each] //= 2
         return whole_CLEE

@@ -45,7 +45,7 @@ class Domains:
         card, n = plan.card, len(self.kept)
         self.usage_CDLE = np.zeros((4, n, card.n_layers, card.n_experts), np.int64)
         pairs = (self._carried(), max(0, card.n_layers - 1), card.n_experts, card.n_experts)
-        self.pairs_DLEE = np.zeros(pairs, np.int32)  # of TRAIN rows, one layer to the next
+        self.pairs_DLEE = np.zeros(pairs, plan.pair_type)  # of TRAIN rows, one layer to the next
         self.test_rows_D = np.zeros(n, np.int64)
         self.request_R, self.domain_R = self._sample()
         wide = max(plan.survey.n_rows_R) > np.iinfo(np.uint16).max
@@ -73,7 +73,7 @@ class Domains:
     def _carried(self) -> int:
         """Of how many domains the transitions can be kept."""
         card, n = self.plan.card, len(self.kept)
-        each = 8 * max(1, card.n_layers - 1) * card.n_experts**2
+        each = (4 + self.plan.pair_type.itemsize) * max(1, card.n_layers - 1) * card.n_experts**2
         fit = min(n, MOST_BYTES // each)
         if fit < n:
             self.notes.append(

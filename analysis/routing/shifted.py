@@ -25,8 +25,8 @@ class Shifted:
     these pairs is what runs, and few requests, feign; that from permuted rows is what independent tokens would.
     """
 
-    def __init__(self, n_pairs: int, n_experts: int) -> None:
-        self.joint_PLEE = np.zeros((len(PHASES), n_pairs, n_experts, n_experts), np.int32)
+    def __init__(self, n_pairs: int, n_experts: int, counts: np.dtype[Any]) -> None:
+        self.joint_PLEE = np.zeros((len(PHASES), n_pairs, n_experts, n_experts), counts)
         self.here_PLE = np.zeros((len(PHASES), n_pairs, n_experts), np.int64)
         self.there_PLE = np.zeros_like(self.here_PLE)
         self.tokens_PL = np.zeros((len(PHASES), n_pairs), np.int64)
@@ -36,8 +36,8 @@ class Shifted:
         self.last_P: list[NDArray[Any] | None] = [None] * len(PHASES)
 
     @staticmethod
-    def n_bytes(n_pairs: int, n_experts: int) -> int:
-        return 4 * len(PHASES) * n_pairs * n_experts**2
+    def n_bytes(n_pairs: int, n_experts: int, counts: np.dtype[Any]) -> int:
+        return counts.itemsize * len(PHASES) * n_pairs * n_experts**2
 
     def add(self, batch: Batch, class_T: NDArray[np.uint8]) -> None:
         self.nobody = batch.nobody

@@ -7,6 +7,7 @@ T tokens, L layers, K choices, E experts, H horizons, C row classes, P phases.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ from prefetch.trace.routing import PHASES
 class Transitions:
     """`joint_HCLEE[h][c, l, a, b]`: rows of class c with a at layer l and b at layer l + horizon."""
 
-    def __init__(self, plan: Plan, horizons: tuple[int, ...] = (1,)) -> None:
+    def __init__(self, plan: Plan, horizons: tuple[int, ...]) -> None:
         card = plan.card
         if min(horizons, default=0) < 1:
             raise ValueError(f"a horizon is at least one layer, got {horizons}")
@@ -54,11 +55,12 @@ class Transitions:
             raise MissingData("one layer: there is no later layer to go to")
         shapes = [(4, card.n_layers - h, card.n_experts, card.n_experts) for h in self.horizons]
         near = (card.n_layers - 1, card.n_experts) if 1 in self.horizons else (0, card.n_experts)
-        n_bytes = Spread.n_bytes(*near) + Shifted.n_bytes(*near)
-        check_bytes(n_bytes + sum(4 * int(np.prod(shape)) for shape in shapes), card)
+        counts = plan.pair_type
+        n_bytes = Spread.n_bytes(*near) + Shifted.n_bytes(*near, counts)
+        check_bytes(n_bytes + sum(counts.itemsize * math.prod(shape) for shape in shapes), card)
         # of horizon 1 only, which is what families and the first page tell
-        self.spread, self.shifted = Spread(*near), Shifted(*near)
-        self.joint_HCLEE = [np.zeros(shape, np.int32) for shape in shapes]
+        self.spread, self.shifted = Spread(*near), Shifted(*near, counts)
+        self.joint_HCLEE = [np.zeros(shape, counts) for shape in shapes]
         # rows of class c with a at layer l (b at layer l + horizon), of those that have both
         self.here_HCLE = [np.zeros(shape[:3], np.int64) for shape in shapes]
         self.there_HCLE = [np.zeros(shape[:3], np.int64) for shape in shapes]
@@ -198,8 +200,8 @@ class NextTokens:
         card = plan.card
         self.plan = plan
         shape = (4, card.n_layers, card.n_experts, card.n_experts)
-        check_bytes(4 * int(np.prod(shape)), card)
-        self.joint_CLEE = np.zeros(shape, np.int32)
+        check_bytes(plan.pair_type.itemsize * math.prod(shape), card)
+        self.joint_CLEE = np.zeros(shape, plan.pair_type)
         self.here_CLE = np.zeros(shape[:3], np.int64)
         self.there_CLE = np.zeros(shape[:3], np.int64)
         self.tokens_CL = np.zeros(shape[:2], np.int64)
@@ -273,8 +275,7 @@ class NextTokens:
 
     def repeat_rate(self) -> float:
         """Mean over layers: share of a token's choices that the token before made too; NaN where none follows."""
-        rates = self._rows("all").repeat_rate
-        return float(rates.mean()) if len(rates) else float("nan")
+        return float(self._rows("all").repeat_rate.mean())
 
 
 REPEATS = (

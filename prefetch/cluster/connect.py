@@ -6,10 +6,12 @@ It knows no shard but by its name.
 from __future__ import annotations
 
 import logging
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from prefetch.cluster.worker import n_threads
 from prefetch.errors import ConfigError, PrefetchError
+from prefetch.optional import require
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -28,12 +30,7 @@ class ClusterError(PrefetchError):
 
 
 def connected(settings: Dask) -> Client:
-    try:
-        import distributed
-    except ImportError as error:
-        raise ConfigError(
-            "cluster=dask needs the package distributed: pip install 'expert-prefetch[cluster]'"
-        ) from error
+    distributed = require("distributed", "Client", "LocalCluster", asked_by="cluster=dask")
     for name in logging.root.manager.loggerDict:
         if name.partition(".")[0] == "distributed":  # deaths are told in our words
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -126,20 +123,26 @@ def _of_scheduler(settings: Dask) -> dict[str, Any]:
 
 def slurm(settings: Dask) -> Any:
     """Jobs of `workers_per_job` processes each, as many as there must be workers."""
-    try:
-        from dask_jobqueue import SLURMCluster
-    except ImportError as error:
-        raise ConfigError(
-            "cluster=slurm needs the package dask-jobqueue: pip install 'expert-prefetch[cluster]'"
-        ) from error
+    jobs = require("dask_jobqueue", "SLURMCluster", asked_by="cluster=slurm")
     told = dict(settings.slurm or {})
-    per_job = int(told.pop("workers_per_job", 1))
-    cluster = SLURMCluster(
-        cores=per_job,  # a shard at a time per process; the machine's cores are asked for by job_cpu
-        processes=per_job,
-        job_cpu=per_job * settings.threads,
-        scheduler_options=_of_scheduler(settings),
-        **{name: value for name, value in told.items() if value is not None},
-    )
+    per_job = told.pop("workers_per_job", 1)
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "cluster=slurm: Slurm is not on this machine (no sbatch); try cluster=dask"
+        )
+    if type(per_job) is not int or per_job < 1:
+        raise ConfigError(f"cluster.slurm.workers_per_job={per_job}: must be at least 1")
+    try:
+        cluster = jobs.SLURMCluster(
+            cores=per_job,  # a shard at a time per process; the machine's cores are asked for by job_cpu
+            processes=per_job,
+            job_cpu=per_job * settings.threads,
+            scheduler_options=_of_scheduler(settings),
+            **{name: value for name, value in told.items() if value is not None},
+        )
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise ConfigError(
+            f"cluster.slurm={told}: dask_jobqueue cannot use it ({type(error).__name__}: {error})"
+        ) from error
     cluster.scale(jobs=-(-(settings.workers or 1) // per_job))
     return cluster

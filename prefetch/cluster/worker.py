@@ -20,8 +20,9 @@ from typing import Any
 import pyarrow as pa
 
 from prefetch import __version__
-from prefetch.artifacts import library_version, sha256_of
+from prefetch.artifacts import library_version
 from prefetch.errors import ConfigError
+from prefetch.manifest import sha256_of
 
 THREADS = "PREFETCH_THREADS"  # in the environment of a worker: what its process may use
 OF_LIBRARIES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefetch.artifacts import sha256_of
 from prefetch.engine.backend import Backend
 from prefetch.engine.cpu import CpuBackend
 from prefetch.engine.cuda import CudaBackend, need_device
@@ -25,6 +24,7 @@ from prefetch.engine.kernel_body import ReplayBody
 from prefetch.engine.profiling.device import facts, place_of
 from prefetch.engine.replay import Ran, need_runnable, run
 from prefetch.engine.weights import Drawn
+from prefetch.manifest import sha256_of
 from prefetch.sim.cell import Cell
 from prefetch.sim.excerpt import cell_of as cut_cell
 from prefetch.sim.excerpt import work_of as cut_work

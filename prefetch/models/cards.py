@@ -12,14 +12,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 
-from prefetch.errors import ConfigError
+from prefetch import plain_yaml
+from prefetch.errors import ConfigError, reading
 from prefetch.trace.card import SCORES, ModelCard
 
 CARDS = Path(__file__).resolve().parents[2] / "configs" / "model_card"
+MOST_LAYERS = 10_000
 KV_BITS = 16  # keys and values in bf16
 
 BITS_PER_WEIGHT = {
@@ -145,7 +147,7 @@ class Architecture:
     rest_precision: str  # embeddings, routers, norms, biases of experts
     published_parameters: int
     published_active_parameters: int | None = None  # None = not published, or to one digit only
-    active_leaves_out: tuple = ()  # EMBEDDINGS that the publisher does not call active
+    active_leaves_out: tuple[str, ...] = ()  # EMBEDDINGS that the publisher does not call active
     left_out_parameters: int = 0  # of the published count, what is not run in plain decoding
     dense_size: int = 0  # intermediate size of the dense layers
     first_dense_layers: int = 0
@@ -166,6 +168,11 @@ class Architecture:
     def __post_init__(self) -> None:
         precisions = {self.expert_precision, self.matrix_precision, self.rest_precision}
         sizes = self.hidden_size, self.vocab_size, self.layers, self.expert_size, self.moe_every
+        if min(sizes) <= 0 or self.layers + self.encoder_layers > MOST_LAYERS:
+            raise ConfigError(
+                "hidden_size, vocab_size, layers, expert_size, moe_every must be positive, and layers at most "
+                f"{MOST_LAYERS}; found {self}"
+            )
         checks = {
             f"score_function must be among {SCORES}": self.score_function in SCORES,
             f"precisions must be among {PRECISIONS}": precisions <= set(PRECISIONS),
@@ -173,8 +180,6 @@ class Architecture:
             <= set(EMBEDDINGS),
             "dense_size must be given where layers are dense": self.dense_size > 0
             or not self.dense_layers,
-            "hidden_size, vocab_size, layers, expert_size, moe_every must be positive": min(sizes)
-            > 0,
         }
         for claim, holds in checks.items():
             if not holds:
@@ -323,7 +328,8 @@ def load_card(
     matrix_precision: str | None = None,
 ) -> ModelCard:
     """The card of a shipped model by name, or of a YAML by path, as published or at a precision."""
-    return load_architecture(name_or_path).card(expert_precision, matrix_precision)
+    with reading(name_or_path, "a model card"):
+        return load_architecture(name_or_path).card(expert_precision, matrix_precision)
 
 
 def load_architecture(name_or_path: str | Path) -> Architecture:
@@ -336,7 +342,7 @@ def load_architecture(name_or_path: str | Path) -> Architecture:
             "or give the path of a YAML"
         )
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = plain_yaml.load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
@@ -369,8 +375,9 @@ def read_architecture(fields: Mapping[str, Any], where: str) -> Architecture:
         ready["linear_attention"] = _build(
             LinearAttention, ready["linear_attention"], f"{where}: linear_attention"
         )
-    if "active_leaves_out" in ready and not isinstance(ready["active_leaves_out"], str):
-        ready["active_leaves_out"] = tuple(ready["active_leaves_out"] or ())
+    left_out = ready.get("active_leaves_out", ()) or []
+    if isinstance(left_out, list) and all(isinstance(name, str) for name in left_out):
+        ready["active_leaves_out"] = tuple(left_out)
     return _build(Architecture, ready, where)
 
 
@@ -386,7 +393,8 @@ def _build(cls: type[Built], fields: Mapping[str, Any], where: str) -> Built:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
     for name, value in fields.items():
         boolean_for_number = isinstance(value, bool) and hints[name] is not bool
-        if boolean_for_number or not isinstance(value, hints[name]):
+        kind = tuple if get_origin(hints[name]) is tuple else hints[name]
+        if boolean_for_number or not isinstance(value, kind):
             expected = getattr(hints[name], "__name__", str(hints[name]))
             raise ConfigError(f"{where}: {name} must be {expected}; found {value!r}")
     try:

@@ -6,15 +6,16 @@ It knows no hook and no trace. Heavy libraries are imported inside: a trace that
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefetch.errors import ConfigError, FormatError
+from prefetch.optional import require
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+ASKED_BY = "source=huggingface"
 # Its router takes the attention mask for a padding mask, which is right only for eager attention's (0 = a real token).
 EAGER = frozenset({"nllb_moe"})
 CONTENT = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken", ".bin", ".py")
@@ -79,7 +80,7 @@ def model_files(model: str) -> dict[str, Path]:
 
 def pinned(repository: str, revision: str | None, *, kind: str = "model") -> str:
     """The commit that a hub id names today; from the local cache where the hub cannot be asked."""
-    hub = require("huggingface_hub")
+    hub = require("huggingface_hub", "HfApi", asked_by=ASKED_BY)
     if kind == "model" and repository.startswith((".", "/", "~")):
         raise ConfigError(f"source.model={repository}: no such folder")
     try:
@@ -101,7 +102,7 @@ def pinned(repository: str, revision: str | None, *, kind: str = "model") -> str
 
 def load(choice: ModelChoice) -> LoadedModel:
     """The model on its device, in evaluation mode; a checkpoint that lacks weights is refused, not filled at random."""
-    transformers = require("transformers")
+    transformers = require("transformers", "AutoConfig", "AutoModelForCausalLM", asked_by=ASKED_BY)
     where = f"source.model={choice.model}"
     shared: dict[str, Any] = {
         "trust_remote_code": choice.trust_remote_code,
@@ -153,7 +154,7 @@ def _placement(choice: ModelChoice, config: Any) -> dict[str, Any]:
     if config.model_type in EAGER:
         placement["attn_implementation"] = "eager"
     if choice.device_map is not None:
-        require("accelerate")
+        require("accelerate", asked_by=f"source.device_map={choice.device_map}")
         placement["device_map"] = choice.device_map
     return placement
 
@@ -178,17 +179,6 @@ def _quiet(transformers: Any) -> Iterator[None]:
         log.set_verbosity(verbosity)
         if has_bar:
             log.enable_progress_bar()
-
-
-def require(package: str) -> Any:
-    """An optional library, or one line that says how to get it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        extra = (
-            '"expert-prefetch[hf]"' if package in ("transformers", "huggingface_hub") else package
-        )
-        raise ConfigError(f"{package} is not installed: pip install {extra} ({error})") from error
 
 
 def _first_line(error: BaseException) -> str:

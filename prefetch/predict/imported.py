@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from prefetch import zipped
 from prefetch.errors import ConfigError, FormatError, reading
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
@@ -20,6 +21,8 @@ from prefetch.predict.predictor import ANSWER, NOT_GUESSED, Declared, horizons_o
 from prefetch.trace.blocks import blocks_of
 from prefetch.trace.predictions import CAUSALITIES, PredictionsReader
 from prefetch.trace.routing import no_expert
+
+NPZ = ("ids", "scores", "horizons", "request", "position")
 
 
 @dataclass
@@ -173,33 +176,44 @@ def _of_folder(path: str) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]
 def _of_npz(
     path: str, train: Part
 ) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any], list[int]]:
-    with reading(path, "an npz with `ids`"), np.load(path, allow_pickle=False) as arrays:
+    with reading(path, "an npz with `ids`"):
+        names = zipped.names_in(Path(path))
+        arrays = {name: zipped.whole(Path(path), name) for name in names if name in NPZ}
         if "ids" not in arrays:
-            raise FormatError(f"expected an array `ids`, found {sorted(arrays)}")
-        ids = arrays["ids"]
-        if ids.dtype.kind not in "iu" or ids.ndim not in (3, 4):
-            raise FormatError(
-                f"ids: expected whole numbers [token, layer, guess] or [token, horizon, layer, guess], got "
-                f"{ids.dtype} {list(ids.shape)}"
-            )
-        scores = dict(arrays).get("scores")
-        horizons = arrays["horizons"].tolist() if "horizons" in arrays else [1]
+            raise FormatError(f"expected an array `ids`, found {sorted(names)}")
+        ids, horizons = _ids_of(arrays["ids"], arrays.get("horizons"))
+        ids = np.where(ids < 0, no_expert(train.card.n_experts), ids)
         named = {name: arrays[name] for name in ("request", "position") if name in arrays}
+        if len(named) == 1:
+            (name,) = named
+            raise FormatError(
+                f"`{name}` alone names no row; give `request` and `position`, or neither"
+            )
+        for name, array in named.items():
+            if array.shape != ids.shape[:1] or array.dtype.kind not in "iu":
+                raise FormatError(
+                    f"{name}: expected {len(ids)} whole numbers, found {array.dtype} {list(array.shape)}"
+                )
+        rows = np.stack([*named.values()], axis=1) if named else _rows_of(train)
+        if len(rows) != len(ids):
+            raise FormatError(f"{len(ids)} rows of ids, expected {len(rows)}")
+        return rows.astype(np.int64), ids, _scores_of(arrays.get("scores"), ids, path), horizons
+
+
+def _ids_of(ids: NDArray[Any], horizons: NDArray[Any] | None) -> tuple[NDArray[Any], list[int]]:
+    """[T, H, L, P], and the H horizons."""
+    if ids.dtype.kind not in "iu" or ids.ndim not in (3, 4):
+        raise FormatError(
+            f"ids: expected whole numbers [token, layer, guess] or [token, horizon, layer, guess], got "
+            f"{ids.dtype} {list(ids.shape)}"
+        )
+    listed = np.ones(1, int) if horizons is None else horizons
     ids = ids[:, None] if ids.ndim == 3 else ids
-    if ids.shape[1] != len(horizons):
+    if listed.shape != ids.shape[1:2] or listed.dtype.kind not in "iu":
         raise FormatError(
-            f"{path}: ids for {ids.shape[1]} horizons, `horizons` names {horizons} (without it they are of horizon 1)"
+            f"ids for {ids.shape[1]} horizons, `horizons` names {listed.tolist()} (without it they are of horizon 1)"
         )
-    ids = np.where(ids < 0, no_expert(train.card.n_experts), ids)
-    if len(named) == 1:
-        (name,) = named
-        raise FormatError(
-            f"{path}: `{name}` alone names no row; give `request` and `position`, or neither"
-        )
-    rows = np.stack([*named.values()], axis=1) if named else _rows_of(train)
-    if len(rows) != len(ids):
-        raise FormatError(f"{path}: {len(ids)} rows of ids, expected {len(rows)}")
-    return rows.astype(np.int64), ids, _scores_of(scores, ids, path), horizons
+    return ids, listed.tolist()
 
 
 def _scores_of(scores: NDArray[Any] | None, ids: NDArray[Any], path: str) -> NDArray[Any]:

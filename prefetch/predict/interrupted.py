@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from prefetch.errors import reading
+from prefetch.written import write_whole
 
 NOTE = "elapsed.json"
 
@@ -24,5 +25,5 @@ def seconds_before(folder: Path) -> float:
             ends = [path.stat().st_mtime for path in folder.glob("*.ckpt")]
             seconds = told["seconds"] + max(0.0, max(ends, default=0.0) - told["began"])
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps({"seconds": seconds, "began": time.time()}) + "\n")
+    write_whole(note, json.dumps({"seconds": seconds, "began": time.time()}) + "\n")
     return float(seconds)

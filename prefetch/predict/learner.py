@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from prefetch.errors import ConfigError
 from prefetch.predict.training import LARGEST_GRADIENT, Diverged, Training
 from prefetch.progress import Progress
 
@@ -233,6 +234,16 @@ def watchers_of(
 
 
 def trainer_of(settings: Training, callbacks: list[pl.Callback], scratch: Path) -> pl.Trainer:
+    try:
+        return _trainer(settings, callbacks, scratch)
+    except Exception as error:  # Lightning asks its devices here, and refuses with many kinds
+        raise ConfigError(
+            f"accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}: Lightning "
+            f"cannot train so ({type(error).__name__}: {str(error)[:300]})"
+        ) from error
+
+
+def _trainer(settings: Training, callbacks: list[pl.Callback], scratch: Path) -> pl.Trainer:
     return pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,

@@ -23,6 +23,7 @@ from prefetch.trace.routing import RoutingTrace, no_expert
 
 CACHE_SHARE = 4  # the stated cache holds one of so many experts of every layer
 BINS = 20  # of the reliability curve
+READ_ROWS = 1 << 13  # of guesses that are held at once
 NEW, TEMPLATE, COPIES = range(3)  # X
 # Columns of `layer_HXLM`, of which `unit_HYULM` has the first three; hits are within k and within 2k guesses.
 CHOICES, HITS_K, HITS_2K, EVENTS, EXACT, GUESSED_K, FIRST_MISS = range(7)
@@ -103,9 +104,11 @@ class _Aligned:
     """Reads guesses in step with the trace's rows, and refuses those that are about other rows."""
 
     def __init__(self, guesses: PredictionsReader) -> None:
-        self._folder, self._blocks = guesses.folder, guesses.batches()
-        self._rest: list[Predictions] = []
+        self._folder, self._blocks = guesses.folder, guesses.batches(max_rows=READ_ROWS)
+        self._block: Predictions | None = None
+        self._done = 0  # rows of that block
         self._row, self._end = 0, guesses.n_tokens
+        self._nobody = no_expert(guesses.card.n_experts)
 
     def take(
         self, block: RoutingTrace, asked_T: NDArray[np.bool_]
@@ -123,9 +126,8 @@ class _Aligned:
     def _asked(
         self, request_T: NDArray[np.int32], position_T: NDArray[np.int32]
     ) -> tuple[NDArray[Any], NDArray[np.float16]]:
-        wanted = len(request_T)
-        pieces = list(self._next(wanted))
-        found = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in _ROWS]
+        pieces = list(self._next(len(request_T)))
+        found = [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
         differs = (found[0] != request_T) | (found[1] != position_T)
         if differs.any():
             t = int(np.flatnonzero(differs)[0])
@@ -133,36 +135,32 @@ class _Aligned:
                 f"{self._folder}: row {self._row + t} is about request {found[0][t]}, position {found[1][t]}; "
                 f"the trace's row is request {request_T[t]}, position {position_T[t]}"
             )
-        twice = _named_twice(found[2], no_expert(pieces[0].card.n_experts))
+        twice = _named_twice(found[2], self._nobody)
         if twice >= 0:
             raise FormatError(f"{self._folder}: row {self._row + twice} guesses one expert twice")
-        self._row += wanted
+        self._row += len(request_T)
         return found[2], found[3]
 
-    def _next(self, wanted: int) -> Iterator[Predictions]:
+    def _next(self, wanted: int) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Requests, positions, ids and scores of the next rows."""
         while wanted:
-            block = self._rest.pop() if self._rest else next(self._blocks, None)
-            if block is None:
+            if self._block is None or self._done == len(self._block.request_T):
+                self._block, self._done = next(self._blocks, None), 0
+            if self._block is None:
                 raise FormatError(f"{self._folder}: ends at row {self._end}; the trace goes on")
-            n = len(block.request_T)
-            if n > wanted:
-                self._rest.append(_rows(block, slice(wanted, n)))
-                block, n = _rows(block, slice(0, wanted)), wanted
-            wanted -= n
-            yield block
+            rows = slice(self._done, min(self._done + wanted, len(self._block.request_T)))
+            yield tuple(getattr(self._block, name)[rows] for name in _ROWS)
+            wanted, self._done = wanted - (rows.stop - rows.start), rows.stop
 
     def end(self) -> None:
-        if self._rest or next(self._blocks, None) is not None:
+        is_over = self._block is None or self._done == len(self._block.request_T)
+        if not is_over or next(self._blocks, None) is not None:
             raise FormatError(
                 f"{self._folder}: has rows after row {self._row}, where the trace's requests end"
             )
 
 
 _ROWS = ("request_T", "position_T", "ids_THLP", "scores_THLP")
-
-
-def _rows(block: Predictions, rows: slice) -> Predictions:
-    return Predictions(block.card, *(getattr(block, name)[rows] for name in _ROWS))
 
 
 @njit(cache=True, nogil=True)

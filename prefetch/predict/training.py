@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError, PrefetchError
 from prefetch.threads import one_thread
+from prefetch.zipped import check_stored
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -218,6 +219,8 @@ def _is_whole(path: Path) -> bool:
     if not path.exists():
         return False
     try:
+        with path.open("rb") as file:
+            check_stored(file)
         with zipfile.ZipFile(path) as parts:
             damaged = parts.testzip()
         if damaged is not None:

@@ -31,14 +31,14 @@ from prefetch.sim.clock import SIMULATED, check_clock, clock_of
 from prefetch.sim.code import own_code
 from prefetch.sim.costs import machine_of, need_host_memory
 from prefetch.sim.excerpt import first_requests
-from prefetch.sim.foresight import guessed_rows, guesses_of, keys_of
+from prefetch.sim.foresight import guessed_rows, guesses_of
 from prefetch.sim.hardware import Hardware
 from prefetch.sim.intervals import units_of
 from prefetch.sim.lending import replayed_with
 from prefetch.sim.machine import ADMITS, Guesses
 from prefetch.sim.memory import Budget, OfMemory, budget_of
 from prefetch.sim.names import name_of
-from prefetch.sim.others import most_used
+from prefetch.sim.others import Others, most_used, replayed_rows
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import ATOMIC, OVERSHOOT
@@ -66,6 +66,7 @@ class Bench:
         self.hardware: Hardware = hardware_of(cfg, store)
         self._check()
         self.policy = cache(self._policy)  # cells share them
+        self._choices: dict[tuple[str, str], Config] = {}
         self._check_names()
         made = store.make(config.locate(cfg.makers["trace"])(cfg))
         self.reader, self.key = TraceReader(made.folder), made.key
@@ -73,7 +74,7 @@ class Bench:
         if self.simulator.host_cache is None:
             need_host_memory(self.card, self.hardware)
         self._one_by_one = threading.Lock()
-        trace, self.others = self._parts(self.reader.load())
+        trace, self.others = self._parts()
         work = self._workload(trace, self.simulator.phase)
         self.prior = Prior(self.simulator, self.reader, trace, self.others, work)
         self._replays(trace, work)
@@ -105,6 +106,7 @@ class Bench:
         """The same for a GPU of which so much may be used."""
         part, told = copy.copy(self), {"memory": memory.amount}
         part.cfg = cast(Config, OmegaConf.merge(cast(DictConfig, self.cfg), told))
+        part._choices = {}
         return part
 
     def on(self, hardware: Hardware) -> Bench:
@@ -171,8 +173,12 @@ class Bench:
             self._choosing("predictor", name)
 
     def _choosing(self, group: str, name: str) -> Config:
-        is_root = name == name_of(self.cfg, group)
-        return self.cfg if is_root else config.with_choice(self.cfg, group, name)
+        """A copy of the whole configuration each: made once."""
+        if name == name_of(self.cfg, group):
+            return self.cfg
+        if (group, name) not in self._choices:
+            self._choices[group, name] = config.with_choice(self.cfg, group, name)
+        return self._choices[group, name]
 
     def _policy(self, name: str) -> Policy:
         chosen = self._choosing("policy", name).policy
@@ -207,17 +213,17 @@ class Bench:
     def horizons(self) -> list[int]:
         return list(self.cfg.evaluate.horizons or [self.simulator.horizon])
 
-    def _parts(self, whole: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
+    def _parts(self) -> tuple[RoutingTrace, Others]:
         """What is replayed, and all other rows: those that a static choice may be fitted on."""
         if self.simulator.requests == "all":
-            return whole, whole
+            whole = self.reader.load()
+            return whole, Others(whole, np.empty(0, np.int64))
         reader = self._predictions("none", self.horizons[0])
-        is_asked_T = np.isin(keys_of(whole.request_T, whole.position_T), guessed_rows(reader))
-        is_other_T = ~is_asked_T
-        if not {*reader.card.requests} & {*reader.card.fitted_here}:
-            # no copies of what is asked; else a request is split in time
-            is_other_T &= np.isin(whole.request_T, reader.card.fitted_here)
-        return whole.rows(is_asked_T), whole.rows(is_other_T)
+        keys, fitted = guessed_rows(reader), reader.card.fitted_here
+        # no copies of what is asked; else a request is split in time
+        is_apart = not {*reader.card.requests} & {*fitted}
+        only = np.array(sorted(fitted), np.int64) if is_apart else None
+        return replayed_rows(self.reader, keys), Others(self.reader, keys, only)
 
     def _predictions(self, name: str, horizon: int) -> PredictionsReader:
         made = self.store.make(self._asked(name, horizon))

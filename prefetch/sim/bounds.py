@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from prefetch.sim.cell import Cell
@@ -19,7 +20,7 @@ from prefetch.sim.pool import MISS, OVERSHOOT
 from prefetch.sim.relaxed import Fewest, fewest
 from prefetch.sim.run import replay
 from prefetch.sim.start import groups_of
-from prefetch.sim.workload import Workload
+from prefetch.sim.workload import Workload, counts_of
 
 NONE = "no bound: "
 
@@ -35,16 +36,21 @@ class Bound:
 
 def compute_S(work: Workload, machine: Machine) -> NDArray[np.int64]:
     """Of every step, with every expert resident: what stands before the experts, and the experts in turn."""
-    layer_A, n_layers = layers_of(work), work.card.n_layers
-    expert_A = np.maximum(
-        machine.weight_ns_L[layer_A], machine.token_ns_L[layer_A] * work.tokens_A.astype(np.int64)
-    )
-    took_A = np.append(0, expert_A.cumsum())
-    took_V = np.diff(took_A[work.start_V]) + np.where(
-        np.diff(work.start_V) > 0, np.repeat(machine.before_S, n_layers), 0
-    )
-    took_S: NDArray[np.int64] = took_V.reshape(work.n_steps, n_layers).sum(axis=1)
+    took_S = np.zeros(work.n_steps, np.int64)
+    costs = machine.before_S, machine.weight_ns_L, machine.token_ns_L
+    _compute(work.start_V, work.tokens_A, *costs, took_S)
     return took_S
+
+
+@njit(cache=True, nogil=True)
+def _compute(start_V, tokens_A, before_S, weight_ns_L, token_ns_L, took_S):  # type: ignore[no-untyped-def]
+    n_layers = len(weight_ns_L)
+    for v in range(len(start_V) - 1):
+        step, layer = v // n_layers, v % n_layers
+        if start_V[v + 1] > start_V[v]:
+            took_S[step] += before_S[step]
+        for a in range(start_V[v], start_V[v + 1]):
+            took_S[step] += max(weight_ns_L[layer], token_ns_L[layer] * np.int64(tokens_A[a]))
 
 
 def layers_of(work: Workload) -> NDArray[np.int64]:
@@ -112,8 +118,8 @@ def _fewest(cell: Cell, work: Workload, rooms: Sequence[int]) -> Fewest:
     size_L, warm = cell.budget.size_L, cell.wished
     if not _is_even(cell) or not work.is_decode_S.all():
         return fewest(work, rooms, size_L, warm, ~work.is_decode_S)
-    is_miss_A = replay(work, Belady(), rooms, size_L, warm=warm) == MISS
-    layer_A, n_caches = layers_of(work)[is_miss_A], len(rooms)
-    group_A = groups_of(len(size_L), n_caches)[layer_A]
-    units_G = np.bincount(group_A, np.array(size_L)[layer_A], n_caches).astype(np.int64)
-    return Fewest(units_G, int(is_miss_A.sum()))
+    outcome_A = replay(work, Belady(), rooms, size_L, warm=warm)
+    misses_L = counts_of(outcome_A, MISS, work.start_V).reshape(-1, len(size_L)).sum(axis=0)
+    units_G, group_L = np.zeros(len(rooms), np.int64), groups_of(len(size_L), len(rooms))
+    np.add.at(units_G, group_L, misses_L * np.array(size_L, np.int64))
+    return Fewest(units_G, int(misses_L.sum()))

@@ -15,7 +15,8 @@ from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from prefetch.artifacts import library_version, sha256_of
+from prefetch.artifacts import library_version
+from prefetch.manifest import sha256_of
 
 VERSION = 2  # raise it when rows mean something else and no file says so
 HERE = Path(__file__).parent

@@ -23,6 +23,7 @@ import numba
 from prefetch.sim.code import own_code
 from prefetch.sim.policy import KeyRules, Rules
 from prefetch.sim.shipped import kinds
+from prefetch.written import left_parts, write_whole
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -136,9 +137,9 @@ def _from_file(text: str, name: str, functions: Functions) -> ModuleType:
     if not path.exists() or path.read_text() != text:  # whatever lies there, this text is run
         if name == "timed":
             log.info("compiling the timed engine: about half a minute, once on this machine")
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        Path(file.name).replace(path)  # two processes may write it at once: they write the same
+        for left in left_parts(path.parent):
+            left.unlink(missing_ok=True)
+        write_whole(path, text)  # two processes may write it at once: they write the same
     spec = importlib.util.spec_from_file_location(f"prefetch_sim_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -10,22 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from prefetch.sim.cell import Cell
+from prefetch.sim.excerpt import work_of
 from prefetch.sim.grid import sized
 from prefetch.sim.machine import MISSES, WAIT
 from prefetch.sim.pool import ATOMIC, HIT
-from prefetch.sim.rows import counted_A
+from prefetch.sim.rows import counted_S
 from prefetch.sim.run import replay
 from prefetch.sim.stacks import LruStacks
 from prefetch.sim.sweep import Job, Kept, run_all
-from prefetch.sim.workload import Workload
+from prefetch.sim.workload import Workload, counts_of
 
 if TYPE_CHECKING:
     from prefetch.sim.bench import Bench
 
 MOST_SIZES = 32
 NOBODY = np.iinfo(np.uint16).max
+STEPS = 1 << 12  # whose events are looked at together
 
 
 def hit_rate_curves(bench: Bench, kept: Kept) -> pd.DataFrame:
@@ -61,10 +64,13 @@ def _job(work: Workload, cell: Cell) -> Job:
     """Without a clock; what it costs in time does not count."""
     rooms, sizes = cell.budget.room_G, cell.budget.size_L
     start: dict[str, Any] = {"told": cell.told, "warm": cell.warm, "pinned": cell.pinned}
+    is_counted_S, first_S = counted_S(work), work.start_V[:: work.card.n_layers]
+    accesses = np.diff(first_S)[is_counted_S].sum()
 
     def run() -> dict[str, Any]:
         outcome_A = replay(work, cell.policy, rooms, sizes, cell.semantics, **start)
-        return {"hit_rate": float((outcome_A[counted_A(work)] == HIT).mean())}
+        hits = counts_of(outcome_A, HIT, first_S)[is_counted_S].sum()
+        return {"hit_rate": float(hits / accesses)}
 
     return Job(run, ("hit rate", work, cell.policy, rooms, sizes, cell.semantics, start))
 
@@ -72,16 +78,23 @@ def _job(work: Workload, cell: Cell) -> Job:
 def lru_by_stacks(work: Workload) -> dict[int, float]:
     """Hit rates of one LRU cache per layer at every capacity from the size of the largest event on."""
     n_layers, n_experts = work.card.n_layers, work.card.n_experts
-    size_V = np.diff(work.start_V)
-    largest = int(size_V.max(initial=1))
-    ids_VK = np.full((len(size_V), largest), NOBODY, np.uint16)
-    event_A = np.repeat(np.arange(len(size_V)), size_V)
-    ids_VK[event_A, np.arange(work.n_accesses) - work.start_V[event_A]] = work.ids_A
-    is_counted_S = work.is_decode_S if work.is_decode_S.any() else np.ones(work.n_steps, np.bool_)
+    largest = int(np.diff(work.start_V).max(initial=1))
+    is_counted_S = counted_S(work)
     stacks = LruStacks(n_layers, n_experts, largest)
-    for layer in range(n_layers):
-        ids_TK = np.ascontiguousarray(ids_VK[layer::n_layers])
-        stacks.replay(layer, ids_TK, is_counted_S.astype(np.uint8), int(NOBODY))
+    for first in range(0, work.n_steps, STEPS):
+        part = work_of(work, first, min(first + STEPS, work.n_steps))
+        ids_TLK = _events_in_rows(part, largest)
+        class_T = is_counted_S[first : first + STEPS].astype(np.uint8)
+        stacks.replay_layers(range(n_layers), ids_TLK, class_T, int(NOBODY))
     hist_D = stacks.hist_LCD[:, 1].sum(axis=0)
     hits_D, accesses = np.append(0, hist_D[:-1].cumsum()), max(1, int(hist_D.sum()))
     return {size: float(hits_D[size] / accesses) for size in range(largest, n_experts + 1)}
+
+
+def _events_in_rows(work: Workload, largest: int) -> NDArray[np.uint16]:
+    """[S, L, K] the experts of every event, then nobody."""
+    size_V = np.diff(work.start_V)
+    ids_VK = np.full((len(size_V), largest), NOBODY, np.uint16)
+    event_A = np.repeat(np.arange(len(size_V)), size_V)
+    ids_VK[event_A, np.arange(work.n_accesses) - work.start_V[event_A]] = work.ids_A
+    return ids_VK.reshape(work.n_steps, work.card.n_layers, largest)

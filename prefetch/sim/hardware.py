@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from prefetch import plain_yaml
 from prefetch.errors import ConfigError
 
 NS_PER_S, MEASURED = 1_000_000_000, "measured"
@@ -176,8 +177,8 @@ def measured(path: str | None = None) -> Hardware:
     file = Path(path)
     try:
         text = file.read_text()
-        fields = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        fields = json.loads(text) if file.suffix == ".json" else plain_yaml.load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as JSON or YAML ({told})") from error
     if not isinstance(fields, Mapping) or fields.get("kind") != MEASURED:
@@ -186,7 +187,7 @@ def measured(path: str | None = None) -> Hardware:
             f"{path}: expected `kind: {MEASURED}` beside the keys of a hardware file, found {found!r}; a datasheet's "
             "numbers are a file of their own in configs/hardware"
         )
-    given = {name: value for name, value in fields.items() if name not in ("kind", "_target_")}
+    given = {str(k): value for k, value in fields.items() if k not in ("kind", "_target_")}
     try:
         return hardware(**{**given, "is_measured": True})
     except ConfigError as error:

@@ -17,7 +17,14 @@ from prefetch.sim import splits
 from prefetch.sim.foresight import guesses_of, keys_of
 from prefetch.sim.machine import Guesses
 from prefetch.sim.memory import Budget, Split
-from prefetch.sim.others import misses_of, most_used, most_used_of_each, uses_of
+from prefetch.sim.others import (
+    Others,
+    misses_of,
+    most_used,
+    most_used_of_each,
+    replayed_rows,
+    uses_of,
+)
 from prefetch.sim.policy import ROWS, Policy
 from prefetch.sim.pool import NOTHING_TOLD, Told
 from prefetch.sim.start import NOBODY
@@ -57,7 +64,7 @@ class Prior:
         simulator: SimulatorConfig,
         reader: TraceReader,
         trace: RoutingTrace,
-        others: RoutingTrace,
+        others: Others,
         work: Workload,
     ) -> None:
         self.simulator, self.reader, self.trace, self.others = simulator, reader, trace, others
@@ -132,9 +139,5 @@ class Prior:
         there = [name for name in names if name in self.reader.columns]
         if not there:
             return self.trace
-        whole = self.reader.load(*there)
-        is_asked_T = np.isin(
-            keys_of(whole.request_T, whole.position_T),
-            keys_of(self.trace.request_T, self.trace.position_T),
-        )
-        return whole.rows(is_asked_T)
+        keys = np.sort(keys_of(self.trace.request_T, self.trace.position_T))
+        return replayed_rows(self.reader, keys, *there)

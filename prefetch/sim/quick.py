@@ -100,7 +100,7 @@ def compiled(rule: Callable[..., Any]) -> Callable[..., Any]:
     told = (np.zeros(1, np.int64), 1, np.zeros(1, np.int64), NOBODY)
     try:
         made = njit(cache=Path(rule.__code__.co_filename).is_file())(rule)
-        made.compile(tuple(typeof(value) for value in told))
+        made.compile(tuple(map(typeof, told)))
     except NumbaError as error:
         text = str(error).strip().splitlines()[0]
         log.warning("%s.%s runs uncompiled: %s", rule.__module__, rule.__qualname__, text)

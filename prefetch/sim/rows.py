@@ -18,7 +18,7 @@ from prefetch.sim.machine import WAIT
 from prefetch.sim.overshoot import held_beyond
 from prefetch.sim.pool import HIT, LATE, OVERSHOOT
 from prefetch.sim.run import Timed
-from prefetch.sim.workload import MIXED, Workload
+from prefetch.sim.workload import MIXED, Workload, counts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +45,10 @@ def row_of(cell: Cell, work: Workload, timed: Timed, beside: Beside) -> dict[str
 
 
 def _hits(work: Workload, timed: Timed, beside: Beside) -> dict[str, Any]:
-    is_decode_S = work.is_decode_S
-    counted_S = is_decode_S if is_decode_S.any() else np.ones(work.n_steps, np.bool_)
-    accesses_S = np.diff(work.start_V[:: work.card.n_layers]) * counted_S
+    is_counted_S, first_S = counted_S(work), work.start_V[:: work.card.n_layers]
+    accesses_S = np.diff(first_S) * is_counted_S
     hits_S, late_S = (
-        _per_step(timed.outcome_A == outcome, work) * counted_S for outcome in (HIT, LATE)
+        counts_of(timed.outcome_A, outcome, first_S) * is_counted_S for outcome in (HIT, LATE)
     )
     accesses = max(1, int(accesses_S.sum()))
     low, high = interval(beside.units, hits_S, accesses_S, beside.seed)
@@ -60,14 +59,6 @@ def _hits(work: Workload, timed: Timed, beside: Beside) -> dict[str, Any]:
         "hit_rate_bound": beside.bound.hit_rate,
         "late_hit_rate": late_S.sum() / accesses,
     }
-
-
-def _per_step(is_so_A: NDArray[np.bool_], work: Workload) -> NDArray[np.int64]:
-    """How many accesses of every step are so."""
-    first_S = work.start_V[:: work.card.n_layers]
-    count_S, some_S = np.zeros(work.n_steps, np.int64), np.flatnonzero(np.diff(first_S))
-    count_S[some_S] = np.add.reduceat(is_so_A, first_S[some_S], dtype=np.int64)
-    return count_S
 
 
 def _times(work: Workload, timed: Timed, beside: Beside) -> dict[str, Any]:
@@ -178,10 +169,6 @@ def _counts(work: Workload, timed: Timed) -> dict[str, Any]:
     return row
 
 
-def counted_A(work: Workload) -> NDArray[np.bool_]:
-    """Accesses of steps that generate; of all steps, where none does."""
-    is_counted_S = work.is_decode_S if work.is_decode_S.any() else np.ones(work.n_steps, np.bool_)
-    is_counted_A: NDArray[np.bool_] = np.repeat(
-        is_counted_S, np.diff(work.start_V[:: work.card.n_layers])
-    )
-    return is_counted_A
+def counted_S(work: Workload) -> NDArray[np.bool_]:
+    """Steps whose accesses count: those that generate; all, where none does."""
+    return work.is_decode_S if work.is_decode_S.any() else np.ones(work.n_steps, np.bool_)

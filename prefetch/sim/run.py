@@ -46,7 +46,7 @@ def replay(
     start, the most used first; those that are pinned stay.
     """
     pool, semantics = prepared(work, policy, room_G, size_L, semantics)
-    events, first_LE = events_of(work, policy, told), first_uses_of(work, policy)
+    events, first_LE = events_and_first_uses(work, policy, told)
     fill(pool, policy, first_LE, warm=warm, pinned=pinned)
     outcome_A = np.zeros(work.n_accesses, np.uint8)
     engine(policy.rules).replay(events, pool, semantics, outcome_A)
@@ -100,6 +100,20 @@ def prepared(
 
 
 def events_of(work: Workload, policy: Policy, told: Told = NOTHING_TOLD) -> Events:
+    return events_and_first_uses(work, policy, told)[0]
+
+
+def first_uses_of(work: Workload, policy: Policy) -> NDArray[np.int64]:
+    """[L, E] the access that first needs each, for a policy that knows the future; else 0."""
+    if "future" in policy.needs:
+        return next_uses(work)[1]
+    return np.zeros((work.card.n_layers, work.card.n_experts), np.int64)
+
+
+def events_and_first_uses(
+    work: Workload, policy: Policy, told: Told = NOTHING_TOLD
+) -> tuple[Events, NDArray[np.int64]]:
+    """Both, of one look ahead."""
     rows = [need for need in policy.needs if need in ROWS]
     if rows and len(told.kind_V) != len(work.start_V) - 1:
         raise MissingData(
@@ -110,15 +124,11 @@ def events_of(work: Workload, policy: Policy, told: Told = NOTHING_TOLD) -> Even
     if rows:
         event_A = np.repeat(np.arange(len(told.kind_V)), np.diff(work.start_V))
         score_A = told.row_VE[event_A, work.ids_A].astype(np.int64)
-    next_A = next_uses(work)[0] if "future" in policy.needs else NONE_A
-    return Events(work.ids_A, work.tokens_A, work.start_V, next_A, score_A, told)
-
-
-def first_uses_of(work: Workload, policy: Policy) -> NDArray[np.int64]:
-    """[L, E] the access that first needs each, for a policy that knows the future; else 0."""
+    next_A, first_LE = NONE_A, np.zeros((work.card.n_layers, work.card.n_experts), np.int64)
     if "future" in policy.needs:
-        return next_uses(work)[1]
-    return np.zeros((work.card.n_layers, work.card.n_experts), np.int64)
+        next_A, first_LE = next_uses(work)
+    events = Events(work.ids_A, work.tokens_A, work.start_V, next_A, score_A, told)
+    return events, first_LE
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +162,7 @@ def timed_replay(
         )
     guesses = guesses or no_guesses()
     pool, semantics = prepared(work, policy, room_G, size_L, semantics)
-    events, first_LE = events_of(work, policy, told), first_uses_of(work, policy)
+    events, first_LE = events_and_first_uses(work, policy, told)
     fill(pool, policy, first_LE, warm=warm, pinned=pinned)
     run = running_of(pool, first_LE, machine, guesses)
     return _timed(work, events, policy, pool, semantics, machine, guesses, run)

@@ -18,7 +18,7 @@ from prefetch.sim.compiled import engine
 from prefetch.sim.machine import COUNTS, WAIT, Machine, no_guesses, running_of
 from prefetch.sim.policy import Policy
 from prefetch.sim.pool import ATOMIC, HIT, MISS
-from prefetch.sim.run import Timed, events_of, first_uses_of, prepared
+from prefetch.sim.run import Timed, events_and_first_uses, prepared
 from prefetch.sim.start import NOBODY, fill
 from prefetch.sim.workload import NEVER, Workload
 
@@ -51,9 +51,9 @@ def streamed_replay(
     is_prompt_S = work.prefill_S > 0
     rest, (is_rest_A, layer_A) = without(work, is_prompt_S), _accesses(work, ~is_prompt_S)
     pool, semantics = prepared(rest, policy, room_G, size_L, semantics)
-    first_LE = first_uses_of(rest, policy)
+    events, first_LE = events_and_first_uses(rest, policy)
     fill(pool, policy, first_LE, warm=warm, pinned=pinned)
-    run, events = running_of(pool, first_LE, machine, no_guesses()), events_of(rest, policy)
+    run = running_of(pool, first_LE, machine, no_guesses())
     time_S, outcome_A = np.zeros(work.n_steps, np.int64), np.zeros(work.n_accesses, np.uint8)
     rest_A, done, sums = np.zeros(rest.n_accesses, np.uint8), 0, dict.fromkeys(COUNTS, 0)
     n_layers, step_machine = work.card.n_layers, machine
@@ -82,7 +82,7 @@ def _stream(
     work: Workload,
     step: int,
     machine: Machine,
-    layer_A: NDArray[np.int64],
+    layer_A: NDArray[np.uint16],
     is_there_LE: NDArray[np.bool_],
     sums: dict[str, int],
 ) -> int:
@@ -130,10 +130,11 @@ def without(work: Workload, is_left_out_S: NDArray[np.bool_]) -> Workload:
 
 def _accesses(
     work: Workload, is_kept_S: NDArray[np.bool_]
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+) -> tuple[NDArray[np.bool_], NDArray[np.uint16]]:
     """Of every access: whether its step is one of these, and its layer."""
     n_layers, sizes_V = work.card.n_layers, np.diff(work.start_V)
-    layer_A: NDArray[np.int64] = np.repeat(np.arange(len(sizes_V)) % n_layers, sizes_V)
+    layer_V = (np.arange(len(sizes_V)) % n_layers).astype(np.uint16)
+    layer_A: NDArray[np.uint16] = np.repeat(layer_V, sizes_V)
     return np.repeat(np.repeat(is_kept_S, n_layers), sizes_V), layer_A
 
 

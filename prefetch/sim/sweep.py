@@ -11,8 +11,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -27,6 +25,7 @@ from prefetch.cluster.mapping import Cluster
 from prefetch.cluster.worker import n_threads
 from prefetch.progress import Progress
 from prefetch.sim.code import CODE_KEY, own_code
+from prefetch.written import write_whole
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -73,7 +72,7 @@ class Kept:
                 raise ValueError("it is of another cell, or was changed")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             log.warning("%s: cannot be used (%s); the cell is run again", path, error)
             return None
         return row
@@ -84,9 +83,7 @@ class Kept:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = {"key": key, "sum": _sum(row), "row": row}
-            temporary = self.folder / f"{key}.{os.getpid()}.{threading.get_ident()}.part"
-            temporary.write_text(json.dumps(text) + "\n")
-            temporary.replace(self.folder / f"{key}.json")
+            write_whole(self.folder / f"{key}.json", json.dumps(text) + "\n", lasting=False)
         except OSError as error:
             self._is_writable = False
             log.warning("%s: rows cannot be kept (%s); the run goes on", self.folder, error)

@@ -195,6 +195,16 @@ def _events(ids_TLK, rows_R, start_S, nobody, n_experts):  # type: ignore[no-unt
     return ids_A[:at].copy(), tokens_A[:at].copy(), start_V
 
 
+@njit(cache=True, nogil=True)
+def counts_of(outcome_A, wanted, edges):  # type: ignore[no-untyped-def]
+    """How many accesses from each edge to the next came to this."""
+    counts = np.zeros(len(edges) - 1, np.int64)
+    for i in range(len(counts)):
+        for a in range(edges[i], edges[i + 1]):
+            counts[i] += outcome_A[a] == wanted
+    return counts
+
+
 def next_uses(work: Workload) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """[A] the access that next needs the same expert of the same layer, and [L, E] the first that needs each."""
     first_LE = np.full((work.card.n_layers, work.card.n_experts), NEVER, np.int64)

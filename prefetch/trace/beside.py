@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefetch.artifacts import sha256_of
 from prefetch.errors import FormatError
+from prefetch.manifest import sha256_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
 

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prefetch.artifacts import MANIFEST, read_manifest, sha256_of
 from prefetch.errors import FormatError, PrefetchError
+from prefetch.manifest import MANIFEST, read_manifest, sha256_of
 from prefetch.trace.checks import RowChecks
 from prefetch.trace.columns import unbinary
 from prefetch.trace.counts import load_counts
+from prefetch.trace.packed import check_packed
 from prefetch.trace.parquet import SMALL, WIDE, TraceReader
 from prefetch.trace.routing import RoutingTrace
 from prefetch.trace.row_findings import Columns, RowFindings
@@ -140,6 +141,7 @@ def _groups(
     path = reader.folder / name
     try:
         file = pq.ParquetFile(path, memory_map=False, pre_buffer=False)
+        check_packed(file.metadata, path)
     except Exception as error:  # damaged bytes meet Arrow with whatever it likes
         yield Finding(name, None, f"cannot be opened: {_one_line(error, path)}")
         return

@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from prefetch.artifacts import MANIFEST
 from prefetch.errors import FormatError, reading
+from prefetch.manifest import MANIFEST
 from prefetch.trace.checks import check_trace
 from prefetch.trace.parquet import SCHEMA, TraceReader
 from prefetch.trace.rewrite import Written
@@ -43,9 +43,10 @@ def migrate(folder: Path | str, to: Path | str, *, steps: Mapping[int, Step] = S
                 steps[number](here, there)
             here = there
         told = f"{split_schema(SCHEMA)[0]}/{numbers[0]}"
-        _remember(new, f"migrated from {told}")
-        reader = TraceReader(new)
-        check_trace(reader)
+        with reading(source, f"a trace of version {numbers[0]}"):
+            _remember(new, f"migrated from {told}")
+            reader = TraceReader(new)
+            check_trace(reader)
     return Written(Path(to), reader.n_tokens, reader.n_requests, (f"{told} -> {SCHEMA}",))
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from prefetch.errors import FormatError, reading
 from prefetch.trace.card import ModelCard
 from prefetch.trace.columns import binary, codes_of, small_columns, unbinary, whole
+from prefetch.trace.packed import check_packed
 from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import NO_TOKEN, PHASES, RoutingTrace
 from prefetch.trace.version import read_json
@@ -64,8 +65,9 @@ def wide_columns(trace: RoutingTrace) -> dict[str, NDArray[Any]]:
 class ShardWriter:
     """Writes rows into numbered Parquet shards, one file per stem, cutting only where `may_cut` allows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, codec: str | None = None) -> None:
         self.folder = folder
+        self.codec = codec  # of the wide columns; None: as a trace's
         self.shards: list[dict[str, Any]] = []
         self._files: dict[str, pq.ParquetWriter] = {}
         self._bytes = 0
@@ -78,7 +80,8 @@ class ShardWriter:
                 path = self.folder / f"{stem}-{number:05d}.parquet"
                 small = [name for name in table.column_names if name in SMALL]
                 codec = {
-                    name: "zstd" if name in small else WIDE_CODEC for name in table.column_names
+                    name: "zstd" if name in small else self.codec or WIDE_CODEC
+                    for name in table.column_names
                 }
                 self._files[stem] = pq.ParquetWriter(
                     path,
@@ -127,7 +130,7 @@ class TraceFiles:
         }
         if self.columns and columns != self.columns:
             raise FormatError(
-                f"{self.folder}: every block must record the same; first {self.columns}, now {columns}"
+                f"every block must record the same; first {self.columns}, now {columns}"
             )
         self.columns = columns
         row_bytes = sum(array[:1].nbytes for array in wide_columns(block).values()) + 20
@@ -227,9 +230,11 @@ class TraceReader:
             raise FormatError(
                 f"{path}: {self.n_tokens} tokens are not what its shards hold: {self.shards}"
             )
-        if any(dtype.kind not in "uf" for dtype, _ in self.columns.values()):
+        if any(dtype.kind not in "uf" for dtype, _ in self.columns.values()) or not (
+            {"experts"} <= set(self.columns) <= set(WIDE)
+        ):
             raise FormatError(
-                f"{path}: expected columns of ids and float16, found {self.about['columns']}"
+                f"{path}: expected columns of ids and float16 among {', '.join(WIDE)}, found {self.about['columns']}"
             )
 
     def batches(self, *recorded: str, max_rows: int = 1 << 16) -> Iterator[RoutingTrace]:
@@ -273,12 +278,14 @@ class TraceReader:
             raise FormatError(f"{path}: this trace has no {name}; its source did not record them")
         from safetensors.numpy import load_file
 
-        return dict(load_file(path))
+        with reading(path, "arrays as safetensors"):
+            return dict(load_file(path))
 
     def router_weights(self) -> dict[int, NDArray[Any]]:
         """layer number -> [E, D], where gate inputs were recorded."""
         tensors = self.beside("router_weights")
-        return {int(name.removeprefix("layer.")): array for name, array in tensors.items()}
+        with reading(self.folder / "router_weights.safetensors", "arrays named layer.NUMBER"):
+            return {int(name.removeprefix("layer.")): array for name, array in tensors.items()}
 
     def _shard(
         self, number: int, rows: int, names: tuple[str, ...], max_rows: int, row: int
@@ -318,6 +325,7 @@ class TraceReader:
         path = self.folder / name
         with reading(path, "a Parquet shard"):
             file = pq.ParquetFile(path, memory_map=False, pre_buffer=False)
+            check_packed(file.metadata, path)
         if file.metadata.num_rows != rows:
             raise FormatError(
                 f"{path}: trace.json promises {rows} rows, found {file.metadata.num_rows}"

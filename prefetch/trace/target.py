@@ -6,7 +6,6 @@ process of this machine left behind is removed by the next that writes to the sa
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import socket
@@ -15,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefetch.errors import ConfigError
+from prefetch.written import FULL, is_alive
 
 BUILDING = ".building"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def check_apart(to: Path | str, *read: Path) -> None:
@@ -99,19 +98,9 @@ def _beside(target: Path) -> Path:
     start = f".{target.name}{BUILDING}-{socket.gethostname()}-"
     for left in target.parent.glob(f"{start}*"):
         owner = left.name.removeprefix(start)
-        if owner.isdecimal() and (int(owner) == os.getpid() or not _is_alive(int(owner))):
+        if owner.isdecimal() and (int(owner) == os.getpid() or not is_alive(int(owner))):
             _remove(left)
     return target.with_name(f"{start}{os.getpid()}")
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _synced(path: Path) -> None:

@@ -72,6 +72,18 @@ def test_a_wrong_leaf_is_refused_by_its_full_name(values, message):
         make(**values)
 
 
+def choking(**settings):
+    return settings["n"] // settings["k"]
+
+
+def test_settings_that_a_class_chokes_on_are_an_error_of_the_leaf():
+    leaf = OmegaConf.create({"_target_": "somewhere.choking", "n": 1, "k": 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "locate", lambda _: choking)
+        with pytest.raises(ConfigError, match=r"source: integer division or modulo by zero"):
+            instantiate(leaf, "source")
+
+
 def test_a_target_that_does_not_exist_is_named():
     with pytest.raises(ConfigError, match=r"_target_=no\.such\.Thing: cannot be imported"):
         instantiate(OmegaConf.create({"_target_": "no.such.Thing"}), "leaf")
@@ -106,3 +118,21 @@ def test_every_option_that_a_page_or_a_message_names_exists():
     found = [(path, *option) for path, text in _written() for option in named.findall(text)]
     assert len(found) > 100
     assert not [place for place in found if place[2] not in blocks[place[1]] | files]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"seed": 10**30}, "seed: a whole number beyond 64 bits"),
+        ({"a": {"b": [1, -(2**63) - 1]}}, r"a\.b: a whole number beyond"),
+        ({"a": {"b": float("nan")}}, r"a\.b=nan: expected a finite number"),
+        ({"a": [1.0, float("-inf")]}, "a=-inf: expected a finite number"),
+    ],
+)
+def test_numbers_that_nothing_can_mean_are_refused_whatever_the_option(value, said):
+    with pytest.raises(ConfigError, match=said):
+        config.check_numbers(value)
+
+
+def test_all_other_numbers_are_left_to_their_options():
+    config.check_numbers({"a": [0, -1, 2**63 - 1, 1e308, True, None, "1e400"], "b": {}})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prefetch.scoring import LEFT_OUT, TEST, TRAIN, Survey, bootstrap
+from prefetch.scoring import LEFT_OUT, TEST, TRAIN, SharedText, Survey, bootstrap
 from prefetch.trace.card import plain_card
 from prefetch.trace.routing import RoutingTrace, trace_of
 
@@ -77,8 +77,11 @@ def test_a_long_shared_prompt_groups_nobody(n_own):
         0, 64:84
     ]  # a real pair goes on together, and still may be parted: near copies are found later
     found = survey(trace_of(CARD, ids.reshape(-1, 3, 2), request_T=block.request_T))
+    assert (found.groups() == 0).all()
+    np.testing.assert_array_equal(found.groups(beyond_template=True), np.arange(20))
     folds = found.folds(0)
     assert [fold.kind for fold in folds] == ["requests"] * 5
+    assert [fold.number for fold in folds] == list(range(5))
     assert np.sort(np.concatenate([fold.test for fold in folds])).tolist() == list(range(20))
     assert found.split(0.7, 0).kind == "requests"
 
@@ -88,7 +91,9 @@ def test_one_conversation_is_still_split_in_time():
     grown = np.concatenate([block.ids_TLK[: 10 * n] for n in range(1, 21)])
     request_T = np.repeat(np.arange(20), 10 * np.arange(1, 21))
     (fold,) = survey(trace_of(CARD, grown, request_T=request_T)).folds(0)
-    assert fold.kind == "time"
+    assert (fold.number, fold.kind, fold.cuts) == (0, "time", (1260, 1470))
+    for part in (fold.train, fold.validation, fold.test):
+        assert part.tolist() == list(range(20))
 
 
 def test_what_requests_end_with_is_shared_text():
@@ -136,6 +141,55 @@ def test_few_requests_are_split_in_time():
     split = survey(block).split(0.7, 0)
     parts_T = split.parts(block, np.arange(30))
     assert split.kind == "time" and parts_T.tolist() == [TRAIN] * 21 + [TEST] * 9
+    assert split.test_requests.size == 0
+
+
+def test_somebody_is_always_learnt_from():
+    assert len(survey(trace([10] * 5)).split(0.1, 0).test_requests) == 4
+    assert len(survey(trace([10] * 4)).split(0.5, 0).test_requests) == 2
+
+
+@pytest.mark.parametrize("row", [0, 7, 8, 17])
+def test_a_request_that_differs_in_one_row_is_no_repetition(row):
+    block = trace([18] * 6)
+    ids = block.ids_TLK.copy()
+    ids[90:] = ids[:18]
+    assert survey(trace_of(CARD, ids, request_T=block.request_T)).duplicates().tolist() == [5]
+    ids[90 + row] = (ids[row] + 1) % 16
+    found = survey(trace_of(CARD, ids, request_T=block.request_T))
+    assert found.duplicates().size == 0
+    assert found.groups()[5] == (0 if row > 15 else 5), "alike for 16 of 18 rows, or not"
+
+
+@pytest.mark.parametrize(("n", "validated"), [(20, 2), (5, 1), (4, 1), (13, 1)])
+def test_a_fold_tests_its_part_validates_on_half_of_the_next_and_learns_from_the_rest(n, validated):
+    folds = survey(trace([10] * n)).folds(3)
+    assert sorted(r for fold in folds for r in fold.test.tolist()) == list(range(n))
+    for fold, later in zip(folds, [*folds[1:], folds[0]], strict=True):
+        parts = [set(part.tolist()) for part in (fold.train, fold.validation, fold.test)]
+        assert sum(map(len, parts)) == n == len(set.union(*parts))
+        assert parts[1] <= set(later.test.tolist()) and len(parts[1]) >= validated
+        assert abs(2 * len(parts[1]) - len(later.test)) <= 1
+
+
+def test_where_nobody_was_chosen_nothing_is_shared():
+    ids = trace([30] * 6).ids_TLK.astype(int).reshape(6, 30, 3, 2)
+    ids[:, :5] = -1
+    found = survey(trace_of(CARD, ids.reshape(-1, 3, 2), request_T=np.arange(180) // 30))
+    assert not found.template().any()
+
+
+def test_shared_rows_are_those_of_the_domains_that_are_given():
+    """Two requests of four rows; domain 0 begins with two such rows, domain 1 ends with one."""
+    block = trace([4, 4])
+    start_DP = np.array([[True, True, False], [False] * 3, [False] * 3])
+    end_DP = np.array([[False, False], [True, False], [False, False]])
+    shared = SharedText(start_DP, end_DP)
+    assert not shared.rows(block).any()
+    domain_T = np.repeat([0, 1], 4)
+    assert np.flatnonzero(shared.rows(block, domain_T)).tolist() == [0, 1, 7]
+    unplaced = trace_of(CARD, block.ids_TLK, request_T=block.request_T, position_T=np.full(8, -1))
+    assert not shared.rows(unplaced, domain_T).any()
 
 
 def test_a_repeated_request_is_left_out_and_a_short_one_is_not():
@@ -179,13 +233,20 @@ def test_a_template_of_one_domain_is_none_of_another():
 
 @pytest.mark.parametrize("cuts", [(50,), (10, 20, 30, 40, 50)])
 def test_batches_and_merging_change_nothing(cuts):
-    block = trace([10] * 6)
+    ids = trace([10] * 6).ids_TLK.copy().reshape(6, 10, 3, 2)
+    ids[:, :4], ids[:, 8:] = ids[0, :4], ids[0, 8:]
+    block = trace_of(CARD, ids.reshape(-1, 3, 2), request_T=np.arange(60) // 10, phase_T=1)
     whole, cut = survey(block), survey(block, cuts)
-    merged = survey(block.rows(slice(0, 20)))
+    merged, late = survey(block.rows(slice(0, 20))), Survey()
     merged.merge(survey(block.rows(slice(20, 60))))
-    for other in (cut, merged):
-        assert other.digest_R == whole.digest_R and other.rows == whole.rows
+    late.merge(whole)
+    assert np.flatnonzero(whole.template()[-1]).tolist() == [0, 1, 2, 3, 8, 9]
+    for other in (cut, merged, late):
+        for name in ("request_R", "n_rows_R", "ran_R", "heads_R", "digest_R", "first_position_R"):
+            assert getattr(other, name) == getattr(whole, name), name
+        assert (other.rows, other.executed_rows, other.decode_rows) == (60, 60, 60)
         assert (other.template() == whole.template()).all()
+        assert (other.shared_text().end_DP == whole.shared_text().end_DP).all()
         one, two = other.split(0.7, 3), whole.split(0.7, 3)
         assert (one.test_requests == two.test_requests).all()
 
@@ -202,6 +263,7 @@ def test_an_interval_holds_the_ratio_and_needs_two_requests():
     hits_R = rng.binomial(of_R, 0.3)
     low, high = bootstrap(hits_R, of_R, seed=0)
     assert low < hits_R.sum() / of_R.sum() < high and high - low < 0.06
-    assert bootstrap(hits_R, of_R, seed=0) == (low, high)
+    assert bootstrap(hits_R, of_R, seed=0, draws=1000, level=0.95) == (low, high)
+    assert bootstrap(np.array([1, 3]), np.array([4, 4]), seed=0) == (0.25, 0.75)
     with pytest.raises(ValueError, match="two"):
         bootstrap(hits_R[:1], of_R[:1], seed=0)

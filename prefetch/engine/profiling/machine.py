@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from prefetch.artifacts import Outside, Recipe, Store, read_manifest
+from prefetch.artifacts import Outside, Recipe, Store
 from prefetch.config import Config
 from prefetch.engine.profiling import device, whose
 from prefetch.engine.profiling.copies import (
@@ -40,6 +40,7 @@ from prefetch.engine.profiling.work import Roofs
 from prefetch.kernels.experts import moe
 from prefetch.kernels.layout import ExpertLayout
 from prefetch.kernels.routing import route
+from prefetch.manifest import read_manifest
 from prefetch.sim.hardware import HARDWARE_FILE, KIND, MEASURED, hardware
 
 log = logging.getLogger(__name__)

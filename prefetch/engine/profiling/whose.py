@@ -29,7 +29,7 @@ def about(folder: Path) -> dict[str, Any]:
     """What a sealed measurement says of its machine; nothing where it says nothing that can be read."""
     try:
         told = json.loads((folder / "machine.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return dict(told) if isinstance(told, Mapping) else {}
 
@@ -77,7 +77,7 @@ def tell(folder: Path, here: Mapping[str, Any]) -> None:
 def _tell(folder: Path, known: tuple[tuple[str, Any], ...]) -> None:
     here = dict(known)
     told, spread = about(folder), None
-    with suppress(OSError, ValueError):  # of an empty one nothing is known
+    with suppress(OSError, ValueError, TypeError):  # of an empty or odd one nothing is known
         spread = spread_of(pd.read_csv(folder / "copies.csv"))
     log.info("hardware=measured: %s", noise(spread, told))
     if spread is not None and spread > NOISY:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from .attention import Transformer
 from .counts import ActivationMatrix, Linear, Markov, Markov2, Popularity, PreviousToken
 from .ensemble import Ensemble
 from .memory import RouteMemory
 from .networks import Gate, MemoryMlp, Mlp, Recurrent
 from .predictor import Predictor
-from .reading import Arrays, Told, read, reason
+from .reading import Arrays, Told, check_sizes, read, reason
 
 KINDS: dict[str, type[Predictor]] = {
     "popularity": Popularity,
@@ -36,13 +38,30 @@ KINDS: dict[str, type[Predictor]] = {
 def load(path: str | Path, horizon: int | None = None) -> Predictor:
     """A predictor that guesses `horizon` layers ahead: one of those in the file, the farthest unless said."""
     told, arrays = read(path)
-    chosen = max(told["horizons"]) if horizon is None else horizon
-    if chosen not in told["horizons"]:
-        raise ValueError(f"{path}: horizon {horizon}: was not learnt; there are {told['horizons']}")
     try:
+        chosen = max(told["horizons"]) if horizon is None else horizon
+        if chosen not in told["horizons"]:
+            raise ValueError(f"horizon {horizon}: was not learnt; there are {told['horizons']}")
+        _try(_made(told, told["plan"], arrays, chosen), told["plan"])
         return _made(told, told["plan"], arrays, chosen)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {reason(error)}") from error
+
+
+def _try(predictor: Predictor, plan: Told) -> None:
+    """One token: what a file lacks shows here, and not to the engine that asks later."""
+    gate_input = np.ones(_read_by_gates(plan), np.float32)
+    for layer in range(predictor.n_layers):
+        for ahead in predictor.ahead():
+            if predictor.guess(ahead).shape != (predictor.n_experts,):
+                raise ValueError(f"its arrays are not of {predictor.n_experts} experts")
+        predictor.observe(layer, range(predictor.top_k), gate_input)
+
+
+def _read_by_gates(plan: Told) -> int:
+    """Numbers of a gate's input, where it or a member reads any."""
+    of_members = (_read_by_gates(member) for member in plan.get("members", {}).values())
+    return int(plan["axes"].get("D", 0)) or max(of_members, default=0)
 
 
 def _made(told: Told, plan: Told, arrays: Arrays, horizon: int, name: str = "") -> Predictor:
@@ -54,6 +73,7 @@ def _made(told: Told, plan: Told, arrays: Arrays, horizon: int, name: str = "") 
         if member == name and of in ("", f"h{horizon}"):
             own[plain] = array
     sizes = {**plan["axes"], "L": told["n_layers"], "E": told["n_experts"], "K": told["top_k"]}
+    check_sizes(sizes)
     for key, array in own.items():
         axes = key.rpartition("_")[2]
         expected = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes)

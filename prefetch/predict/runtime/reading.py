@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 SCHEMA = "prefetch.exported/1"
 DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U16": "<u2", "U8": "<u1"}
+MOST = 1 << 24  # of an axis, and of experts in all layers together
 Arrays = dict[str, NDArray[Any]]
 Told = dict[str, Any]  # what is said beside the arrays
 
@@ -34,7 +35,7 @@ def read(path: str | Path) -> tuple[Told, Arrays]:
         if hashlib.sha256(raw[start:]).hexdigest() != told["sha256"]:
             raise ValueError("its numbers are not those that were written: cut short or damaged")
         return told, {name: _array(raw, start, name, entry) for name, entry in header.items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected a predictor that was exported; {reason(error)}"
         ) from error
@@ -46,6 +47,19 @@ def _array(raw: bytes, start: int, name: str, entry: Told) -> NDArray[Any]:
     if stop - first != count * dtype.itemsize or start + stop > len(raw):
         raise ValueError(f"{name}: {entry['shape']} numbers do not fill bytes {first} to {stop}")
     return np.frombuffer(raw, dtype, count, start + first).reshape(entry["shape"])
+
+
+def check_sizes(sizes: Told) -> None:
+    """What memory is made for before any array tells how long it is."""
+    odd = {
+        name: size for name, size in sizes.items() if type(size) is not int or not 0 <= size <= MOST
+    }
+    if (
+        odd
+        or not 1 <= sizes["K"] <= sizes["E"] < 1 << 16
+        or not 1 <= sizes["L"] * sizes["E"] <= MOST
+    ):
+        raise ValueError(f"its sizes are no predictor's: {odd or sizes}")
 
 
 def reason(error: Exception) -> str:

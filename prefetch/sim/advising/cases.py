@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import pandas as pd
@@ -38,21 +39,40 @@ class Case:
     before_tokens_per_s: float | None = None  # measured: the host's bandwidth is fitted to it
 
 
-def cases_of(told: Iterable[Mapping[str, Any]]) -> list[Case]:
+def cases_of(told: Any) -> list[Case]:
+    """What `advise.cases` says: a list of mappings."""
     known = {part.name for part in dataclasses.fields(Case)}
     found = list[Case]()
+    if isinstance(told, str) or not isinstance(told, Sequence) or not told:
+        raise ConfigError(
+            f"advise.cases={told}: expected a list of cases, each with {', '.join(FIELDS)}"
+        )
     for i, one in enumerate(told):
         where = f"advise.cases[{i}]"
+        if not isinstance(one, Mapping):
+            raise ConfigError(
+                f"{where}: expected a mapping with {', '.join(FIELDS)}, found {one!r}"
+            )
         if missing := [name for name in FIELDS if name not in one]:
             raise ConfigError(
                 f"{where}: {missing[0]} is missing; a case has {', '.join(sorted(known))}"
             )
         if unknown := sorted(set(one) - known):
             raise ConfigError(f"{where}: no {unknown[0]}; a case has {', '.join(sorted(known))}")
-        lists = {name: tuple(map(str, one[name])) for name in FIELDS[1:]}
+        lists = {name: _words(one[name], f"{where}.{name}") for name in FIELDS[1:]}
         rate = one.get("before_tokens_per_s")
+        if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
+            raise ConfigError(
+                f"{where}.before_tokens_per_s: expected a number over 0, got {rate!r}"
+            )
         found.append(Case(str(one["name"]), **lists, before_tokens_per_s=rate))
     return found
+
+
+def _words(told: Any, where: str) -> tuple[str, ...]:
+    if isinstance(told, str) or not isinstance(told, Sequence):
+        raise ConfigError(f"{where}: expected a list of settings as they are typed, got {told!r}")
+    return tuple(map(str, told))
 
 
 def predicted(cfg: Config, store: Store, cases: Iterable[Case]) -> pd.DataFrame:

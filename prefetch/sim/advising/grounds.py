@@ -66,7 +66,7 @@ def _other_shape(bench: Bench) -> Iterator[str]:
 
 def _replayed(bench: Bench) -> Iterator[str]:
     work, told, units = bench.work, bench.simulator, bench.units
-    both_R = np.intersect1d(bench.trace.request_T, bench.others.request_T)
+    both_R = np.intersect1d(bench.trace.request_T, bench.others.requests())
     of = "the end of requests on whose beginning counts and guesses were fitted"
     if not len(both_R):
         of = "requests that nothing was fitted on"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prefetch.errors import ConfigError, FormatError
+from prefetch.errors import FormatError
+from prefetch.optional import require
 from prefetch.trace.exports.counts import Counted
 
 EXACT = 2**24  # float32 counts beyond this are rounded
@@ -18,12 +19,7 @@ TENSORS = ("gate", "up", "down")  # of a layer; all repeat the same counts
 
 
 def write_imatrix(counted: Counted, path: Path) -> list[str]:
-    try:
-        from gguf import GGUFWriter
-    except ImportError as error:
-        raise ConfigError(
-            "writing GGUF needs the package gguf: pip install 'expert-prefetch[llama]'"
-        ) from error
+    gguf = require("gguf", "GGUFWriter", asked_by="writing GGUF")
     card, counts_LE = counted.counts.card, counted.counts.counts_LE
     if set(card.layer_stacks) != {"decoder"}:
         raise FormatError(f"{card.name}: an importance matrix holds one decoder's layers")
@@ -32,7 +28,7 @@ def write_imatrix(counted: Counted, path: Path) -> list[str]:
             f"{card.name}: a count of {int(counts_LE.max()):,} is beyond float32's exact range; choose another format"
         )
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells every file it writes
-    writer = GGUFWriter(path, arch="")
+    writer = gguf.GGUFWriter(path, arch="")
     writer.add_type("imatrix")
     for number, row_E in zip(card.layer_numbers, counts_LE, strict=True):
         for name in TENSORS:

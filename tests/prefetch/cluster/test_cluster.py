@@ -441,6 +441,7 @@ def test_jobs_of_slurm_ask_for_what_was_written(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobqueue, "SLURMCluster", Fake)
+        patch.setattr("shutil.which", lambda _: "/usr/bin/sbatch")
         connect.slurm(chosen)
     assert asked["jobs"] == 2 and (asked["cores"], asked["processes"], asked["job_cpu"]) == (
         4,
@@ -448,3 +449,28 @@ def test_jobs_of_slurm_ask_for_what_was_written(tmp_path):
         8,
     )
     assert asked["queue"] == "short" and "account" not in asked
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("cluster.slurm.workers_per_job=abc", r"workers_per_job=abc: must be at least 1"),
+        ("cluster.slurm.workers_per_job=true", r"workers_per_job=True: must be at least 1"),
+        ("cluster.slurm.memory=abc", r"cluster\.slurm=.*dask_jobqueue cannot use it"),
+    ],
+)
+def test_what_slurm_cannot_be_asked_for_is_said_before_a_job_is(tmp_path, word, said):
+    jobqueue = pytest.importorskip("dask_jobqueue")
+    chosen = instantiate(configured(tmp_path, "cluster=slurm", word).cluster, "cluster")
+
+    def refuses(**given: Any) -> None:
+        raise ValueError(f"Could not interpret {given['memory']!r} as a byte unit")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobqueue, "SLURMCluster", refuses)
+        patch.setattr("shutil.which", lambda _: "/usr/bin/sbatch")
+        with pytest.raises(ConfigError, match=said):
+            connect.slurm(chosen)
+        patch.setattr("shutil.which", lambda _: None)
+        with pytest.raises(ConfigError, match="no sbatch"):
+            connect.slurm(chosen)

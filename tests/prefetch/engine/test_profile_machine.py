@@ -279,3 +279,22 @@ def test_a_file_that_names_no_machine_is_said(tmp_path, caplog):
     assert whose.about(folder) == {"load": 7.5} and not whose.is_of(folder, facts(place_of("cpu")))
     whose.tell(folder, {})
     assert "does not say which machine it is of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "copies",
+    [
+        "bytes,median_ns,p25_ns,p75_ns\nx,y,z,w\n",
+        "bytes,median_ns,p25_ns,p75_ns\n1e9,a,1,2\n",
+        "a\n1\n",
+        "",
+    ],
+)
+@pytest.mark.parametrize("about", ["[" * 100_000, "[1]", '{"device": [[]], "load": {}}'])
+def test_odd_files_beside_a_measurement_are_passed_by(
+    tmp_path: Path, copies: str, about: str
+) -> None:
+    (tmp_path / "machine.json").write_text(about)
+    (tmp_path / "copies.csv").write_text(copies)
+    whose.tell(tmp_path, {"device": "cpu"})
+    assert not whose.is_of(tmp_path, {"device": "cpu"})

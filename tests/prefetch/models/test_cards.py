@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prefetch.errors import ConfigError
+from prefetch.errors import ConfigError, FormatError
 from prefetch.models.cards import (
     BITS_PER_WEIGHT,
     CARDS,
@@ -181,11 +181,20 @@ def test_a_users_yaml_loads(tmp_path):
         ({"attention": {"kind": "grouped"}}, "mine.yaml: attention: missing head_dim"),
         ({"attention": 3}, "mine.yaml: attention must be"),
         ({"first_dense_layers": 1}, "mine.yaml: dense_size must be given"),
+        ({"moe_every": 0}, "mine.yaml: .*moe_every must be positive"),
+        ({"layers": 10**12}, "mine.yaml: .*layers at most"),
+        ({"active_leaves_out": 5}, "mine.yaml: active_leaves_out must be tuple; found 5"),
+        ({"active_leaves_out": [{}]}, "mine.yaml: active_leaves_out must be tuple; found"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_card(edited(tmp_path, **changes))
+
+
+def test_an_error_of_the_card_itself_names_the_file(tmp_path):
+    with pytest.raises(FormatError, match=r"mine\.yaml: .*top_k must be from 1"):
+        load_card(edited(tmp_path, top_k=10**6))
 
 
 def test_unknown_names_are_refused_in_one_line():

@@ -278,6 +278,51 @@ def test_a_damaged_file_is_refused(copy: Path) -> None:
         assert str(error.value).startswith(str(copy))
 
 
+def rewritten(copy: Path, change: Any) -> None:
+    """What the file says of itself is another, its numbers are the same."""
+    raw = copy.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    copy.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+def said(**texts: str) -> Any:
+    return lambda header: header["__metadata__"].update(texts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        said(horizons="5"),
+        said(horizons="[]"),
+        said(n_layers="1099511627776"),
+        said(n_experts='"16"'),
+        said(top_k="99"),
+        said(plan="[]"),
+        said(plan='{"kind": "mlp", "axes": {}}'),
+        said(plan="[" * 5000),
+        lambda header: header["__metadata__"].pop("horizons"),
+        lambda header: [header.pop(name) for name in list(header) if "told_LEX" in name],
+        lambda header: [header.pop(name) for name in list(header) if "gain_N" in name],
+    ],
+)
+def test_what_a_file_lacks_shows_when_it_is_loaded_and_not_when_it_is_asked(
+    copy: Path, change: Any
+) -> None:
+    rewritten(copy, change)
+    with pytest.raises(ValueError, match=r"predictor\.safetensors"):
+        load(copy)
+
+
+def test_a_header_of_brackets_is_refused(copy: Path) -> None:
+    text = b"[" * 100_000
+    copy.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ValueError, match="expected a predictor that was exported"):
+        load(copy)
+
+
 def test_a_wrong_call_is_refused(copy: Path) -> None:
     with pytest.raises(ValueError, match=r"horizon 2: was not learnt; there are \[1, 3\]"):
         load(copy, 2)

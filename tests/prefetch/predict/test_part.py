@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,10 @@ from routing_traces import random_trace
 from prefetch.errors import MissingData
 from prefetch.predict.part import Part, parts_of, survey_of, together, whole
 from prefetch.scoring import FOLDS
+from prefetch.trace.parquet import TraceReader
+from prefetch.trace.provenance import Provenance
+from prefetch.trace.stretch import Stretch
+from prefetch.trace.writer import TraceWriter
 
 
 def test_every_request_is_tested_once_and_learnt_from_elsewhere() -> None:
@@ -110,3 +115,18 @@ def test_what_was_not_recorded_is_refused_by_name() -> None:
         part.require("gate_inputs")
     with pytest.raises(MissingData, match="no rows to learn from"):
         Part(random_trace(), np.array([999])).load()
+
+
+def test_a_folder_is_surveyed_once_until_its_trace_is_another(tmp_path: Path) -> None:
+    def written(n_requests: int) -> TraceReader:
+        writer = TraceWriter(tmp_path, Provenance("synthetic", "test"))
+        trace = random_trace(n_requests=n_requests)
+        writer.begin(trace.card)
+        writer.append(trace)
+        writer.close()
+        return TraceReader(tmp_path)
+
+    reader = written(12)
+    assert survey_of(reader) is survey_of(TraceReader(tmp_path))
+    assert len(survey_of(Stretch(tmp_path, 0, 200)).request_R) == 5  # a part is not the whole
+    assert len(survey_of(written(7)).request_R) == 7

@@ -11,6 +11,7 @@ from recorded_traces import SMALL, full_trace, on_disk
 from routing_traces import random_trace
 
 from prefetch import config
+from prefetch.errors import MissingData
 from prefetch.predict.part import whole
 from prefetch.predict.past import Answered, Past
 from prefetch.predict.predictor import SCORES, SEES, Predictor, cheats
@@ -71,7 +72,37 @@ def test_recorded_columns_are_shifted_too() -> None:
     np.testing.assert_array_equal(past.pre_attention()[:, 1:], trace.pre_attention_TLD[:, :3])
     assert not past.gate_inputs()[:, :2].any() and not past.pre_attention()[:, :1].any()
     np.testing.assert_array_equal(past.here_weights()[:, 2:], trace.weights_TLK[:, :2])
+    np.testing.assert_array_equal(past.here_weights(1)[:, 3:], trace.weights_TLK[:, :1])
+    assert not past.here_weights()[:, :2].any() and not past.here_weights(1)[:, :3].any()
     np.testing.assert_array_equal(past.before_weights()[1], trace.weights_TLK[0])
+    np.testing.assert_array_equal(past.before_weights(2)[3], trace.weights_TLK[1])
+    assert not past.before_weights()[[0, 10]].any(), "where a request begins nothing was before"
+
+
+@pytest.mark.parametrize("horizon", [4, 5, 9])
+def test_beyond_the_first_layer_nothing_of_the_token_is_known(horizon: int) -> None:
+    past = Past(full_trace(), horizon)
+    assert (past.here() == past.nobody).all()
+    assert not past.here_weights().any() and not past.gate_inputs().any()
+    np.testing.assert_array_equal(past.nearest(), past.before())
+
+
+def test_what_a_trace_lacks_is_named() -> None:
+    past = Past(random_trace(n_requests=2, tokens=5), 1)
+    for ask, name in (
+        (past.here_weights, "weights"),
+        (past.before_weights, "weights"),
+        (past.gate_inputs, "gate_inputs"),
+        (past.pre_attention, "pre_attention"),
+    ):
+        with pytest.raises(MissingData, match=rf"needs (the )?{name}.*not recorded"):
+            ask()
+
+
+def test_windows_hold_every_row_once() -> None:
+    past = Past(random_trace(n_requests=2, tokens=5), 1)
+    found = [list(range(10))[window] for window in past.windows(4)]
+    assert found == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def changed_after(trace: RoutingTrace, row: int, layer: int, horizon: int) -> RoutingTrace:

@@ -312,6 +312,16 @@ def test_a_case_that_cannot_be_run(store, change, said):
         predicted(cfg, Store(cfg.store, makers=cfg.makers), cases_of([told]))
 
 
+@pytest.mark.parametrize(
+    "told",
+    [[], -0.5, "x", {"a": 1}, [3], [{**CASE, "after": "x"}], [{**CASE, "before_tokens_per_s": "20"}],
+     [{**CASE, "before_tokens_per_s": 0}]],
+)  # fmt: skip
+def test_what_is_no_list_of_cases_is_refused_by_name(told):
+    with pytest.raises(ConfigError, match=r"advise\.cases"):
+        cases_of(told)
+
+
 def test_the_published_cases_can_be_read():
     with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
         cfg = compose("config", overrides=["experiment=published_ab"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefetch.sim.bounds import bound_of
+from prefetch.sim.bounds import bound_of, layers_of
 from prefetch.sim.cell import Cell
 from prefetch.sim.machine import BOTH
 from prefetch.sim.memory import Budget
@@ -18,6 +18,9 @@ from prefetch.sim.pool import HIT, MISS, OVERSHOOT
 from prefetch.sim.relaxed import fewest
 from prefetch.sim.run import replay
 from prefetch.sim.start import NOBODY
+from prefetch.sim.workload import workload_of
+from prefetch.trace.card import plain_card
+from prefetch.trace.routing import trace_of
 from tests.prefetch.sim.test_replay import drawn
 from tests.prefetch.sim.test_timed import guesses_of, machine_of
 
@@ -121,3 +124,64 @@ def test_where_there_is_none_the_name_says_why():
     assert over.name.startswith("no bound: an event larger than its cache")
     prompts = named(drawn(1, phase="prefill"))
     assert prompts.name == "no bound: no token is generated"
+
+
+def bound_by_hand(ids, rooms, sizes, **how):
+    """One token per step; an expert takes 10 ns, what stands before a layer's 50."""
+    n_layers = len(sizes)
+    card = plain_card("hand", n_experts=6, top_k=len(ids[0][0]), layer_numbers=range(n_layers))
+    work = workload_of(trace_of(card, np.array(ids)))
+    given = {"before_S": np.full(len(ids), 50), "weight_ns_L": np.full(n_layers, 10)}
+    machine = machine_of(work, **(given | {"token_ns_L": np.ones(n_layers, np.int64)} | how))
+    return bound_of(Cell({}, Lru(), budget_of(rooms, sizes), machine), work, 10)
+
+
+def test_a_bound_by_hand():
+    """Three pairs in turn, room for one and two staging slots: two pairs stay, the third passes through.
+
+    That is 6 + 2 loads in each of two layers, 90 ns each without latency; computing takes 2 (50 + 2 x 10) per token.
+    """
+    ids = [[[2 * (t % 3), 2 * (t % 3) + 1]] * 2 for t in range(6)]
+    copies = {"chunk_ns_LX": np.full((2, 1), 100), "n_chunks_L": np.ones(2, np.int64)}
+    bound = bound_by_hand(ids, [2, 2], [1, 1], **copies)
+    assert (bound.tpot_ns, bound.name) == (2 * 8 * 90 / 6, "optimum")
+    # without staging one pair stays: of 12 uses of a layer two are hits
+    assert bound.hit_rate == pytest.approx(2 / 12)
+    slow = bound_by_hand(ids, [2, 2], [1, 1], **copies, before_S=np.full(6, 1000))
+    assert slow.tpot_ns == 2 * (1000 + 2 * 10)
+    more = bound_by_hand(ids, [2, 2], [1, 1], **copies, landing=1, staging=0)
+    assert more.tpot_ns == 2 * 9 * 90 / 6, "of three that stay three are hits"
+
+
+def test_a_bound_of_experts_of_two_sizes_by_hand():
+    """Everybody is used once: 3 x 2 and 3 x 3 units, all as cheap as the cheapest, 90 ns for two."""
+    ids = [[[t], [t]] for t in range(3)]
+    copies = {"chunk_ns_LX": np.array([[100], [160]]), "n_chunks_L": np.ones(2, np.int64)}
+    bound = bound_by_hand(ids, [4], [2, 3], **copies)
+    assert (bound.tpot_ns, bound.name) == (15 * 90 / 2 / 3, "relaxation")
+    assert np.isnan(bound.hit_rate)
+
+
+def test_where_sizes_differ_the_loads_are_those_of_the_relaxation():
+    """100 ns a unit, nothing to compute: Belady's choice among whole experts would say too much."""
+    work, beyond = drawn(4, phase="decode"), 0
+    zeros, n_units = np.zeros(3, np.int64), np.array(UNEVEN)
+    machine = machine_of(
+        work, before_S=np.zeros(work.n_steps, np.int64), weight_ns_L=zeros, token_ns_L=zeros,
+        chunk_ns_LX=100 * n_units[:, None], n_chunks_L=np.ones(3, np.int64), staging=0,
+    )  # fmt: skip
+    for room in range(6, 30, 4):
+        bound = bound_of(Cell({}, Lru(), budget_of([room], UNEVEN), machine), work, 0)
+        least = fewest(work, [room], UNEVEN, NOBODY, ~work.is_decode_S).units_G.sum()
+        assert bound.tpot_ns == pytest.approx(100 * least / work.decode_S.sum())
+        is_miss_A = replay(work, Belady(), [room], UNEVEN) == MISS
+        beyond += n_units[layers_of(work)[is_miss_A]].sum() - least
+    assert beyond > 0
+
+
+def test_every_access_has_its_layer():
+    work = drawn(2, batch=2)
+    expected = []
+    for event, (start, stop) in enumerate(zip(work.start_V[:-1], work.start_V[1:], strict=True)):
+        expected += [event % 3] * int(stop - start)
+    assert layers_of(work).tolist() == expected

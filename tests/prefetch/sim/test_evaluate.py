@@ -181,7 +181,7 @@ def test_copies_of_what_is_replayed_are_no_other_requests(tmp_path):
     writer.close()
     bench = bench_of(tmp_path, f"trace={folder}")
     asked = {int(request) % 10 for request in bench.trace.request_T}
-    others = {int(request) % 10 for request in bench.others.request_T}
+    others = {int(request) % 10 for request in bench.others.requests()}
     assert asked and others and not asked & others
 
 
@@ -189,7 +189,8 @@ def test_of_one_request_the_end_is_replayed_and_its_beginning_counted(tmp_path):
     """Nothing that was fitted on is replayed, and what is not replayed is there to be counted."""
     words = "source.n_requests=1", "source.new_tokens=94", "predictor=markov"
     bench = bench_of(tmp_path, *words)
-    last, first = bench.trace.position_T, bench.others.position_T
+    (others,) = bench.others.blocks()
+    last, first = bench.trace.position_T, others.position_T
     assert len(last) == 30 and last.min() == 70 and first.tolist() == list(range(70))
     assert bench.prior.uses_LE.sum() == 70 * 4 * 2
     guesses, _ = bench.guesses("markov", 2)

@@ -219,3 +219,21 @@ def test_a_measured_file_that_is_none(tmp_path):
         with pytest.raises(ConfigError, match=message) as error:
             measured(str(tmp_path / "bad.yaml"))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{a: " * 9,
+        "kind: measured\n1: 2\n",
+        "kind: measured\n? [a]\n: 1\n",
+        "&a [*a]",
+    ],
+)
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_hostile_file_of_a_machine_is_refused_with_its_name(tmp_path, text, suffix):
+    path = tmp_path / f"machine{suffix}"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"machine\{suffix}"):
+        measured(str(path))

@@ -16,7 +16,7 @@ from prefetch.sim.curves import lru_by_stacks
 from prefetch.sim.panels import Lanes, Stacked, looks, with_intervals
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.pool import HIT
-from prefetch.sim.rows import counted_A
+from prefetch.sim.rows import counted_S
 from prefetch.sim.run import replay
 from tests.prefetch.sim.test_evaluate import evaluated
 from tests.prefetch.sim.test_replay import drawn
@@ -50,11 +50,13 @@ def test_the_log_says_why_a_figure_is_missing(tmp_path, caplog):
 def test_curves_of_all_sizes_are_the_replays_of_each(batch, phase):
     for seed in range(5):
         work = drawn(seed, n_tokens=80, batch=batch, phase=phase)
-        rates = lru_by_stacks(work)
+        accesses_S, rates = np.diff(work.start_V[:: work.card.n_layers]), lru_by_stacks(work)
         assert max(rates) == work.card.n_experts
         for size, rate in rates.items():
             is_hit_A = replay(work, Lru(), [size] * 3, [1] * 3) == HIT
-            assert rate == pytest.approx(is_hit_A[counted_A(work)].mean(), abs=1e-12)
+            assert rate == pytest.approx(
+                is_hit_A[np.repeat(counted_S(work), accesses_S)].mean(), abs=1e-12
+            )
 
 
 def rows_of(policies: int, predictors: int, capacities: int) -> pd.DataFrame:

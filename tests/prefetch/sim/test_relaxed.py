@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
+from prefetch.sim.policies.belady import Belady
+from prefetch.sim.pool import MISS
 from prefetch.sim.relaxed import fewest
-from prefetch.sim.start import groups_of
+from prefetch.sim.run import replay
+from prefetch.sim.start import NOBODY, groups_of
 from prefetch.sim.workload import Workload
 from tests.prefetch.sim.test_replay import drawn
 
@@ -110,3 +113,13 @@ def test_the_relaxation_is_the_best_that_parts_of_experts_can_do(
         assert units == by_program(*asked) <= by_trying(*asked)
         if len({sizes[layer] for layer in np.flatnonzero(group_L == group)}) == 1:
             assert own % sizes[group] or units == by_trying(*asked)
+
+
+def test_a_long_run_of_equal_sizes_is_beladys():
+    for seed, caches in ((0, 1), (1, 3), (2, 3)):
+        work = drawn(seed, n_tokens=600)
+        n_layers = work.card.n_layers
+        rooms = [5 * n_layers // caches] * caches
+        found = fewest(work, rooms, [1] * n_layers, NOBODY, np.zeros(work.n_steps, np.bool_))
+        is_miss_A = replay(work, Belady(), rooms, [1] * n_layers) == MISS
+        assert found.missed == found.units_G.sum() == is_miss_A.sum() > 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError
 from prefetch.sim import reference
@@ -15,13 +16,14 @@ from prefetch.sim.machine import BOTH, ON_HOST, WAIT
 from prefetch.sim.policies.arc import Arc
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.hobbit import Hobbit
+from prefetch.sim.policies.least_stale import LeastStale
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.moe_infinity import MoeInfinity
 from prefetch.sim.policies.mrs import Mrs
 from prefetch.sim.policies.predicted_use import PredictedUse
 from prefetch.sim.policies.sieve import Sieve
 from prefetch.sim.policies.static import Static
-from prefetch.sim.policy import ROWS
+from prefetch.sim.policy import ROWS, STAYS, KeyRules, Seen, State, StateRules
 from prefetch.sim.pool import ATOMIC, FIRST, HIT, MISS, OVERSHOOT, SEQUENTIAL, TOLD, UNTOLD, Told
 from prefetch.sim.run import replay, timed_replay
 from prefetch.sim.timed_reference import TimedReplay
@@ -30,7 +32,7 @@ from tests.prefetch.sim.test_replay import drawn
 from tests.prefetch.sim.test_timed import guesses_of, machine_of
 
 TOLD_ROWS = (Mrs(), Mrs(share=0.3), PredictedUse(), MoeInfinity(), Hobbit(), Hobbit(lhu=0))
-POLICIES = (*TOLD_ROWS, Static(), Lru(), Sieve(), Arc(), Belady())
+POLICIES = (*TOLD_ROWS, Static(), Lru(), Sieve(), Arc(), Belady(), LeastStale())
 
 
 def rows_of(work: Workload, seed: int, ahead: int = 0, n_caches: int = 3) -> Told:
@@ -74,6 +76,84 @@ def test_compiled_equals_plain(
     start = start_of(work, policy, seed, n_warm, min(n_pinned, room))
     plain = reference.replay(work, policy, rooms, sizes, semantics, **start)
     assert replay(work, policy, rooms, sizes, semantics, **start).tolist() == plain
+
+
+def on_fill(seen: Seen) -> int:
+    told = seen.now * 7 + seen.step * 31 + seen.entry * 5 + seen.uses * 11 + seen.score * 17
+    return (told + seen.next_use % 1000 * 13) % 1009
+
+
+def on_use(key: int, seen: Seen) -> int:
+    told = seen.now * 3 + seen.step * 19 + seen.entry * 23 + seen.uses * 29 + seen.score * 2
+    return (key * 5 + told + seen.next_use % 1000 * 37) % 1009
+
+
+def state_size(n_slots: int, n_entries: int) -> int:
+    return 1
+
+
+def start(state: State, capacity: int) -> None:
+    state[0] = capacity
+
+
+def filled(state: State, n_slots: int, slot: int, seen: Seen) -> None:
+    told = seen.now * 7 + seen.step * 31 + seen.entry * 5 + seen.uses * 11 + seen.score * 17
+    state[0] = (state[0] * 3 + slot * 41 + told + seen.next_use % 1000 * 13) % 1009
+
+
+def used(state: State, n_slots: int, slot: int, is_new: bool, seen: Seen) -> None:
+    told = seen.now * 3 + seen.step * 19 + seen.entry * 23 + seen.uses * 29 + seen.score * 2
+    state[0] = (state[0] * 5 + slot * 43 + is_new + told + seen.next_use % 1000 * 37) % 1009
+
+
+def victim(state: State, n_slots: int, busy_N: NDArray[np.int64], seen: Seen) -> int:
+    told = seen.now * 3 + seen.step * 31 + seen.entry * 5 + seen.uses * 11 + seen.score * 17
+    lowest, found = 10_000, STAYS
+    for slot in range(n_slots):
+        rank = (state[0] + told + slot * 47 + seen.next_use % 1000 * 13) % 1009
+        if busy_N[slot] == 0 and rank < lowest:
+            lowest, found = rank, slot
+    return found
+
+
+def told(
+    state: State, n_slots: int, step: int, layer: int, row_E: NDArray[np.int32], is_first: bool
+) -> None:
+    state[0] = (state[0] + step * 3 + layer * 7 + row_E[0] + row_E[-1] * 5 + is_first) % 1009
+
+
+class ByAll:
+    """Senseless, and depends on everything that a policy is told."""
+
+    needs = ("future", "scores")
+    after_use = False
+    rules: KeyRules | StateRules = KeyRules(on_fill, on_use)
+
+
+class ByAllWithState(ByAll):
+    rules = StateRules(state_size, start, filled, used, victim, told)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    policy=st.sampled_from([ByAll(), ByAllWithState()]),
+    room=st.integers(1, 9),
+    batch=st.sampled_from([1, 3]),
+    semantics=st.sampled_from([ATOMIC, SEQUENTIAL, OVERSHOOT]),
+    is_global=st.booleans(),
+    n_warm=st.integers(0, 30),
+    n_pinned=st.integers(0, 6),
+)
+def test_both_tell_a_policy_the_same(
+    seed, policy, room, batch, semantics, is_global, n_warm, n_pinned
+):
+    """Of every use, load and eviction: the time, the step, who it is, its uses, its next use and its score."""
+    work = drawn(seed, batch=batch)
+    rooms = [3 * room] if is_global else [room] * 3
+    start = start_of(work, policy, seed, n_warm, min(n_pinned, room))
+    plain = reference.replay(work, policy, rooms, [1, 1, 1], semantics, **start)
+    assert replay(work, policy, rooms, [1, 1, 1], semantics, **start).tolist() == plain
 
 
 @settings(max_examples=80, deadline=None)

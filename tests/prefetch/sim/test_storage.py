@@ -30,6 +30,7 @@ def ran(
     memory: int,
     guessed: list[int] | None = None,
     ahead: int = 1,
+    predict_ns: int = 0,
     **how: Any,
 ) -> Timed:
     """One token per step. A layer 100 ns, an expert 10, its copy 40, its read 3 times 80, on the host 200."""
@@ -41,7 +42,7 @@ def ran(
     machine = machine_of(
         work, before_S=np.full(n_tokens, 100), weight_ns_L=10 * each_L, token_ns_L=each_L,
         host_weight_ns_L=200 * each_L, host_token_ns_L=each_L, bytes_L=BYTES * each_L,
-        chunk_ns_LX=np.full((n_layers, 1), 40), n_chunks_L=each_L, issue_ns=0, predict_ns=0,
+        chunk_ns_LX=np.full((n_layers, 1), 40), n_chunks_L=each_L, issue_ns=0, predict_ns=predict_ns,
         disk=Disk(reads_LX, 3 * each_L, reads_LX.sum(axis=1), 1000, BYTES * memory), **how,
     )  # fmt: skip
     ids_VW = np.array(guessed or [], np.int32).reshape(-1, 1)
@@ -96,6 +97,16 @@ def test_a_guess_that_was_read_and_copied_is_there():
     assert timed.time_S.tolist() == [4 * 390, 4 * 110]
     assert timed.outcome_A.tolist() == [MISS] * 4 + [HIT] * 4
     assert counted(timed, "disk_loads", "prefetch_used", "moved_bytes") == [5, 1, 5 * BYTES]
+
+
+def test_a_guess_that_is_read_while_the_host_still_predicts_is_copied_too():
+    """Three predictions of 500 ns each: 4 is guessed at 1000 and read to 1240; 0 is asked for at 1500.
+
+    0 is read to 1740, copied to 1780, computed to 1790; 4 has been copied meanwhile, to 1280: layer 1 takes 110.
+    """
+    timed = ran([[[0], [4], [5]]], 2, 9, guessed=[-1, 4, -1], ahead=3, predict_ns=500)
+    assert timed.time_S.tolist() == [1790 + 110 + 390]
+    assert timed.outcome_A.tolist() == [MISS, HIT, MISS]
 
 
 def test_who_is_in_memory_is_copied_first():

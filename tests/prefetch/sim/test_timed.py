@@ -93,7 +93,7 @@ def guesses_of(work: Workload, seed: int, ahead: int, width: int, recall: float)
     cancels=st.booleans(),
     size_L=st.sampled_from([[1, 1, 1], [1, 1, 1], [2, 1, 3]]),
     landing=st.sampled_from([0, 0, 1, 3]),
-    budget_bytes=st.sampled_from([10**12, 10**12, 3000, 6000]),
+    budget_bytes=st.sampled_from([10**12, 10**12, 1699, 3000, 6000]),
     by_score=st.booleans(),
     memory=st.sampled_from([None, None, 0, 3000, 9000, 20_000, 10**9]),
 )
@@ -271,6 +271,28 @@ def test_of_two_guesses_that_wait_the_link_takes_the_better():
         machine = machine_of(work, predict_ns=0, by_score=by_score, **settings)
         found = timed_replay(work, Lru(), [2] * 3, [1] * 3, machine, guesses).outcome_A.tolist()
         assert found == outcome
+
+
+def test_who_was_brought_beside_the_cache_lends_no_place_to_others():
+    """Room for three: 0 stays for ever, 1 and 2 leave for 4 and for 3, which lies beside the cache. 5 finds no place.
+
+    The layer begins at 1000: 3 is computed to 2000, for ten tokens; 4 is copied to 1500, computed to 2100. 5 may be
+    copied when 3 is done, from 2000 to 2500, and is computed for nine tokens to 3400.
+    """
+    ids_TLK = np.array([[[3, 4]]] + [[[3, 5]]] * 9)
+    card = plain_card("beside", n_experts=6, top_k=2, layer_numbers=(0,))
+    trace = trace_of(card, ids_TLK, request_T=np.arange(10))
+    work, one_L = workload_of(trace, batch=10, phase="decode"), np.ones(1, np.int64)
+    machine = machine_of(
+        work, before_S=np.array([1000]), weight_ns_L=10 * one_L, token_ns_L=100 * one_L, bytes_L=900 * one_L,
+        chunk_ns_LX=np.full((1, 1), 500), n_chunks_L=one_L, issue_ns=0, predict_ns=0, staging=0, landing=1,
+    )  # fmt: skip
+    guesses = Guesses(np.array([[3]], np.int32), np.zeros((1, 1), np.int64), 1)
+    start = {"pinned": np.array([0]), "warm": np.array([1, 2])}
+    timed = timed_replay(work, Lru(), [3], [1], machine, guesses, **start)
+    plain = TimedReplay(work, Lru(), [3], [1], machine, guesses, **start).run()
+    assert timed.time_S.tolist() == plain.time_S == [3400]
+    assert timed.outcome_A.tolist() == plain.outcome == [MISS, HIT, MISS]
 
 
 def test_a_link_that_costs_nothing_stalls_nobody():

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from prefetch.errors import FormatError, PrefetchError
 from prefetch.trace.card import plain_card
@@ -264,6 +265,7 @@ ABOUT = {
     "tokens wrong": at("tokens", value=7),
     "domains empty": at("domains", value=[]),
     "dtype object": at("columns", "experts", value=["|O", [4, 2]]),
+    "column that no trace has": at("columns", "extra", value=["|u1", [4, 2]]),
     "dtype nonsense": at("columns", "experts", value=["zzz", [4, 2]]),
     "shape": at("columns", "experts", value=["|u1", [4, 9]]),
     "column is a number": at("columns", "experts", value=3),
@@ -290,6 +292,20 @@ def test_a_wrong_description_is_refused_in_words(tmp_path, name):
     path.write_text(json.dumps(about))
     with pytest.raises(FormatError, match=re.escape(str(tmp_path))):
         TraceReader(tmp_path).load()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"\x10" + b"\x00" * 7 + b"{}" * 8])
+def test_a_damaged_file_beside_the_rows_is_refused_in_words(tmp_path, data):
+    path = written(tmp_path) / "router_weights.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=r"router_weights\.safetensors"):
+        TraceReader(tmp_path).router_weights()
+
+
+def test_arrays_beside_the_rows_of_other_names_are_refused_in_words(tmp_path):
+    save_file({"x": np.ones((2, 2))}, written(tmp_path) / "router_weights.safetensors")
+    with pytest.raises(FormatError, match=r"router_weights\.safetensors"):
+        TraceReader(tmp_path).router_weights()
 
 
 @pytest.mark.parametrize(
@@ -362,7 +378,16 @@ def test_guesses_that_do_not_fit_their_card_are_refused_in_words(tmp_path, chang
         list(PredictionsReader(tmp_path).batches())
 
 
-@pytest.mark.parametrize("change", [{"n_experts": 70_000}, {"n_layers": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_experts": 70_000},
+        {"n_layers": 0},
+        {"fitted_requests": [[1]]},
+        {"requests": (0, 2.0)},
+        {"width": 4.0},
+    ],
+)
 def test_a_card_of_guesses_has_the_limits_of_a_trace(change):
     with pytest.raises(FormatError):
         dataclasses.replace(GUESSES, **change)

@@ -9,7 +9,7 @@ import pytest
 
 from prefetch.errors import ConfigError
 from prefetch.trace import target
-from prefetch.trace.target import new_file, new_folder
+from prefetch.trace.target import check_apart, new_file, new_folder
 
 
 def left(folder):
@@ -130,4 +130,40 @@ def test_a_full_disk_is_said_and_an_error_of_the_reader_is_its_own(tmp_path):
         assert ("a: cannot be written (No space left)" in str(caught.value)) == (
             wanted is ConfigError
         )
+    assert left(tmp_path) == []
+
+
+def test_nothing_is_written_into_what_is_read(tmp_path):
+    check_apart(tmp_path / "out", tmp_path / "trace", tmp_path / "other")
+    for inside in ("trace", "trace/deep/out", "trace/../trace/x"):
+        with pytest.raises(ConfigError, match=r"lies inside .*trace, which is read"):
+            check_apart(tmp_path / inside, tmp_path / "other", tmp_path / "trace")
+
+
+def test_every_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
+    synced, goal = set(), tmp_path / "deep" / "er" / "a"
+
+    def watch(number):
+        synced.add((os.fstat(number).st_ino, goal.exists()))
+
+    monkeypatch.setattr(os, "fsync", watch)
+    with new_folder(goal) as folder:
+        (folder / "sub").mkdir()
+        files = [folder / "x", folder / "sub" / "y"]
+        for file in files:
+            file.write_text("1")
+        expected = {(file.stat().st_ino, False) for file in files}
+    assert synced == expected
+    synced.clear()
+    goal = tmp_path / "b"
+    with new_file(goal) as path:
+        expected = {(path.stat().st_ino, False)}
+    assert synced == expected
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_what_the_writer_removed_itself_hides_no_error(tmp_path, new):
+    with pytest.raises(ValueError, match="own"), new(tmp_path / "a") as place:
+        place.rmdir() if place.is_dir() else place.unlink()
+        raise ValueError("own")
     assert left(tmp_path) == []
