@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from prefetch.errors import MissingData
 from prefetch.sim.costs import machine_of
+from prefetch.sim.engines.machine import Guesses
+from prefetch.sim.engines.pool import EMPTY
+from prefetch.sim.engines.run import timed_replay
+from prefetch.sim.engines.start import NOBODY
 from prefetch.sim.hardware import Hardware
-from prefetch.sim.machine import Guesses
 from prefetch.sim.policies.lru import Lru
-from prefetch.sim.pool import EMPTY
-from prefetch.sim.run import timed_replay
-from prefetch.sim.start import NOBODY
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import RoutingTrace

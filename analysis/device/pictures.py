@@ -37,7 +37,7 @@ from prefetch.figures import (
     Mark,
     draw,
 )
-from prefetch.sim.panels import Stacked
+from prefetch.sim.tables.panels import Stacked
 
 LOOKS = {
     "up": BLUE, "down": SKY, "experts": BLUE, "gemm": SKY, "router": BLACK, "routing": ORANGE, "prepare": YELLOW,

@@ -1,7 +1,7 @@
 """What a cache of every size would hit, layer by layer: least recently used, and the best that any cache could do.
 
 It knows no time and no bytes. One cache per layer serves all requests in turn; an event is one token at one layer,
-whose K experts are looked up together (see prefetch.sim.stacks). Prefill rows are replayed token by token
+whose K experts are looked up together (see prefetch.sim.limits.stacks). Prefill rows are replayed token by token
 ("teacher-forced"), although a real prefill needs the union over its tokens.
 L layers, E experts, C capacities, B batches, D distances.
 """
@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 
 from analysis.routing.batch import Batch, Plan, accumulate, for_layers, layer_columns, plan_of
 from prefetch.errors import MissingData
-from prefetch.sim.stacks import MOST_EVENTS, NEVER, LruStacks, OptimalStacks, first_uses, fit_eight
+from prefetch.sim.limits.stacks import (
+    MOST_EVENTS,
+    NEVER,
+    LruStacks,
+    OptimalStacks,
+    first_uses,
+    fit_eight,
+)
 from prefetch.trace.blocks import BLOCK_ROWS, Traceable
 from prefetch.trace.routing import PHASES
 

@@ -18,7 +18,7 @@ from analysis.routing.everything import Passes
 from prefetch.cluster.mapping import Cluster
 from prefetch.cluster.worker import need_seen, packed, unpacked
 from prefetch.scoring import Survey
-from prefetch.sim.eight import LAYERS
+from prefetch.sim.limits.eight import LAYERS
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.stretch import Stretch, cut
 

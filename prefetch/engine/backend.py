@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from prefetch.errors import PrefetchError
-from prefetch.sim.reference import Entry
+from prefetch.sim.engines.reference import Entry
 
 COPY, COMPUTE = "copy", "compute"
 Done = Any  # a moment on a stream, as the backend writes it

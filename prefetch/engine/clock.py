@@ -25,10 +25,10 @@ from prefetch.engine.profiling.device import facts, place_of
 from prefetch.engine.replay import Ran, need_runnable, run
 from prefetch.engine.weights import Drawn
 from prefetch.manifest import sha256_of
-from prefetch.sim.cell import Cell
-from prefetch.sim.excerpt import cell_of as cut_cell
-from prefetch.sim.excerpt import work_of as cut_work
-from prefetch.sim.run import Timed
+from prefetch.sim.engines.run import Timed
+from prefetch.sim.tables.cell import Cell
+from prefetch.sim.tables.excerpt import cell_of as cut_cell
+from prefetch.sim.tables.excerpt import work_of as cut_work
 from prefetch.sim.workload import Workload
 from prefetch.trace.card import ModelCard
 

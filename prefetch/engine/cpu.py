@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from torch import Tensor
 
 from prefetch.engine.backend import COMPUTE, COPY, Body, EngineError, Launches, names
-from prefetch.sim.reference import Entry
+from prefetch.sim.engines.reference import Entry
 
 Block = Callable[[Entry], Tensor]  # the host's bytes of an expert
 DONE = 0  # of the compute stream: at once

@@ -17,7 +17,7 @@ from torch import Tensor
 from prefetch.engine.backend import COPY, Body, EngineError, Launches, names
 from prefetch.engine.cpu import Block
 from prefetch.errors import ConfigError
-from prefetch.sim.reference import Entry
+from prefetch.sim.engines.reference import Entry
 
 NS_PER_MS = 1_000_000
 LINK = "link_ns"

@@ -12,12 +12,12 @@ from operator import attrgetter
 from typing import Any
 
 from prefetch.engine.backend import COMPUTE, COPY, Backend, Done, EngineError, names
-from prefetch.sim.ahead import Ahead, Needed
-from prefetch.sim.pool import HIT, LATE
-from prefetch.sim.quick import QuickCaches
-from prefetch.sim.recorded import BEGIN, EVENT, LAND, TRY, Record
-from prefetch.sim.reference import Entry
-from prefetch.sim.storage_reference import NEVER_STALE, Copy
+from prefetch.sim.engines.ahead import Ahead, Needed
+from prefetch.sim.engines.pool import HIT, LATE
+from prefetch.sim.engines.quick import QuickCaches
+from prefetch.sim.engines.recorded import BEGIN, EVENT, LAND, TRY, Record
+from prefetch.sim.engines.reference import Entry
+from prefetch.sim.engines.storage_reference import NEVER_STALE, Copy
 
 IN_FLIGHT = (
     1  # copies on the link: what is missing waits for no more than the one that runs, as simulated

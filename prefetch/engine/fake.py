@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prefetch.engine.backend import COMPUTE, COPY, EngineError
-from prefetch.sim.machine import Machine
-from prefetch.sim.reference import Entry
+from prefetch.sim.engines.machine import Machine
+from prefetch.sim.engines.reference import Entry
 
 Clock = Counter[str]  # operations of each stream that are certain to have ended
 

@@ -16,7 +16,7 @@ from prefetch.engine.backend import Backend
 from prefetch.engine.engine import Engine
 from prefetch.errors import ConfigError
 from prefetch.predict.predictor import Online
-from prefetch.sim.machine import WAIT, Guesses, Machine
+from prefetch.sim.engines.machine import WAIT, Guesses, Machine
 from prefetch.sim.policy import Policy
 from prefetch.sim.workload import Workload
 from prefetch.trace.card import ModelCard

@@ -35,10 +35,10 @@ from prefetch.engine.repacked import Repacked, repacked
 from prefetch.errors import ConfigError
 from prefetch.predict import runtime
 from prefetch.predict.predictor import Online
+from prefetch.sim.engines.reference import Entry
 from prefetch.sim.hardware import is_count
 from prefetch.sim.memory import SCOPES, rooms_of, slots_of
 from prefetch.sim.policy import Policy
-from prefetch.sim.reference import Entry
 from prefetch.trace.card import ModelCard, plain_card
 
 

@@ -16,11 +16,11 @@ from prefetch.engine.backend import COMPUTE, Backend
 from prefetch.engine.engine import IN_FLIGHT, Engine
 from prefetch.errors import ConfigError
 from prefetch.progress import Progress
-from prefetch.sim.cell import Cell
-from prefetch.sim.machine import WAIT, no_guesses
-from prefetch.sim.pool import OVERSHOOT, SEQUENTIAL
-from prefetch.sim.recorded import Record
-from prefetch.sim.run import Timed
+from prefetch.sim.engines.machine import WAIT, no_guesses
+from prefetch.sim.engines.pool import OVERSHOOT, SEQUENTIAL
+from prefetch.sim.engines.recorded import Record
+from prefetch.sim.engines.run import Timed
+from prefetch.sim.tables.cell import Cell
 from prefetch.sim.workload import NEVER, Workload
 
 

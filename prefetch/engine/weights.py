@@ -16,8 +16,8 @@ from torch import Tensor
 from prefetch.engine.arena import Arena
 from prefetch.errors import ConfigError
 from prefetch.kernels.layout import ExpertLayout
+from prefetch.sim.engines.reference import Entry
 from prefetch.sim.memory import spoken
-from prefetch.sim.reference import Entry
 from prefetch.trace.card import ModelCard
 
 log = logging.getLogger(__name__)

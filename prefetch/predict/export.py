@@ -17,7 +17,7 @@ import numpy as np
 
 import prefetch
 from prefetch.errors import ConfigError
-from prefetch.predict import activation_matrix, alike, history, linear, markov2, mixing
+from prefetch.predict import activation_matrix, alike, linear, markov2, mixing
 from prefetch.predict.activation_matrix import ActivationMatrix
 from prefetch.predict.ensemble import Ensemble
 from prefetch.predict.gate_lookahead import GateLookahead
@@ -27,6 +27,7 @@ from prefetch.predict.markov import Markov
 from prefetch.predict.markov2 import Markov2
 from prefetch.predict.memory_mlp import MemoryMlp
 from prefetch.predict.mlp import DECAYS, Mlp
+from prefetch.predict.networks import history
 from prefetch.predict.popularity import Popularity
 from prefetch.predict.predictor import PROBABILITY, Predictor, cheats, made_of
 from prefetch.predict.previous_token import PreviousToken
@@ -246,7 +247,7 @@ def _mlp(fitted: Mlp) -> Taken:
 
 
 def _memory_mlp(fitted: MemoryMlp) -> Taken:
-    from prefetch.predict import memory_net  # torch: it takes seconds, and few need it
+    from prefetch.predict.networks import memory_net
 
     plan, arrays = _remembered(fitted.memory())
     plan |= {"decays": DECAYS, "sharp": SHARP, "least_chance": memory_net.LEAST_CHANCE}
@@ -307,7 +308,7 @@ def _recurrent_net(net: Arrays, shape_LE: tuple[int, ...]) -> Arrays:
 
 
 def _transformer(fitted: Transformer) -> Taken:
-    from prefetch.predict import transformer_net  # torch: it takes seconds, and few need it
+    from prefetch.predict.networks import transformer_net
 
     def networks(_: int, horizon: int) -> Arrays:
         return _transformer_net(_learnt(fitted.fitted(horizon)))

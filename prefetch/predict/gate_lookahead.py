@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.errors import FormatError, MissingData
-from prefetch.predict.layer_nets import finite, popular_logits
+from prefetch.predict.networks.layer_nets import finite, popular_logits
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import horizons_of

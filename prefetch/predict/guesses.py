@@ -17,7 +17,7 @@ from prefetch.errors import FormatError
 from prefetch.predict.part import PART_ROWS, Part
 from prefetch.predict.past import Answered, Past
 from prefetch.predict.predictor import Predictor, cheats, declared
-from prefetch.predict.timing import UNTIMED, EventTime
+from prefetch.predict.scored.timing import UNTIMED, EventTime
 from prefetch.progress import Progress
 from prefetch.trace.predictions import Predictions, PredictionsCard, PredictionsWriter
 from prefetch.trace.routing import RoutingTrace, id_dtype, no_expert

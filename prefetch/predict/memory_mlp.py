@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from prefetch.errors import MissingData
 from prefetch.predict.alike import N_TOLD
 from prefetch.predict.mlp import DECAYS, contexts_of
+from prefetch.predict.networks.training import alone, check, fill, flat, train_net, training_of
 from prefetch.predict.part import Part, together
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of, parameter_bytes
 from prefetch.predict.route_memory import FEWEST_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.predict.training import alone, check, fill, flat, train_net, training_of
 from prefetch.threads import one_thread
 from prefetch.trace.routing import RoutingTrace
 
 if TYPE_CHECKING:
-    from prefetch.predict.memory_net import MemoryNet, OrderedRows
+    from prefetch.predict.networks.memory_net import MemoryNet, OrderedRows
 
 WINDOW = 512  # rows that are guessed at once
 
@@ -82,7 +82,7 @@ class MemoryMlp:
         self, horizon: int, train: Part, validation: Part
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """How sure the memories are, mean and spread, and the network."""
-        from prefetch.predict.memory_net import loss, right
+        from prefetch.predict.networks.memory_net import loss, right
 
         told = _gathered(self._told(train, horizon, is_remembered=True))
         sure_22 = mean_and_spread(told[3][told[2]].reshape(-1, 2))
@@ -126,7 +126,7 @@ class MemoryMlp:
     def _net(self, horizon: int) -> MemoryNet:
         import torch
 
-        from prefetch.predict.memory_net import MemoryNet
+        from prefetch.predict.networks.memory_net import MemoryNet
 
         chance_LE = torch.tensor(self.chance_LE_)
         return MemoryNet(chance_LE, len(DECAYS), self.hidden, horizon, self.dropout, N_TOLD)
@@ -171,7 +171,7 @@ def _gathered(blocks: Iterator[tuple[NDArray[Any], ...]]) -> tuple[NDArray[Any],
 
 def _rows(told: tuple[NDArray[Any], ...], sure_22: NDArray[np.float32]) -> OrderedRows:
     """How sure a memory is comes as a distance from its mean over the training rows."""
-    from prefetch.predict.memory_net import OrderedRows
+    from prefetch.predict.networks.memory_net import OrderedRows
 
     ids_TLK, context_TCLE, counted_T, sure_TL2, told_TLFE = told
     sure = ((sure_TL2 - sure_22[0]) / sure_22[1]).astype(np.float32)

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError
-from prefetch.predict import history
+from prefetch.predict.networks import history
+from prefetch.predict.networks.training import alone, check, train_net, training_of
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.predict.training import alone, check, train_net, training_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import no_expert
 
@@ -86,7 +86,7 @@ class Mlp:
     ) -> history.Weights:
         import torch
 
-        from prefetch.predict.history_net import HistoryNet, Rows, loss, right
+        from prefetch.predict.networks.history_net import HistoryNet, Rows, loss, right
 
         curve: list[dict[str, float]] = []
         with alone(self.seed):

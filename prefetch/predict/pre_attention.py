@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prefetch.predict.layer_nets import InputNets
+from prefetch.predict.networks.layer_nets import InputNets
 
 
 @dataclass

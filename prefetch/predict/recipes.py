@@ -19,9 +19,8 @@ from prefetch.artifacts import BUILDING, UNFINISHED, Outside, Recipe
 from prefetch.cluster.mapping import cluster_of
 from prefetch.config import Config
 from prefetch.errors import ConfigError
-from prefetch.predict.domains import only
 from prefetch.predict.guesses import write_guesses
-from prefetch.predict.interrupted import seconds_before
+from prefetch.predict.networks.interrupted import seconds_before
 from prefetch.predict.part import Part, parts_of, survey_of
 from prefetch.predict.predictor import (
     FIT,
@@ -34,7 +33,8 @@ from prefetch.predict.predictor import (
     restore,
     save,
 )
-from prefetch.predict.timing import event_time
+from prefetch.predict.scored.domains import only
+from prefetch.predict.scored.timing import event_time
 from prefetch.scoring import Fold
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from prefetch.predict.networks.training import alone, check, fill, flat, train_net, training_of
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.predict.training import alone, check, fill, flat, train_net, training_of
 from prefetch.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefetch.predict.recurrent_net import RecurrentNet, State
-    from prefetch.predict.sequences import Told
+    from prefetch.predict.networks.recurrent_net import RecurrentNet, State
+    from prefetch.predict.networks.sequences import Told
 
 CHUNK = 256  # tokens that are guessed together: memory, and nothing else
 
@@ -61,7 +61,7 @@ class Recurrent:
         check(self, "hidden", "units", "chunk", "most_tokens")
 
     def fit(self, train: Part, validation: Part) -> Self:
-        from prefetch.predict.sequences import Chunks, Told
+        from prefetch.predict.networks.sequences import Chunks, Told
 
         self.chance_LE_, self._nets = chance_of_use(*use_of(train)), {}
         parts = (part.some(self.most_tokens, self.seed) for part in (train, validation))
@@ -73,7 +73,7 @@ class Recurrent:
         return self
 
     def _fit(self, sets: list[Any], horizon: int) -> RecurrentNet:
-        from prefetch.predict.sequences import loss, right
+        from prefetch.predict.networks.sequences import loss, right
 
         with alone(self.seed):
             net = self._net(horizon)
@@ -88,7 +88,7 @@ class Recurrent:
     def _net(self, horizon: int) -> RecurrentNet:
         import torch
 
-        from prefetch.predict.recurrent_net import RecurrentNet
+        from prefetch.predict.networks.recurrent_net import RecurrentNet
 
         return RecurrentNet(
             torch.tensor(self.chance_LE_), self.hidden, self.units, horizon, self.dropout
@@ -105,7 +105,7 @@ class Recurrent:
     def scores(self, past: Past) -> NDArray[np.float32]:
         import torch
 
-        from prefetch.predict.sequences import Chunks, Told, known_ids
+        from prefetch.predict.networks.sequences import Chunks, Told, known_ids
 
         net, out_TLE = self.fitted(past.horizon), np.empty(past.shape, np.float32)
         told = Told(known_ids(past), past.first_T, np.ones(past.n_tokens, bool))
@@ -176,7 +176,7 @@ class RecurrentOnline:
 
 
 def _blocks(part: Part) -> Iterator[Told]:
-    from prefetch.predict.sequences import Told
+    from prefetch.predict.networks.sequences import Told
 
     for past, ids_TLK, counted_T in part.lessons(1):
         yield Told(ids_TLK, past.first_T, counted_T)

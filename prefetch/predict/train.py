@@ -17,10 +17,7 @@ from rich.text import Text
 from prefetch.artifacts import Store
 from prefetch.config import Config, choices
 from prefetch.errors import ConfigError, MissingData
-from prefetch.predict import cards, export, results, shift
-from prefetch.predict.estimates import ENOUGH_UNITS
-from prefetch.predict.held_out import HeldOut, held_out_elsewhere, held_out_folds
-from prefetch.predict.measures import Counts, count
+from prefetch.predict import export
 from prefetch.predict.predictor import ABOUT, FIT, PROBABILITY, cheats, declared, restore
 from prefetch.predict.recipes import (
     asked_part,
@@ -35,7 +32,11 @@ from prefetch.predict.recipes import (
     trace_recipe,
     with_predictor,
 )
-from prefetch.predict.results import Scored
+from prefetch.predict.scored import cards, results, shift
+from prefetch.predict.scored.estimates import ENOUGH_UNITS
+from prefetch.predict.scored.held_out import HeldOut, held_out_elsewhere, held_out_folds
+from prefetch.predict.scored.measures import Counts, count
+from prefetch.predict.scored.results import Scored
 from prefetch.runs.outputs import Outputs
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
@@ -203,7 +204,9 @@ def _write(
     metrics |= shift.headline(shifted, scored[0].name)
     outputs.metrics(metrics)
     if cfg.train.figures:
-        from prefetch.predict.pictures import draw_all  # matplotlib: slow, and not everyone draws
+        from prefetch.predict.scored.pictures import (
+            draw_all,  # matplotlib: slow, and not everyone draws
+        )
 
         for path in draw_all(
             tables, outputs.folder, _note(reader, tested), top_k=tested.card.top_k

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError
 from prefetch.predict.alike import N_TOLD
+from prefetch.predict.networks.training import alone, check, fill, flat, train_net, training_of
 from prefetch.predict.part import Part
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import PROBABILITY, horizons_of, parameter_bytes
 from prefetch.predict.route_memory import FEWEST_TOLD, RouteMemory, mean_and_spread
 from prefetch.predict.tables import chance_of_use, use_of
-from prefetch.predict.training import alone, check, fill, flat, train_net, training_of
 
 if TYPE_CHECKING:
-    from prefetch.predict.sequences import Told
-    from prefetch.predict.transformer_net import TransformerNet
+    from prefetch.predict.networks.sequences import Told
+    from prefetch.predict.networks.transformer_net import TransformerNet
 
 CHUNK = 128  # tokens that are learnt from or guessed together: memory, and nothing else
 LEAST_WEIGHT = 1e-4
@@ -88,7 +88,7 @@ class Transformer:
         return self
 
     def _fit(self, train: Part, validation: Part, horizon: int) -> NDArray[np.float32]:
-        from prefetch.predict.sequences import Chunks, Told, loss, right
+        from prefetch.predict.networks.sequences import Chunks, Told, loss, right
 
         parts = ((train, True), (validation, False))
         sets = [
@@ -120,7 +120,7 @@ class Transformer:
     def _told(
         self, past: Past, ids_TLK: NDArray[Any], counted_T: NDArray[np.bool_], *, is_remembered: bool
     ) -> Told:  # fmt: skip
-        from prefetch.predict.sequences import Told, known_weights
+        from prefetch.predict.networks.sequences import Told, known_weights
 
         weights_TLK = known_weights(past) if self.weights else None
         told_TLFE, sure_TL2 = None, None
@@ -160,7 +160,7 @@ class Transformer:
     def _net(self, horizon: int) -> TransformerNet:
         import torch
 
-        from prefetch.predict.transformer_net import Shape, TransformerNet
+        from prefetch.predict.networks.transformer_net import Shape, TransformerNet
 
         n_told = N_TOLD if self.memory else 0
         shape = Shape(
@@ -169,7 +169,7 @@ class Transformer:
         return TransformerNet(torch.tensor(self.chance_LE_), torch.tensor(self.weight_2L_), shape)
 
     def scores(self, past: Past) -> NDArray[np.float32]:
-        from prefetch.predict.sequences import answers, known_ids
+        from prefetch.predict.networks.sequences import answers, known_ids
 
         net = self.fitted(past.horizon)
         everything = np.ones(past.n_tokens, bool)

@@ -16,7 +16,7 @@ from prefetch.sim.advising.study import Study, study
 from prefetch.sim.advising.ways import AHEAD, KINDS
 from prefetch.sim.clock import need_simulated
 from prefetch.sim.settings.placement import profile
-from prefetch.sim.summary import source
+from prefetch.sim.tables.summary import source
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from prefetch.errors import ConfigError
-from prefetch.sim.bounds import compute_S, layers_of
 from prefetch.sim.costs import machine_of
+from prefetch.sim.engines.machine import Machine
+from prefetch.sim.engines.pool import ATOMIC, HIT
+from prefetch.sim.engines.run import Timed, timed_replay
 from prefetch.sim.hardware import NS_PER_S, Hardware, Lane
-from prefetch.sim.machine import Machine
+from prefetch.sim.limits.bounds import compute_S, layers_of
 from prefetch.sim.policy import Policy
-from prefetch.sim.pool import ATOMIC, HIT
-from prefetch.sim.run import Timed, timed_replay
 from prefetch.sim.workload import Workload
 from prefetch.trace.card import ModelCard
 

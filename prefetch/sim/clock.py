@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefetch import config
 from prefetch.config import Config
 from prefetch.errors import ConfigError
-from prefetch.sim.cell import Cell
-from prefetch.sim.resumed import Resumed
-from prefetch.sim.run import Timed
+from prefetch.sim.engines.run import Timed
+from prefetch.sim.tables.cell import Cell
+from prefetch.sim.tables.resumed import Resumed
 from prefetch.sim.workload import Workload
 
 if TYPE_CHECKING:
-    from prefetch.sim.bench import Bench
+    from prefetch.sim.tables.bench import Bench
 
 SIMULATED = "simulated"
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError
 from prefetch.models.cards import Architecture, LatentAttention, stored_bytes
+from prefetch.sim.engines.machine import MISSES, NO_DISK, ORDERS, Disk, Machine
 from prefetch.sim.hardware import NS_PER_S, Hardware, Link
-from prefetch.sim.machine import MISSES, NO_DISK, ORDERS, Disk, Machine
 from prefetch.sim.memory import budget_of, bytes_of, spoken
 from prefetch.sim.sizes import need_sizes, operations_per_s, weights_of
 from prefetch.sim.workload import NEVER, Workload

@@ -15,15 +15,15 @@ import pandas as pd
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
-from prefetch.sim import grid, summary
-from prefetch.sim.bench import Bench
-from prefetch.sim.cell import Cell, Refused, refused_row
-from prefetch.sim.compiled import engine
-from prefetch.sim.curves import hit_rate_curves
-from prefetch.sim.needed import MOST_STEPS, required_recall
-from prefetch.sim.protocols import in_words, protocols, show
-from prefetch.sim.sweep import Kept, run_all
-from prefetch.sim.timeline import timeline_of, write_chrome_trace
+from prefetch.sim.engines.compiled import engine
+from prefetch.sim.limits.curves import hit_rate_curves
+from prefetch.sim.tables import grid, summary
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.cell import Cell, Refused, refused_row
+from prefetch.sim.tables.needed import MOST_STEPS, required_recall
+from prefetch.sim.tables.protocols import in_words, protocols, show
+from prefetch.sim.tables.sweep import Kept, run_all
+from prefetch.sim.tables.timeline import timeline_of, write_chrome_trace
 
 log = logging.getLogger(__name__)
 # over the size of the cache, by a tracker
@@ -66,7 +66,7 @@ def run(cfg: Config, store: Store, outputs: Any) -> dict[str, float]:
     if shown is not None:
         write_chrome_trace(outputs.folder / "timeline.json", shown, summary.source(bench))
     if cfg.evaluate.figures:
-        from prefetch.sim.gallery import draw_all  # matplotlib: slow, and not everyone draws
+        from prefetch.sim.tables.gallery import draw_all  # matplotlib: slow, and not everyone draws
 
         curves = _curves(bench, kept, outputs)
         draw_all(bench, outputs, table, needed, curves, published, shown)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError, FormatError
-from prefetch.sim.machine import Guesses
-from prefetch.sim.pool import EMPTY
+from prefetch.sim.engines.machine import Guesses
+from prefetch.sim.engines.pool import EMPTY
 from prefetch.sim.workload import Workload
 from prefetch.trace.predictions import PredictionsCard, PredictionsReader
 from prefetch.trace.routing import RoutingTrace, no_expert

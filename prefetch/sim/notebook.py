@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from prefetch import config
 from prefetch.errors import ConfigError
-from prefetch.sim.bench import SEMANTICS
+from prefetch.sim.engines.pool import HIT, SEQUENTIAL
+from prefetch.sim.engines.run import replay
 from prefetch.sim.memory import SCOPES
 from prefetch.sim.policy import Policy
-from prefetch.sim.pool import HIT, SEQUENTIAL
-from prefetch.sim.run import replay
+from prefetch.sim.tables.bench import SEMANTICS
 from prefetch.sim.told import told_of
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import plain_card

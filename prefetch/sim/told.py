@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.errors import MissingData
-from prefetch.sim.machine import Guesses
+from prefetch.sim.engines.machine import Guesses
+from prefetch.sim.engines.pool import EMPTY, FIRST, NOTHING_TOLD, TOLD, UNTOLD, Told
 from prefetch.sim.policy import ROWS, Policy
-from prefetch.sim.pool import EMPTY, FIRST, NOTHING_TOLD, TOLD, UNTOLD, Told
 from prefetch.sim.workload import Workload
 from prefetch.trace.routing import RoutingTrace, no_expert
 

@@ -30,10 +30,10 @@ from prefetch.cluster.mapping import Cluster, Dask
 from prefetch.config import Config
 from prefetch.predict.markov import Markov
 from prefetch.predict.part import whole
-from prefetch.sim import grid
-from prefetch.sim.bench import Bench
-from prefetch.sim.cell import Cell
-from prefetch.sim.sweep import Kept, run_all
+from prefetch.sim.tables import grid
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.cell import Cell
+from prefetch.sim.tables.sweep import Kept, run_all
 from prefetch.trace.parquet import TraceReader
 
 ROUNDS = 3

@@ -29,12 +29,12 @@ from prefetch.engine.offloaded import OffloadedMoE
 from prefetch.engine.replay import drive
 from prefetch.engine.validating.costs import Silent
 from prefetch.models.cards import load_architecture
-from prefetch.sim.machine import Guesses, no_guesses
-from prefetch.sim.needed import Noise
+from prefetch.sim.engines.machine import Guesses, no_guesses
+from prefetch.sim.engines.reference import Caches
 from prefetch.sim.policies.lfru import Lfru
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
-from prefetch.sim.reference import Caches
+from prefetch.sim.tables.needed import Noise
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import ModelCard
 from prefetch.trace.routing import DECODE, RoutingTrace, trace_of

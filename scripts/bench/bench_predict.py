@@ -26,7 +26,7 @@ from prefetch.predict.past import Past
 from prefetch.predict.predictor import Predictor, parameter_bytes
 from prefetch.predict.route_memory import RouteMemory
 from prefetch.predict.runtime import load
-from prefetch.predict.timing import EVENTS, event_times
+from prefetch.predict.scored.timing import EVENTS, event_times
 from prefetch.sources.synthetic import Synthetic
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.provenance import Provenance

@@ -15,6 +15,8 @@ import sys
 import numpy as np
 from machine import describe
 
+from prefetch.sim.engines.pool import ATOMIC, MISS, SEQUENTIAL
+from prefetch.sim.engines.run import replay
 from prefetch.sim.policies.arc import Arc
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.belady_forced import BeladyForced
@@ -28,8 +30,6 @@ from prefetch.sim.policies.random import Random
 from prefetch.sim.policies.s3fifo import S3Fifo
 from prefetch.sim.policies.sieve import Sieve
 from prefetch.sim.policy import Policy
-from prefetch.sim.pool import ATOMIC, MISS, SEQUENTIAL
-from prefetch.sim.run import replay
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.parquet import TraceReader
 

@@ -25,10 +25,13 @@ import yaml
 from machine import describe
 
 from prefetch.models.cards import load_card
-from prefetch.sim.compiled import engine
 from prefetch.sim.costs import machine_of
+from prefetch.sim.engines.compiled import engine
+from prefetch.sim.engines.machine import Guesses, no_guesses
+from prefetch.sim.engines.pool import ATOMIC, SEQUENTIAL
+from prefetch.sim.engines.run import events_of, prepared, timed_replay
 from prefetch.sim.hardware import hardware
-from prefetch.sim.machine import Guesses, no_guesses
+from prefetch.sim.limits.stacks import LruStacks, OptimalStacks, first_uses
 from prefetch.sim.policies.belady_forced import BeladyForced
 from prefetch.sim.policies.fifo import Fifo
 from prefetch.sim.policies.lfu import Lfu
@@ -36,10 +39,7 @@ from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.s3fifo import S3Fifo
 from prefetch.sim.policies.sieve import Sieve
 from prefetch.sim.policy import Policy
-from prefetch.sim.pool import ATOMIC, SEQUENTIAL
-from prefetch.sim.run import events_of, prepared, timed_replay
 from prefetch.sim.sizes import lent_to
-from prefetch.sim.stacks import LruStacks, OptimalStacks, first_uses
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import plain_card
 from prefetch.trace.routing import trace_of
@@ -56,7 +56,7 @@ FIRST_CALL = """
 import time
 import numpy as np
 from prefetch.sim.policies.{module} import {name}
-from prefetch.sim.run import replay
+from prefetch.sim.engines.run import replay
 from prefetch.sim.workload import workload_of
 from prefetch.trace.card import plain_card
 from prefetch.trace.routing import trace_of

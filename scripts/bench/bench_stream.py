@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from machine import describe
 
+from prefetch.sim.engines.pool import HIT
+from prefetch.sim.engines.run import replay_parts
+from prefetch.sim.limits.stacks import LruStacks
 from prefetch.sim.policies.lru import Lru
-from prefetch.sim.pool import HIT
-from prefetch.sim.run import replay_parts
-from prefetch.sim.stacks import LruStacks
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import plain_card
 from prefetch.trace.parquet import TraceReader

@@ -12,7 +12,7 @@ from fuzzing.trace_seeds import made
 from prefetch import stock
 from prefetch.artifacts import Recipe, Store
 from prefetch.engine.profiling import whose
-from prefetch.sim.sweep import Kept
+from prefetch.sim.tables.sweep import Kept
 
 
 def store_seeds() -> list[Files]:

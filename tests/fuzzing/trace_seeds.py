@@ -19,14 +19,14 @@ from fuzzing.readers import Files, Reader
 from prefetch.errors import FormatError, PrefetchError
 from prefetch.predict import export
 from prefetch.predict.imported import Imported
-from prefetch.predict.interrupted import NOTE, seconds_before
 from prefetch.predict.markov import Markov
+from prefetch.predict.networks.interrupted import NOTE, seconds_before
+from prefetch.predict.networks.training import _is_whole
 from prefetch.predict.part import Part
 from prefetch.predict.popularity import Popularity
 from prefetch.predict.predictor import restore, save
 from prefetch.predict.route_memory import RouteMemory
 from prefetch.predict.runtime import load as load_exported
-from prefetch.predict.training import _is_whole
 from prefetch.trace.card import plain_card
 from prefetch.trace.checks import check_trace
 from prefetch.trace.counts import ExpertCounts, load_counts

@@ -45,7 +45,7 @@ from prefetch.figures import (
     Mark,
     draw,
 )
-from prefetch.sim.panels import Stacked
+from prefetch.sim.tables.panels import Stacked
 
 LOOKS = {OURS: BLUE, LOOP: GREY, GROUPED: GREEN, DENSE: ORANGE, PRODUCT: VERMILLION, TORCH: PURPLE}
 PART_LOOKS = {ROUTER: PURPLE, DISPATCH: ORANGE, EXPERTS: BLUE, COMBINE: GREEN, LAYER: BLACK}

@@ -26,16 +26,16 @@ from prefetch.engine.replay import Ran, n_slots, need_runnable, told_of
 from prefetch.engine.validating.costs import Costs
 from prefetch.errors import ConfigError
 from prefetch.models.cards import card_names, load_architecture
-from prefetch.sim.bench import Bench
-from prefetch.sim.bounds import compute_S
-from prefetch.sim.cell import Cell
-from prefetch.sim.excerpt import cell_of as cut_cell
-from prefetch.sim.excerpt import work_of as cut_work
-from prefetch.sim.grid import cell_of
-from prefetch.sim.needed import Noise
-from prefetch.sim.pool import HIT
-from prefetch.sim.recorded import Recorded
-from prefetch.sim.run import Timed
+from prefetch.sim.engines.pool import HIT
+from prefetch.sim.engines.recorded import Recorded
+from prefetch.sim.engines.run import Timed
+from prefetch.sim.limits.bounds import compute_S
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.cell import Cell
+from prefetch.sim.tables.excerpt import cell_of as cut_cell
+from prefetch.sim.tables.excerpt import work_of as cut_work
+from prefetch.sim.tables.grid import cell_of
+from prefetch.sim.tables.needed import Noise
 from prefetch.sim.workload import Workload
 
 log = logging.getLogger(__name__)

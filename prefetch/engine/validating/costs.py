@@ -20,8 +20,8 @@ from prefetch.engine.clock import DeviceClock
 from prefetch.engine.engine import Engine
 from prefetch.engine.replay import drive, n_slots, told_of
 from prefetch.engine.validating.launches import extra_ns_S
-from prefetch.sim.cell import Cell
-from prefetch.sim.machine import Machine
+from prefetch.sim.engines.machine import Machine
+from prefetch.sim.tables.cell import Cell
 from prefetch.sim.workload import Workload
 
 ROUNDS = 5  # medians are over so many

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.sim.machine import Machine
-from prefetch.sim.pool import HIT, LATE, MISS
+from prefetch.sim.engines.machine import Machine
+from prefetch.sim.engines.pool import HIT, LATE, MISS
 from prefetch.sim.workload import Workload
 
 

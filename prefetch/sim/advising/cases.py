@@ -18,10 +18,10 @@ from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
-from prefetch.sim.bench import Bench
-from prefetch.sim.grid import CHOSEN, cell_of
 from prefetch.sim.hardware import Hardware
-from prefetch.sim.names import name_of
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.grid import CHOSEN, cell_of
+from prefetch.sim.tables.names import name_of
 
 log = logging.getLogger(__name__)
 FIELDS = ("name", "settings", "before", "after")

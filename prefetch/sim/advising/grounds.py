@@ -9,10 +9,10 @@ import numpy as np
 from prefetch import __version__
 from prefetch.models.cards import load_architecture
 from prefetch.sim.advising.study import Study
-from prefetch.sim.bench import Bench
-from prefetch.sim.cell import CANNOT_RUN
 from prefetch.sim.memory import bytes_of, spoken
 from prefetch.sim.settings.placement import ALL
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.cell import CANNOT_RUN
 
 
 def first_of_all(study: Study, stand_in: str) -> Iterator[str]:

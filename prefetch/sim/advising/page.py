@@ -18,11 +18,11 @@ from prefetch.sim.advising.grounds import first_of_all, grounds
 from prefetch.sim.advising.pays import MATTERS, Pays
 from prefetch.sim.advising.study import GIB, Study, more_of
 from prefetch.sim.advising.ways import AHEAD
-from prefetch.sim.cell import CHEATS
-from prefetch.sim.grid import SPLIT
 from prefetch.sim.memory import budget_of, bytes_of, spoken
 from prefetch.sim.settings.engines import settings_of
 from prefetch.sim.settings.placement import ALL, BOTH, CACHE, HOST, Placement, rooms_of
+from prefetch.sim.tables.cell import CHEATS
+from prefetch.sim.tables.grid import SPLIT
 from prefetch.trace.card import ModelCard
 
 PRECISIONS = ("bf16", "fp8", "q4_k_m", "mxfp4")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefetch.sim.advising.ways import Way, cell_of
-from prefetch.sim.bench import Bench
-from prefetch.sim.cell import Cell, Refused
+from prefetch.sim.engines.pool import MISS
 from prefetch.sim.memory import OfMemory
-from prefetch.sim.needed import required_recall, tpot_of, with_link
-from prefetch.sim.pool import MISS
 from prefetch.sim.settings.placement import CACHE
-from prefetch.sim.sweep import Job, Kept, run_all
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.cell import Cell, Refused
+from prefetch.sim.tables.needed import required_recall, tpot_of, with_link
+from prefetch.sim.tables.sweep import Job, Kept, run_all
 
 FACTORS = tuple(2.0**power for power in range(-4, 7))  # of the link's bandwidth
 MATTERS = 0.01  # of the time per token: what is won or lost below it is nothing

@@ -23,9 +23,9 @@ from prefetch.figures import (
 )
 from prefetch.sim.advising.study import GIB, Study
 from prefetch.sim.advising.ways import AHEAD, KINDS
-from prefetch.sim.grid import SPLIT
 from prefetch.sim.memory import bytes_of
 from prefetch.sim.settings.placement import BOTH, CACHE, HOST
+from prefetch.sim.tables.grid import SPLIT
 
 LOOKS: dict[str, tuple[str, Dash]] = {
     SPLIT: (ORANGE, "-"),

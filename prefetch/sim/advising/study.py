@@ -21,15 +21,15 @@ from prefetch.models.cards import load_architecture
 from prefetch.sim.advising.cases import host_at
 from prefetch.sim.advising.pays import Pays, pays
 from prefetch.sim.advising.ways import AHEAD, KINDS, Way, ahead, alone, cell_of, host_bytes, rungs
-from prefetch.sim.bench import Bench
-from prefetch.sim.cell import CANNOT_RUN, CHEATS, Cell, Refused, refused_row
 from prefetch.sim.chosen import hardware_of
-from prefetch.sim.compiled import engine
+from prefetch.sim.engines.compiled import engine
 from prefetch.sim.hardware import Hardware
 from prefetch.sim.memory import Budget, OfMemory, budget_of, bytes_of
-from prefetch.sim.needed import with_link
 from prefetch.sim.settings.placement import ALL, CACHE
-from prefetch.sim.sweep import Kept, run_all
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.cell import CANNOT_RUN, CHEATS, Cell, Refused, refused_row
+from prefetch.sim.tables.needed import with_link
+from prefetch.sim.tables.sweep import Kept, run_all
 from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
 

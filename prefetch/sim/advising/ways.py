@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefetch.errors import ConfigError
-from prefetch.sim import grid
-from prefetch.sim.bench import Bench
-from prefetch.sim.cell import Cell, Refused
-from prefetch.sim.grid import CURVE, SPLIT
 from prefetch.sim.memory import OfMemory
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.settings.placement import ALL, BOTH, CACHE, HOST
+from prefetch.sim.tables import grid
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.cell import Cell, Refused
+from prefetch.sim.tables.grid import CURVE, SPLIT
 
 AHEAD = "cache and prefetch"
 KINDS = (ALL, SPLIT, HOST, BOTH, CACHE, AHEAD)  # `best` of the metrics is a place in it

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError
 from prefetch.sim.memory import Budget
-from prefetch.sim.others import most_used, most_used_of_each
+from prefetch.sim.tables.others import most_used, most_used_of_each
 from prefetch.trace.card import ModelCard
 
 ALL, STATIC, HOST, BOTH, CACHE = WAYS = (

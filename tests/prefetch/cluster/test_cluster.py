@@ -30,9 +30,9 @@ from prefetch.predict.part import whole
 from prefetch.predict.recipes import predictor_recipe
 from prefetch.runs.outputs import Outputs
 from prefetch.sim import evaluate
-from prefetch.sim.bench import Bench
-from prefetch.sim.curves import hit_rate_curves
-from prefetch.sim.sweep import Kept
+from prefetch.sim.limits.curves import hit_rate_curves
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.sweep import Kept
 from prefetch.trace import parquet
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.provenance import Provenance
@@ -319,7 +319,7 @@ def test_a_worker_of_another_version_is_refused_by_name(two, monkeypatch):
         list(two.map(_local(_twice), [1], title="t", names="a"))
 
 
-@pytest.mark.parametrize("changed", ["prefetch/sim/timed.py", "analysis/routing/pairs.py"])
+@pytest.mark.parametrize("changed", ["prefetch/sim/engines/timed.py", "analysis/routing/pairs.py"])
 def test_the_code_of_both_packages_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:

@@ -16,11 +16,11 @@ from prefetch.engine.cuda import CudaBackend
 from prefetch.engine.engine import Engine
 from prefetch.engine.fake import FakeBackend
 from prefetch.engine.replay import drive
+from prefetch.sim.engines.pool import ATOMIC
 from prefetch.sim.policies.lru import Lru
-from prefetch.sim.pool import ATOMIC
 from tests.prefetch.engine.test_engine import WHOLE, ran
-from tests.prefetch.sim.test_replay import drawn
-from tests.prefetch.sim.test_timed import guesses_of, machine_of
+from tests.prefetch.sim.engines.test_replay import drawn
+from tests.prefetch.sim.engines.test_timed import guesses_of, machine_of
 
 MS = 1e6
 

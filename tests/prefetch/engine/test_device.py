@@ -31,10 +31,10 @@ from prefetch.kernels.experts import moe_torch
 from prefetch.kernels.layout import ExpertLayout
 from prefetch.runs.outputs import Outputs
 from prefetch.sim import evaluate
-from prefetch.sim.bench import Bench
 from prefetch.sim.chosen import hardware_of
-from prefetch.sim.grid import cell_of
-from prefetch.sim.resumed import Resumed
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.grid import cell_of
+from prefetch.sim.tables.resumed import Resumed
 from prefetch.trace.card import plain_card
 from prefetch.tracking import NoTracker
 from tests.prefetch.sim.test_costs import machine

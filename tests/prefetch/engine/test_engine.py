@@ -13,19 +13,19 @@ from prefetch.engine.backend import COMPUTE, COPY, EngineError
 from prefetch.engine.engine import Engine
 from prefetch.engine.fake import FakeBackend
 from prefetch.engine.replay import Ran, drive
-from prefetch.sim.bounds import compute_S
-from prefetch.sim.machine import WAIT, Guesses, Machine, no_guesses
+from prefetch.sim.engines.machine import WAIT, Guesses, Machine, no_guesses
+from prefetch.sim.engines.pool import ATOMIC, HIT, LATE
+from prefetch.sim.engines.recorded import Recorded, RecordError
+from prefetch.sim.engines.run import replay, timed_replay
+from prefetch.sim.limits.bounds import compute_S
 from prefetch.sim.policies.arc import Arc
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.s3fifo import S3Fifo
-from prefetch.sim.pool import ATOMIC, HIT, LATE
-from prefetch.sim.recorded import Recorded, RecordError
-from prefetch.sim.run import replay, timed_replay
 from prefetch.sim.workload import Workload
-from tests.prefetch.sim.test_replay import drawn
-from tests.prefetch.sim.test_timed import guesses_of, machine_of
+from tests.prefetch.sim.engines.test_replay import drawn
+from tests.prefetch.sim.engines.test_timed import guesses_of, machine_of
 
 POLICIES = (Lru(), Lfu(), Arc(), S3Fifo(), Belady())
 WHOLE = {"n_chunks_L": np.ones(3, np.int64), "bytes_L": np.full(3, 700), "miss_way": WAIT}

@@ -11,13 +11,13 @@ from prefetch.engine.engine import Engine
 from prefetch.engine.fake import FakeBackend
 from prefetch.engine.replay import drive
 from prefetch.engine.validating.launches import extra_ns_S
-from prefetch.sim.machine import no_guesses
+from prefetch.sim.engines.machine import no_guesses
+from prefetch.sim.engines.pool import ATOMIC
+from prefetch.sim.engines.run import timed_replay
 from prefetch.sim.policies.lru import Lru
-from prefetch.sim.pool import ATOMIC
-from prefetch.sim.run import timed_replay
 from tests.prefetch.engine.test_engine import WHOLE
-from tests.prefetch.sim.test_replay import drawn
-from tests.prefetch.sim.test_timed import machine_of
+from tests.prefetch.sim.engines.test_replay import drawn
+from tests.prefetch.sim.engines.test_timed import machine_of
 
 LAUNCH_NS = 40
 

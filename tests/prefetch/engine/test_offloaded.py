@@ -23,11 +23,11 @@ from prefetch.engine.offloaded import OffloadedMoE
 from prefetch.errors import ConfigError
 from prefetch.predict import train
 from prefetch.runs.outputs import Outputs
+from prefetch.sim.engines.pool import HIT
+from prefetch.sim.engines.run import replay
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru
-from prefetch.sim.pool import HIT
-from prefetch.sim.run import replay
 from prefetch.sim.workload import workload_of
 from prefetch.trace.routing import DECODE, PREFILL, trace_of
 from prefetch.tracking import NoTracker

@@ -14,11 +14,11 @@ from routing_traces import random_trace
 
 from prefetch.errors import ConfigError, MissingData
 from prefetch.predict.hidden_mlp import HiddenMlp
-from prefetch.predict.layer_nets import Weights, popular_logits, scores_of
-from prefetch.predict.nets import LayerNets
+from prefetch.predict.networks.layer_nets import Weights, popular_logits, scores_of
+from prefetch.predict.networks.nets import LayerNets
+from prefetch.predict.networks.training import Diverged
 from prefetch.predict.part import Part, whole
 from prefetch.predict.past import Past
-from prefetch.predict.training import Diverged
 
 QUICK = {"hidden": 8, "epochs": 2, "batch": 64}
 
@@ -94,7 +94,7 @@ def test_a_learning_rate_that_is_too_large_is_named() -> None:
 
 def test_an_interrupted_fit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped within the second horizon: the first one is found again, the second goes on."""
-    from prefetch.predict import nets
+    from prefetch.predict.networks import nets
 
     parts, calls, whole_loss = (
         (whole(recorded(0)), whole(recorded(1))),
@@ -121,7 +121,7 @@ def test_no_more_tokens_are_learnt_from_than_asked(monkeypatch: pytest.MonkeyPat
     """Some requests are drawn; they are learnt from as if they were all there is."""
     many, asked = whole(recorded(0, n_requests=12)), whole(recorded(1))
     popular_LE = popular_logits(many)
-    monkeypatch.setattr("prefetch.predict.layer_nets.popular_logits", lambda _: popular_LE)
+    monkeypatch.setattr("prefetch.predict.networks.layer_nets.popular_logits", lambda _: popular_LE)
     capped = HiddenMlp((1,), hidden=8, epochs=1, most_tokens=100, seed=3).fit(many, asked)
     few, few_asked = many.some(100, 3), asked.some(100, 3)
     assert len(few.requests) == 5

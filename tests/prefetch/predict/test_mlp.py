@@ -10,9 +10,9 @@ import torch
 from routing_traces import random_trace
 
 from prefetch.errors import ConfigError
-from prefetch.predict import history
-from prefetch.predict.history_net import HistoryNet, Rows, right
 from prefetch.predict.mlp import DECAYS, Mlp
+from prefetch.predict.networks import history
+from prefetch.predict.networks.history_net import HistoryNet, Rows, right
 from prefetch.predict.part import Part, whole
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import restore, save

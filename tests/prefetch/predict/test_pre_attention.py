@@ -10,7 +10,7 @@ import torch
 from recorded_traces import check_causal, check_restored, check_same_bytes, recall, recorded, routed
 from torch import nn
 
-from prefetch.predict.nets import against_others
+from prefetch.predict.networks.nets import against_others
 from prefetch.predict.part import whole
 from prefetch.predict.past import Past
 from prefetch.predict.pre_attention import PreAttention

@@ -445,7 +445,7 @@ def test_members_are_found_where_they_were_fitted(
 
 
 def test_an_interrupted_member_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefetch.predict import learner
+    from prefetch.predict.networks import learner
 
     words = (*CHAIN, "train.folds=1", "train.horizons=[1]", "train.baselines=none",
              "predictor=ensemble", "predictor.members=[{mlp:{epochs:3,hidden:8}}]")  # fmt: skip
@@ -502,7 +502,7 @@ def test_an_interrupted_fit_goes_on_and_ends_like_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in the third epoch: the next run starts there, and nothing is left behind."""
-    from prefetch.predict import learner
+    from prefetch.predict.networks import learner
 
     words = (*CHAIN, "predictor=mlp", "predictor.hidden=8", "predictor.epochs=4", "train.folds=1",
              "train.horizons=[1]", "train.baselines=none")  # fmt: skip
@@ -537,7 +537,7 @@ def test_time_before_an_interruption_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to the checkpoint that the fit went on from, even if it was killed and could not write its end."""
-    from prefetch.predict import learner
+    from prefetch.predict.networks import learner
 
     words = (*CHAIN, "predictor=mlp", "predictor.hidden=8", "predictor.epochs=2", *FEW[1:])
     original = learner.Learner.on_train_epoch_start

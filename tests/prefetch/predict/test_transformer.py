@@ -12,10 +12,10 @@ from routing_traces import random_trace
 
 from prefetch.errors import ConfigError, MissingData
 from prefetch.predict import transformer
+from prefetch.predict.networks.sequences import known_ids, known_weights
 from prefetch.predict.part import Part, whole
 from prefetch.predict.past import Past
 from prefetch.predict.predictor import restore, save
-from prefetch.predict.sequences import known_ids, known_weights
 from prefetch.predict.transformer import Transformer
 from prefetch.trace.card import plain_card
 from prefetch.trace.routing import RoutingTrace, trace_of

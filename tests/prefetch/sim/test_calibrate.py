@@ -16,9 +16,9 @@ from prefetch.errors import ConfigError
 from prefetch.models.cards import load_card
 from prefetch.sim.calibrate import Numbers, Recording, calibrate, error, fit, simulated
 from prefetch.sim.costs import machine_of
+from prefetch.sim.engines.run import timed_replay
 from prefetch.sim.hardware import Hardware, hardware
 from prefetch.sim.policies.lru import Lru
-from prefetch.sim.run import timed_replay
 
 HARDWARE = Path(__file__).resolve().parents[3] / "configs" / "hardware" / "rtx4090_pcie4.yaml"
 N_STEPS, N_LAYERS, N_EXPERTS = 48, 6, 32

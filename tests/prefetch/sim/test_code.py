@@ -55,7 +55,8 @@ def test_an_edit_after_the_import_changes_nothing(monkeypatch):
     """The key is of what runs: taken once, with the engines' sources."""
     monkeypatch.setattr(code, "HERE", code.HERE / "policies")
     assert code._simulator() != code.CODE_KEY
-    from prefetch.sim import compiled, sweep
+    from prefetch.sim.engines import compiled
+    from prefetch.sim.tables import sweep
 
     assert sweep.CODE_KEY == code.CODE_KEY
     assert compiled.SOURCES["timed.py"] == (compiled.HERE / "timed.py").read_text()

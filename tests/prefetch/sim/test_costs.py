@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from prefetch.errors import ConfigError, MissingData
 from prefetch.models.cards import card_names, load_architecture, load_card
-from prefetch.sim.bounds import compute_S
 from prefetch.sim.costs import (
     Beside,
     before_S,
@@ -22,8 +21,9 @@ from prefetch.sim.costs import (
     machine_of,
     need_host_memory,
 )
+from prefetch.sim.engines.machine import BOTH, NO_DISK
 from prefetch.sim.hardware import Hardware, Lane, Link, hardware
-from prefetch.sim.machine import BOTH, NO_DISK
+from prefetch.sim.limits.bounds import compute_S
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import ModelCard, plain_card
 from prefetch.trace.routing import DECODE, PREFILL, RoutingTrace, trace_of

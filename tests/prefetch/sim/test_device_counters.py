@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prefetch.sim.compiled import engine
+from prefetch.sim.engines.compiled import engine
+from prefetch.sim.engines.pool import HIT, OVERSHOOT
+from prefetch.sim.engines.run import events_of, prepared, replay
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.belady_forced import BeladyForced
 from prefetch.sim.policies.lfu_persistent import LfuPersistent
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
-from prefetch.sim.pool import HIT, OVERSHOOT
-from prefetch.sim.run import events_of, prepared, replay
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.sources.route_csv import RouteCsv, Turn, read_preamble, turns
 from prefetch.trace.routing import DECODE

@@ -29,10 +29,10 @@ from prefetch.sim.calibrate import (
     fit,
     simulated,
 )
+from prefetch.sim.engines.pool import HIT, OVERSHOOT
+from prefetch.sim.engines.run import replay
 from prefetch.sim.hardware import Hardware, hardware
 from prefetch.sim.policies.lru import Lru
-from prefetch.sim.pool import HIT, OVERSHOOT
-from prefetch.sim.run import replay
 from prefetch.sim.workload import workload_of
 from prefetch.sources.route_csv import RouteCsv
 

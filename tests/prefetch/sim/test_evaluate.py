@@ -15,8 +15,8 @@ from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.runs.outputs import Outputs
-from prefetch.sim.bench import Bench
 from prefetch.sim.evaluate import run
+from prefetch.sim.tables.bench import Bench
 from prefetch.trace.card import plain_card
 from prefetch.trace.provenance import Provenance
 from prefetch.trace.routing import trace_of

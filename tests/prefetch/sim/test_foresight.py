@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from prefetch.errors import FormatError
 from prefetch.sim import foresight
+from prefetch.sim.engines.machine import Guesses
+from prefetch.sim.engines.pool import EMPTY
 from prefetch.sim.foresight import guessed_rows, guesses_of, is_among, keys_of
-from prefetch.sim.machine import Guesses
-from prefetch.sim.pool import EMPTY
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.predictions import (
     Predictions,

@@ -8,15 +8,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefetch.sim.engines.pool import ATOMIC, OVERSHOOT
+from prefetch.sim.engines.run import timed_replay
+from prefetch.sim.engines.timed_reference import TimedReplay
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru
-from prefetch.sim.pool import ATOMIC, OVERSHOOT
-from prefetch.sim.run import timed_replay
-from prefetch.sim.timed_reference import TimedReplay
 from prefetch.sim.workload import Workload
-from tests.prefetch.sim.test_replay import drawn
-from tests.prefetch.sim.test_timed import guesses_of, machine_of
+from tests.prefetch.sim.engines.test_replay import drawn
+from tests.prefetch.sim.engines.test_timed import guesses_of, machine_of
 
 # caches, whether what is stale is dropped; every second a cache per layer that drops it, where nobody is marked
 NEAR = [(False, True), (True, True), (False, True), (False, False)]

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefetch.errors import ConfigError
-from prefetch.sim.excerpt import work_of
+from prefetch.sim.engines.pool import ATOMIC, OVERSHOOT
+from prefetch.sim.engines.run import replay, replay_parts, timed_parts, timed_replay
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.sieve import Sieve
-from prefetch.sim.pool import ATOMIC, OVERSHOOT
-from prefetch.sim.run import replay, replay_parts, timed_parts, timed_replay
-from tests.prefetch.sim.test_replay import drawn
-from tests.prefetch.sim.test_timed import machine_of
+from prefetch.sim.tables.excerpt import work_of
+from tests.prefetch.sim.engines.test_replay import drawn
+from tests.prefetch.sim.engines.test_timed import machine_of
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,8 +11,21 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError
-from prefetch.sim import reference
-from prefetch.sim.machine import BOTH, ON_HOST, WAIT
+from prefetch.sim.engines import reference
+from prefetch.sim.engines.machine import BOTH, ON_HOST, WAIT
+from prefetch.sim.engines.pool import (
+    ATOMIC,
+    FIRST,
+    HIT,
+    MISS,
+    OVERSHOOT,
+    SEQUENTIAL,
+    TOLD,
+    UNTOLD,
+    Told,
+)
+from prefetch.sim.engines.run import replay, timed_replay
+from prefetch.sim.engines.timed_reference import TimedReplay
 from prefetch.sim.policies.arc import Arc
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.hobbit import Hobbit
@@ -24,12 +37,9 @@ from prefetch.sim.policies.predicted_use import PredictedUse
 from prefetch.sim.policies.sieve import Sieve
 from prefetch.sim.policies.static import Static
 from prefetch.sim.policy import ROWS, STAYS, KeyRules, Seen, State, StateRules
-from prefetch.sim.pool import ATOMIC, FIRST, HIT, MISS, OVERSHOOT, SEQUENTIAL, TOLD, UNTOLD, Told
-from prefetch.sim.run import replay, timed_replay
-from prefetch.sim.timed_reference import TimedReplay
 from prefetch.sim.workload import Workload
-from tests.prefetch.sim.test_replay import drawn
-from tests.prefetch.sim.test_timed import guesses_of, machine_of
+from tests.prefetch.sim.engines.test_replay import drawn
+from tests.prefetch.sim.engines.test_timed import guesses_of, machine_of
 
 TOLD_ROWS = (Mrs(), Mrs(share=0.3), PredictedUse(), MoeInfinity(), Hobbit(), Hobbit(lhu=0))
 POLICIES = (*TOLD_ROWS, Static(), Lru(), Sieve(), Arc(), Belady(), LeastStale())

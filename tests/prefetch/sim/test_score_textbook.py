@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefetch.errors import ConfigError, MissingData
-from prefetch.sim.machine import Guesses
+from prefetch.sim.engines.machine import Guesses
+from prefetch.sim.engines.pool import HIT, MISS
+from prefetch.sim.engines.run import replay
 from prefetch.sim.policies.hobbit import Hobbit
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.moe_infinity import MoeInfinity
 from prefetch.sim.policies.mrs import Mrs
 from prefetch.sim.policies.predicted_use import PredictedUse
 from prefetch.sim.policies.static import Static
-from prefetch.sim.pool import HIT, MISS
-from prefetch.sim.run import replay
 from prefetch.sim.told import told_of
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import plain_card

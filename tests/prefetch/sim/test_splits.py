@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from prefetch.errors import ConfigError
 from prefetch.sim import splits
-from prefetch.sim.others import misses_of, most_used_of_each, uses_of
+from prefetch.sim.engines.pool import MISS
+from prefetch.sim.engines.run import replay
 from prefetch.sim.policies.belady_forced import BeladyForced
 from prefetch.sim.policies.lru import Lru
-from prefetch.sim.pool import MISS
-from prefetch.sim.run import replay
+from prefetch.sim.tables.others import misses_of, most_used_of_each, uses_of
 from tests.prefetch.sim.test_score_textbook import E, K, L, traced
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from prefetch.errors import ConfigError
-from prefetch.sim.bench import Bench
-from prefetch.sim.cell import Cell
-from prefetch.sim.grid import cells
+from prefetch.sim.tables.bench import Bench
+from prefetch.sim.tables.cell import Cell
+from prefetch.sim.tables.grid import cells
 from tests.prefetch.sim.test_evaluate import bench_of
 
 

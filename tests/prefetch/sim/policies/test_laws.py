@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sticky_workloads import sticky
 
+from prefetch.sim.engines.pool import ATOMIC, MISS, SEQUENTIAL
+from prefetch.sim.engines.run import replay
+from prefetch.sim.limits.stacks import LruStacks
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.least_stale import LeastStale
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.random import Random
-from prefetch.sim.pool import ATOMIC, MISS, SEQUENTIAL
-from prefetch.sim.run import replay
-from prefetch.sim.stacks import LruStacks
+from tests.prefetch.sim.engines.test_replay import drawn
 from tests.prefetch.sim.policies.test_twins import POLICIES, each_policy
-from tests.prefetch.sim.test_replay import drawn
 
 seeds = st.integers(0, 10**6)
 

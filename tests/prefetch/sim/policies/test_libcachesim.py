@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from sticky_workloads import sticky
 
+from prefetch.sim.engines.pool import SEQUENTIAL
+from prefetch.sim.engines.run import replay
 from prefetch.sim.policies.arc import Arc
 from prefetch.sim.policies.belady_forced import BeladyForced
 from prefetch.sim.policies.fifo import Fifo
@@ -24,8 +26,6 @@ from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.s3fifo import S3Fifo
 from prefetch.sim.policies.sieve import Sieve
 from prefetch.sim.policy import Policy
-from prefetch.sim.pool import SEQUENTIAL
-from prefetch.sim.run import replay
 
 lcs = pytest.importorskip(
     "libcachesim",

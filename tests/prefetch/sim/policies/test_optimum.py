@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sticky_workloads import sticky
 
+from prefetch.sim.engines.pool import MISS
+from prefetch.sim.engines.run import replay
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.belady_forced import BeladyForced
-from prefetch.sim.pool import MISS
-from prefetch.sim.run import replay
 from prefetch.sim.workload import Workload
-from tests.prefetch.sim.test_replay import drawn
+from tests.prefetch.sim.engines.test_replay import drawn
 
 Content = frozenset[tuple[int, int]]
 

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefetch.sim import reference
+from prefetch.sim.engines import reference
+from prefetch.sim.engines.pool import ATOMIC, OVERSHOOT, SEQUENTIAL
+from prefetch.sim.engines.run import replay
 from prefetch.sim.policies.arc import Arc
 from prefetch.sim.policies.belady import Belady
 from prefetch.sim.policies.belady_forced import BeladyForced
@@ -20,9 +22,7 @@ from prefetch.sim.policies.random import Random
 from prefetch.sim.policies.s3fifo import S3Fifo
 from prefetch.sim.policies.sieve import Sieve
 from prefetch.sim.policy import FEW
-from prefetch.sim.pool import ATOMIC, OVERSHOOT, SEQUENTIAL
-from prefetch.sim.run import replay
-from tests.prefetch.sim.test_replay import drawn
+from tests.prefetch.sim.engines.test_replay import drawn
 
 POLICIES = (
     Lru(), Fifo(), Lfu(), LfuPersistent(), Lfru(), Random(), Random(7), Sieve(), S3Fifo(), Arc(), LeastStale(),

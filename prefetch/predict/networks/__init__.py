@@ -1,0 +1,1 @@
+"""The nets of learned predictors, and the one way that they are trained."""

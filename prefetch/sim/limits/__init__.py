@@ -1,0 +1,1 @@
+"""Between which results every policy and every predictor lies."""

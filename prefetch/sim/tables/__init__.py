@@ -1,0 +1,1 @@
+"""Tables of cells: which there are, what each comes to, and how they are shown."""
