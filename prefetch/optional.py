@@ -30,7 +30,7 @@ def require(package: str, *names: str, asked_by: str) -> Any:
     what = f"{asked_by} needs the package {NAMES.get(package, package)}"
     try:
         module = importlib.import_module(package)
-        if module.__file__ is None:  # a folder without its files
+        if getattr(module, "__file__", "") is None:  # a folder without its files
             raise ImportError("its files are missing")
         for name in names:
             getattr(module, name)

@@ -276,7 +276,7 @@ def test_what_a_library_refuses_is_a_marked_row(
         (["profile.dtypes=[fp8]"], "expected fp32, bf16, fp16"),
         (["profile.routings=[normal]"], "expected uniform, zipf"),
         (["profile.skew=-1"], "must be a number from 0 on"),
-        (["profile.skew=nan"], "must be a number from 0 on"),
+        (["profile.skew=nan"], "expected a finite number"),
         (["profile.capacity_factor=0"], "must be above 0"),
         (["profile.repeats=0"], "must be at least 1"),
         (["profile.threads=0"], "must be at least 1"),
