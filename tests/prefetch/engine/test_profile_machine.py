@@ -155,7 +155,7 @@ def made_at(folder: Path, made: str) -> None:
     """As if sealed then, by a version whose manifests had no sum of their own."""
     path = folder / "manifest.json"
     told = json.loads(path.read_text()) | {"made": made}
-    del told["sum"]
+    told.pop("sum", None)
     path.write_text(json.dumps(told))
 
 
