@@ -21,16 +21,14 @@ def load(text: str) -> Any:
         _check(text)
         return yaml.load(text, Loader=Loader)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise yaml.YAMLError(
-            f"{type(error).__name__}: {error}"
-        ) from error  # of a date, or a number
+        # of a date, or a number
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
 def _check(text: str) -> None:
     sizes: dict[str, int] = {}  # of what has an anchor, unfolded
-    waiting: list[tuple[str | None, int]] = [
-        (None, 0)
-    ]  # of every level: its anchor, and the nodes so far
+    # of every level: its anchor, and the nodes so far
+    waiting: list[tuple[str | None, int]] = [(None, 0)]
     for event in yaml.parse(text, Loader=Loader):
         if isinstance(event, yaml.CollectionStartEvent):
             waiting.append((event.anchor, 1))
@@ -38,10 +36,8 @@ def _check(text: str) -> None:
                 raise yaml.YAMLError(f"more than {MOST_LEVELS} levels")
             continue
         if isinstance(event, yaml.AliasEvent):
-            anchor, n_nodes = (
-                None,
-                sizes.get(event.anchor, MOST_NODES + 1),
-            )  # of itself, or of nothing
+            # without a size: of itself, or of nothing
+            anchor, n_nodes = None, sizes.get(event.anchor, MOST_NODES + 1)
         elif isinstance(event, yaml.ScalarEvent):
             anchor, n_nodes = event.anchor, 1
         elif isinstance(event, yaml.CollectionEndEvent):

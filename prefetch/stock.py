@@ -98,12 +98,12 @@ def used_names(store: Store, held: list[Entry]) -> set[str]:
     for path in (store.root / RUNS).glob("*.json"):
         try:
             run = json.loads(path.read_text())
-            folder, stood_on = Path(run["folder"]), set(run["used"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            is_there, stood_on = _is_there(Path(run["folder"])), set(run["used"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path}: the entry of a run is damaged; remove the file"
             ) from error
-        if folder.is_dir():
+        if is_there:
             used |= stood_on
     made_from = {entry.name: entry.made_from for entry in held}
     waiting = list(used)
@@ -112,6 +112,14 @@ def used_names(store: Store, held: list[Entry]) -> set[str]:
         used |= fresh
         waiting += fresh
     return used
+
+
+def _is_there(folder: Path) -> bool:
+    """Of a folder that may not be looked at, nobody here can tell: it counts as there."""
+    try:
+        return folder.is_dir()
+    except PermissionError:
+        return True
 
 
 def remove(entry_folder: Path) -> None:

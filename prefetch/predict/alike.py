@@ -25,12 +25,10 @@ class Memory(NamedTuple):
     """Training tokens, by the experts that they used: lists of who used which."""
 
     ids_MLK: NDArray[Any]
-    goes_on_M: NDArray[
-        np.bool_
-    ]  # the token before it in memory is the one before it in its request
-    offset_LE: NDArray[
-        np.int64
-    ]  # where the list of (layer, expert) begins in `users`; one more at the end
+    # the token before it in memory is the one before it in its request
+    goes_on_M: NDArray[np.bool_]
+    # where the list of (layer, expert) begins in `users`; one more at the end
+    offset_LE: NDArray[np.int64]
     users: NDArray[np.int32]
 
 

@@ -13,23 +13,11 @@ import numpy as np
 
 from prefetch.errors import FormatError
 
-MOST_ENTRIES = (
-    1 << 16
-)  # keys, entries of lists and tensors together: an importance matrix has a few thousand
+# keys, entries of lists and tensors together: an importance matrix has a few thousand
+MOST_ENTRIES = 1 << 16
 MOST_AXES = 4
-SIZES = {
-    0: 1,
-    1: 1,
-    2: 2,
-    3: 2,
-    4: 4,
-    5: 4,
-    6: 4,
-    7: 1,
-    10: 8,
-    11: 8,
-    12: 8,
-}  # bytes of a value, by its type
+# bytes of a value, by its type
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, LIST = 8, 9
 
 

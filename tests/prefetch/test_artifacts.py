@@ -314,11 +314,12 @@ def test_a_manifest_that_lists_nothing_is_damaged(tmp_path, files):
         Store(tmp_path).make(recipe())
 
 
-def test_a_torn_entry_of_the_index_is_named(tmp_path):
+@pytest.mark.parametrize("text", ["{", json.dumps({"folder": "x" * 5000, "used": []})])
+def test_a_torn_entry_of_the_index_is_named(tmp_path, text):
     store = Store(tmp_path)
     store.make(recipe())
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "x.json").write_text("{")
+    (tmp_path / "runs" / "x.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"x\.json: the entry of a run is damaged"):
         used_names(store, entries(store))
 
