@@ -136,7 +136,7 @@ def table(every: Chosen, out: Path) -> Iterator[str]:
         yield from (row_of(name, counts) for name, counts in rows.items())
         yield row_of("all", sum(rows.values(), Counter())) + "\n"
     yield from [f"Left: {len(left)}", *left]
-    stale = [name for name in reasons if name not in used and name.partition(" | ")[0] in by_file]
+    stale = [name for name in reasons if name in found and name not in used]
     yield from [f"explained, and does not survive: {name}" for name in stale]
 
 
