@@ -151,6 +151,8 @@ class Watch:
             return
         if isinstance(path, bytes):
             path = os.fsdecode(path)
+        if path == "<string>":  # Python 3.12 on, for the line that its tokenizer could not read
+            return
         real = os.path.realpath(path)
         if isinstance(flags, int) and flags & WRITES:
             if not real.startswith((self.out, "/dev/null")) and not real.endswith(
