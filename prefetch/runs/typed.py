@@ -85,6 +85,8 @@ def _explained(error: BaseException) -> str:
         line = re.sub(noise, "", line)
     if isinstance(error, OverrideParseException):
         line = f"{error.override}: {line}; letters beyond ASCII and brackets need quotes of their own: 'key=\"...\"'"
+    if re.search(r"hydra/launcher/(joblib|submitit_\w+)'", line):
+        line += "; these launchers come with pip install 'expert-prefetch[sweep]'"
     if "not a ListConfig" in line:
         line += "; a list is written key=[a,b]"
     return " ".join(f"{line}{_siblings(text)}".split())
