@@ -6,6 +6,7 @@ from pathlib import Path
 
 from faults import Case
 from profiler_traces import launched, operation, written
+from small_card import CARD
 
 TRACE = ("source=synthetic", "source.n_requests=3")
 FIT = ("train.folds=1", "train.baselines=none", "train.figures=false")
@@ -27,23 +28,6 @@ SMALL = (
     "validate.steps=10", "validate.figures=false", "predictor=popularity", "train.horizons=[1]",
     "simulator.horizon=1", "simulator.device=cpu",
 )  # fmt: skip
-CARD = """
-_target_: prefetch.models.cards.model_card
-name: small
-published_parameters: 1
-expert_precision: fp32
-matrix_precision: fp32
-rest_precision: fp32
-hidden_size: 32
-vocab_size: 100
-layers: 4
-attention: {kind: grouped, heads: 2, kv_heads: 2, head_dim: 16}
-n_experts: 8
-top_k: 2
-expert_size: 16
-score_function: softmax
-weights_normalised: true
-"""
 
 
 def profiled(folder: Path) -> None:

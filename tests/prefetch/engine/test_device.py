@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from small_card import CARD
 
 from prefetch import config
 from prefetch.artifacts import Recipe, Store
@@ -39,23 +40,6 @@ from prefetch.trace.card import plain_card
 from prefetch.tracking import NoTracker
 from tests.prefetch.sim.test_costs import machine
 
-CARD = """
-_target_: prefetch.models.cards.model_card
-name: small
-published_parameters: 1
-expert_precision: fp32
-matrix_precision: fp32
-rest_precision: fp32
-hidden_size: 32
-vocab_size: 100
-layers: 4
-attention: {kind: grouped, heads: 2, kv_heads: 2, head_dim: 16}
-n_experts: 8
-top_k: 2
-expert_size: 16
-score_function: softmax
-weights_normalised: true
-"""
 SMALL = (
     "source=synthetic", "source.n_requests=12", "source.prompt_tokens=6", "source.new_tokens=10", "source.n_layers=4",
     "source.n_experts=8", "source.top_k=2", "simulator.cache=0.5", "evaluate.figures=false", "predictor=markov",
