@@ -124,7 +124,10 @@ class Loop:
 
     def warm(self) -> list[Outcome]:
         """The seeds themselves: compiles, imports, and shows what a sound file comes to."""
-        return [self._run(files, is_followed=True) for files in self.corpus for _ in range(2)]
+        outcomes = [self._run(files, is_followed=True) for files in self.corpus for _ in range(2)]
+        gc.collect()
+        gc.freeze()  # what stays is not looked through again every 200 inputs
+        return outcomes
 
     def run(self, n: int, beat: Callable[[int], None] = lambda _: None) -> Told:
         for _ in range(n):
