@@ -30,25 +30,29 @@ log = logging.getLogger(__name__)
 def run(cfg: Config, store: Store, outputs: Outputs) -> dict[str, float]:
     """A trace or counts in; the run's folder filled, and the headline numbers out."""
     artifact = store.need("routing", cfg)
-    settings = Settings(
-        horizons=tuple(range(1, cfg.analyze.horizon + 1)),
+    if artifact.kind == "counts":
+        counts = load_counts(artifact.folder)
+        card, provenance = counts.card, counts.provenance
+        found = analyze_counts(counts, settings_of(cfg, card))
+        counts_LE = counts.counts_LE
+    else:
+        reader = TraceReader(artifact.folder)
+        card, provenance = reader.card, reader.provenance
+        found = analyze_in(passes_of(cfg, reader), settings_of(cfg, card))
+        assert found.usage is not None
+        counts_LE = found.usage.counts()
+    return _write(found, card, provenance, counts_LE, outputs, cfg)
+
+
+def settings_of(cfg: Config, card: ModelCard) -> Settings:
+    """As many layers ahead as were asked for, or as there are."""
+    return Settings(
+        horizons=tuple(range(1, min(cfg.analyze.horizon, card.n_layers) + 1)),
         train_share=cfg.analyze.train_share,
         significance=cfg.analyze.significance,
         window_tokens=cfg.analyze.window_tokens,
         seed=cfg.seed,
     )
-    if artifact.kind == "counts":
-        counts = load_counts(artifact.folder)
-        card, provenance = counts.card, counts.provenance
-        found = analyze_counts(counts, settings)
-        counts_LE = counts.counts_LE
-    else:
-        reader = TraceReader(artifact.folder)
-        card, provenance = reader.card, reader.provenance
-        found = analyze_in(passes_of(cfg, reader), settings)
-        assert found.usage is not None
-        counts_LE = found.usage.counts()
-    return _write(found, card, provenance, counts_LE, outputs, cfg)
 
 
 def passes_of(cfg: Config, reader: TraceReader) -> Passes:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
-from prefetch.errors import ConfigError, PrefetchError
+from prefetch.errors import ArtifactError, ConfigError, PrefetchError
 from prefetch.optional import broken_install
 from prefetch.runs import sweeps, typed
 from prefetch.runs.index import write_index
@@ -191,6 +191,11 @@ def _known(error: Exception) -> Exception | None:
     """What whoever typed can do something about; None = a slip of ours."""
     if isinstance(error, (OSError, HydraException, OmegaConfBaseException, PrefetchError)):
         return error
+    if isinstance(error, MemoryError):
+        return ArtifactError(
+            f"out of memory ({error or 'no amount told'}): what was asked for is more than this machine holds; ask for "
+            "less, or free memory"
+        )
     if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
         return error.__cause__  # Hydra could not open its log
     if isinstance(error, RuntimeError) and "srun" in str(error):
