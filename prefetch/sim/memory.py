@@ -19,6 +19,7 @@ SCOPES = ("per_layer", "global")
 Split = Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]  # (rooms, sizes) -> rooms
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+MOST_BYTES = 2**62
 AMOUNT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 # Vectors of the hidden size that a token needs at once: residual, norms, queries, keys, values, attention's result,
 # its projection, the router's input, the sum of experts, one to spare.
@@ -172,7 +173,10 @@ def bytes_of(amount: int | str, name: str = "memory") -> int:
     match = AMOUNT.fullmatch(str(amount))
     if isinstance(amount, bool) or match is None or (match[2] or "b").lower() not in UNITS:
         raise ConfigError(f"{name}={amount}: expected a size such as 12GiB, 500MB or 12884901888")
-    return int(Fraction(match[1]) * UNITS[(match[2] or "b").lower()])
+    n_bytes = int(Fraction(match[1]) * UNITS[(match[2] or "b").lower()])
+    if n_bytes > MOST_BYTES:
+        raise ConfigError(f"{name}={amount}: expected at most 4 EiB; no machine has more")
+    return n_bytes
 
 
 def spoken(n_bytes: int) -> str:

@@ -78,7 +78,8 @@ def workload_of(
     request_R = trace.request_T[rows]
     new = np.flatnonzero(np.diff(request_R, prepend=request_R[:1] - 1)) if len(rows) else rows
     first_Q = np.append(new, len(rows)).astype(np.int64)
-    order_R, start_S = _schedule(first_Q, is_prompt, batch, chunk or 0)
+    lanes = max(1, min(batch, len(new)))  # more would stay empty
+    order_R, start_S = _schedule(first_Q, is_prompt, lanes, min(chunk or 0, max(1, len(rows))))
     return _gather(trace, rows[order_R], is_prompt[order_R], start_S, is_forced)
 
 

@@ -131,7 +131,7 @@ class TinyMoE(Source):
         """Every request: a prompt of unseen text (prefill), and a continuation that the model samples (decode)."""
         from prefetch.models.tiny import train
 
-        trained = train.load(upstream["model"])
+        trained = train.load(upstream["model"], self._shape())
         for domain, digest in trained.corpus_md5.items():
             writer.input(f"corpus.{domain}", f"md5:{digest}")
         for when, nats in trained.held_out_loss.items():

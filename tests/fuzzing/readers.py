@@ -33,6 +33,7 @@ def readers() -> dict[str, Reader]:
         "profile_seeds",
         "run_seeds",
         "store_seeds",
+        "work_seeds",
     ):
         for reader in importlib.import_module(f"fuzzing.{module}").READERS:
             found[reader.name] = reader

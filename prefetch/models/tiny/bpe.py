@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+from prefetch.errors import FormatError
+
 Pair = tuple[int, int]
 # no token crosses these borders; the lengths are bounded because `_apply` is quadratic in them
 WORD = re.compile(rb" ?[A-Za-z]{1,32}| ?[0-9]| ?[^\sA-Za-z0-9]{1,32}|\n[ \t]{0,32}|[ \t]{1,32}|\s")
+LONGEST = 33  # bytes of a word
 N_BYTES = 256
 
 
@@ -25,7 +28,13 @@ class BPE:
         self._rank = {pair: N_BYTES + i for i, pair in enumerate(self.merges)}
         self._bytes = [bytes([i]) for i in range(N_BYTES)]
         for a, b in self.merges:
+            if not 0 <= min(a, b) <= max(a, b) < len(self._bytes):
+                raise FormatError(
+                    f"merge ({a}, {b}): expected two of {len(self._bytes)} tokens before it"
+                )
             self._bytes.append(self._bytes[a] + self._bytes[b])
+            if len(self._bytes[-1]) > LONGEST:
+                raise FormatError(f"merge ({a}, {b}): no word is longer than {LONGEST} bytes")
         self._tokens = lru_cache(maxsize=1 << 18)(self._encode_word)
 
     def encode(self, text: bytes) -> list[int]:

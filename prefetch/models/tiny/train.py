@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from prefetch.errors import ConfigError
+from prefetch.errors import ConfigError, FormatError, reading
 from prefetch.models.tiny import bpe, corpus
 from prefetch.models.tiny.net import Routed, Shape, TinyMoE
 from prefetch.progress import Progress
@@ -73,18 +73,35 @@ def make(folder: Path, texts: Mapping[str, bytes], shape: Shape, *, steps: int, 
     (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def load(folder: Path) -> Trained:
-    about: dict[str, Any] = json.loads((folder / "model.json").read_text())
-    net = TinyMoE(Shape(**about["shape"]), torch.Generator())
-    net.load_state_dict(load_file(folder / "model.safetensors"))
-    tokens = load_arrays(folder / "held_out.safetensors")
-    return Trained(
-        net=net.requires_grad_(False),
-        coder=bpe.BPE(about["merges"]),
-        held_out={name: tokens[name] for name in about["corpus_md5"]},
-        corpus_md5=about["corpus_md5"],
-        held_out_loss=about["held_out_loss"],
-    )
+def load(folder: Path, shape: Shape) -> Trained:
+    """Of the shape that was asked for: a file says nothing about how much memory is taken."""
+    with reading(folder, f"an embedded model of {shape}"):
+        about: dict[str, Any] = json.loads((folder / "model.json").read_text())
+        net = TinyMoE(shape, torch.Generator())
+        net.load_state_dict(load_file(folder / "model.safetensors"))
+        digests, losses = dict(about["corpus_md5"]), dict(about["held_out_loss"])
+        held_out = load_arrays(folder / "held_out.safetensors")
+        if sorted(digests) != sorted(held_out):
+            raise FormatError(f"held-out texts of {sorted(held_out)}, digests of {sorted(digests)}")
+        for name, tokens in held_out.items():
+            _check_tokens(name, tokens, shape)
+        return Trained(
+            net=net.requires_grad_(False),
+            coder=bpe.BPE(about["merges"]),
+            held_out={name: held_out[name] for name in digests},
+            corpus_md5={name: str(digest) for name, digest in digests.items()},
+            held_out_loss={when: float(loss) for when, loss in losses.items()},
+        )
+
+
+def _check_tokens(name: str, tokens: NDArray[Any], shape: Shape) -> None:
+    if tokens.dtype != np.int32 or tokens.ndim != 1 or len(tokens) <= shape.context:
+        raise FormatError(
+            f"held-out text {name}: expected more than {shape.context} int32 tokens, found {tokens.dtype} "
+            f"{tokens.shape}"
+        )
+    if tokens.min() < 0 or tokens.max() >= shape.vocabulary:
+        raise FormatError(f"held-out text {name}: tokens from {tokens.min()} to {tokens.max()}")
 
 
 def split(text: bytes) -> tuple[bytes, bytes]:

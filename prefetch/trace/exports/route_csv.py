@@ -30,7 +30,7 @@ def write_route_csv(reader: TraceReader, path: Path, columns: list[str]) -> list
     options = csv.WriteOptions(include_header=False)
     n_not_run = n_partial = n_written = 0
     with path.open("wb") as file, Progress("writing", reader.n_tokens, "tokens") as progress:
-        file.write("\n".join([*preamble(reader.card), ",".join(names), ""]).encode())
+        file.write("\n".join([*preamble(reader.card, reader.folder), ",".join(names), ""]).encode())
         schema = pa.schema([(n, pa.float32() if n == "weight" else pa.int32()) for n in names])
         with csv.CSVWriter(file, schema, write_options=options) as rows:
             for block in reader.batches(*["weights"] * has_weights):
@@ -47,18 +47,18 @@ def write_route_csv(reader: TraceReader, path: Path, columns: list[str]) -> list
     return [*_said(n_not_run, n_partial), *_lost(reader)]
 
 
-def preamble(card: ModelCard) -> list[str]:
+def preamble(card: ModelCard, where: Path) -> list[str]:
     """The first lines: the model, and a line per layer."""
     if set(card.layer_stacks) != {"decoder"} or list(card.layer_numbers) != sorted(
         card.layer_numbers
     ):
         raise FormatError(
-            f"{card.name}: route_trace v1 holds the layers of one decoder in ascending order; take them with "
+            f"{where}: route_trace v1 holds the layers of one decoder in ascending order; take them with "
             "traces.do=subset traces.layers=..."
         )
     if card.expert_bytes_L is None:
         raise FormatError(
-            f"{card.name}: route_trace v1 states the bytes of every layer's experts, which the model card does not "
+            f"{where}: route_trace v1 states the bytes of every layer's experts, which the model card does not "
             "know; collect the trace with source.model_card=... or choose another format"
         )
     lines = [

@@ -202,6 +202,12 @@ def test_sizes_as_people_write_them():
     assert spoken(12 * GIB) == "12.00 GiB" and spoken(1500) == "1.46 KiB" and spoken(7) == "7 bytes"
 
 
+def test_what_no_machine_has():
+    assert bytes_of("4194304 TiB") == 2**62
+    with pytest.raises(ConfigError, match=r"simulator\.budget=5000000 TiB: expected at most 4 EiB"):
+        bytes_of("5000000 TiB", "simulator.budget")
+
+
 @pytest.mark.parametrize("text", ["12 giga", "GiB", "", "-1GiB", "1e9", True, "12GiB of it", None])
 def test_what_is_no_size(text):
     with pytest.raises(ConfigError, match="expected a size such as 12GiB"):

@@ -119,6 +119,12 @@ def test_four_at_a_time_and_a_fifth_that_waits():
     assert work.decode_S.tolist() == [4, 4, 2]
 
 
+def test_more_at_a_time_than_there_are_takes_no_more_memory():
+    trace, most = routed([2, 1, 0, 4], [3, 1, 2, 0]), 2**40
+    many, four = workload_of(trace, batch=most, chunk=most), workload_of(trace, batch=4, chunk=9)
+    assert rows_of(many) == rows_of(four)
+
+
 def test_chunks_of_prompts_beside_tokens_that_are_generated():
     """Three tokens of prompts per step: what the first one leaves goes to the next."""
     work = workload_of(routed([0, 5, 2], [4, 1, 1]), batch=3, chunk=3)

@@ -70,7 +70,7 @@ def test_every_request_is_a_prompt_and_a_sampled_continuation(collect, model):
 def test_prompts_are_unseen_text_and_the_corpus_is_named(collect, model):
     from prefetch.models.tiny.train import load
 
-    reader, trained = collect(SMALL, upstream=model), load(model["model"])
+    reader, trained = collect(SMALL, upstream=model), load(model["model"], SMALL._shape())
     tokens = reader.load().token_T.reshape(10, 22)
     for domain, rows in (("data", tokens[:5]), ("cpp", tokens[5:])):
         held_out = trained.held_out[domain]

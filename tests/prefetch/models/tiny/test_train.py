@@ -1,11 +1,12 @@
 """Training: the same seed gives the same files, what is held out is never learnt, and the loss falls."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from prefetch.errors import ConfigError
+from prefetch.errors import ConfigError, FormatError
 from prefetch.models.tiny import corpus, train
 from prefetch.models.tiny.net import Shape
 
@@ -40,7 +41,7 @@ def test_the_loss_on_unseen_text_falls(tmp_path, texts):
 
 def test_what_is_held_out_is_the_end_and_is_not_in_the_rest(tmp_path, texts):
     made(tmp_path / "model", texts, steps=0)
-    trained = train.load(tmp_path / "model")
+    trained = train.load(tmp_path / "model", SHAPE)
     for name, text in texts.items():
         seen, held_out = train.split(text)
         assert seen + held_out == text
@@ -54,6 +55,21 @@ def test_training_changes_no_thread_and_no_random_state_of_the_process(tmp_path,
     made(tmp_path / "model", texts, steps=1)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_of_another_shape_or_with_merges_that_explode_is_refused(tmp_path, texts):
+    made(tmp_path / "model", texts, steps=0)
+    with pytest.raises(FormatError, match="size mismatch"):
+        train.load(tmp_path / "model", replace(SHAPE, ff=12))
+    path = tmp_path / "model" / "model.json"
+    about = json.loads(path.read_text())
+    for merges, told in (
+        ([[32, 300]], "two of 256 tokens"),
+        ([[32, 32], *([i, i] for i in range(256, 290))], "33"),
+    ):
+        path.write_text(json.dumps({**about, "merges": merges}))
+        with pytest.raises(FormatError, match=told):
+            train.load(tmp_path / "model", SHAPE)
 
 
 def test_too_little_text_is_refused_by_name(tmp_path):
