@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prefetch.written import FULL
+
 LONGEST = 4000  # characters of a message; files quote themselves in it
 HIDDEN = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+"
@@ -47,6 +49,8 @@ def reading(where: Path | str, what: str = "") -> Iterator[None]:
     except NameError:
         raise  # a slip of ours, not of the file
     except Exception as error:  # parsers meet damaged bytes with whatever they like
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise  # of the place where something is written meanwhile
         reason = " ".join(str(error).split())[:200] or "no reason given"
         raise FormatError(f"{where}: expected {what}; {type(error).__name__}: {reason}") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefetch.errors import FormatError, reading
+from prefetch.errors import FormatError
 from prefetch.trace.card import ModelCard
 from prefetch.trace.checks import WARM_UP_ROWS, RowChecks, equal_rows, leading_constant_rows
 from prefetch.trace.parquet import TraceFiles
@@ -121,8 +121,10 @@ class TraceWriter:
         assert self._checks is not None
         block = dataclasses.replace(block, request_T=self._numbered(block.request_T))
         self._checks.add(block, self._where, self._row)
-        with reading(self._where, "the same columns in every block"):
+        try:
             self._files.append(block)
+        except FormatError as error:
+            raise FormatError(f"{self._where}: {error}") from error
         self._row += block.n_tokens
 
     def beside(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:

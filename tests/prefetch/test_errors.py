@@ -1,5 +1,7 @@
 """An error is one line that every terminal and file can hold, whatever somebody's file has put into it."""
 
+import errno
+
 import pytest
 
 from prefetch.errors import LONGEST, ConfigError, FormatError, reading
@@ -23,3 +25,15 @@ def test_whatever_a_parser_raises_becomes_an_error_that_names_the_file(tmp_path)
     with pytest.raises(FormatError) as error, reading(path, "JSON"), reading(path, "JSON"):
         raise RecursionError("too deep")
     assert "\n" not in str(error.value) and str(error.value).count("b.json") == 1
+
+
+def test_a_full_disk_is_not_the_fault_of_the_file_that_was_read():
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left") as error, reading("a.csv", "rows"):
+        raise full
+    assert error.value is full
+    with (
+        pytest.raises(FormatError, match=r"a\.csv: expected rows; OSError"),
+        reading("a.csv", "rows"),
+    ):
+        raise OSError(errno.EIO, "Input/output error")
