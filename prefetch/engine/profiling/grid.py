@@ -22,6 +22,7 @@ from prefetch.models.hf import DTYPES
 
 UNIFORM, ZIPF = "uniform", "zipf"
 ROUTINGS = (UNIFORM, ZIPF)
+MOST_THREADS = 1024
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "tokens": [1, 16, 256, 4096],
@@ -146,7 +147,10 @@ def _claims(told: ProfileConfig) -> Iterator[tuple[str, bool]]:
     yield f"skew={told.skew}: must be a number from 0 on", 0 <= told.skew < math.inf
     yield f"capacity_factor={told.capacity_factor}: must be above 0", told.capacity_factor > 0
     yield f"repeats={told.repeats}: must be at least 1", told.repeats is None or told.repeats >= 1
-    yield f"threads={told.threads}: must be at least 1", told.threads is None or told.threads >= 1
+    yield (
+        f"threads={told.threads}: must be from 1 to {MOST_THREADS}",
+        told.threads is None or 1 <= told.threads <= MOST_THREADS,
+    )
     yield f"seconds={told.seconds}: must be above 0", told.seconds is None or told.seconds > 0
 
 

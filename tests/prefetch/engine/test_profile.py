@@ -279,7 +279,7 @@ def test_what_a_library_refuses_is_a_marked_row(
         (["profile.skew=nan"], "expected a finite number"),
         (["profile.capacity_factor=0"], "must be above 0"),
         (["profile.repeats=0"], "must be at least 1"),
-        (["profile.threads=0"], "must be at least 1"),
+        (["profile.threads=0"], "must be from 1 to 1024"),
         (["profile.seconds=0"], "must be above 0"),
         (["profile.device=tpu"], "expected auto, cpu, cuda"),
         (["profile.device=cuda:x"], "expected auto, cpu, cuda"),
