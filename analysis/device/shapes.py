@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from analysis.device.names import Names, Rule
-from prefetch.models.cards import BITS_PER_WEIGHT, Architecture
+from prefetch.models.architecture import BITS_PER_WEIGHT, Architecture
 
 PROFILE, KERNEL_NAME, ANNOTATED, TYPED, CARD, ASSUMED = (
     "profile", "kernel name", "step annotation", "command line", "model card", "assumed",

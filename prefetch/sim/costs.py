@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError
-from prefetch.models.cards import Architecture, LatentAttention, stored_bytes
+from prefetch.models.architecture import Architecture, LatentAttention, stored_bytes
 from prefetch.sim.engines.machine import MISSES, NO_DISK, ORDERS, Disk, Machine
 from prefetch.sim.hardware import NS_PER_S, Hardware, Link
 from prefetch.sim.memory import budget_of, bytes_of, spoken

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from prefetch.errors import ConfigError, MissingData
-from prefetch.models.cards import BITS_PER_WEIGHT
+from prefetch.models.architecture import BITS_PER_WEIGHT
 from prefetch.sim.hardware import Device
 from prefetch.trace.card import ModelCard
 

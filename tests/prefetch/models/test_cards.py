@@ -8,15 +8,8 @@ import pytest
 import yaml
 
 from prefetch.errors import ConfigError, FormatError
-from prefetch.models.cards import (
-    BITS_PER_WEIGHT,
-    CARDS,
-    Architecture,
-    card_names,
-    load_architecture,
-    load_card,
-    model_card,
-)
+from prefetch.models.architecture import BITS_PER_WEIGHT, Architecture
+from prefetch.models.cards import CARDS, card_names, load_architecture, load_card, model_card
 from prefetch.trace.card import ModelCard
 
 MIB = 2**20
