@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.routing import pictures
+from analysis.routing import group_pictures, pictures
 from analysis.routing.everything import Findings
 from analysis.routing.paths import layer_names
 from prefetch.progress import Progress
@@ -84,7 +84,7 @@ def _pictures(found: Findings, card: ModelCard) -> list[tuple[set[str], Draw]]:
         ),
         (
             {"domain_usage", "domain_information"},
-            lambda t, *to: pictures.domain_usage(
+            lambda t, *to: group_pictures.domain_usage(
                 t["domain_usage"],
                 t["domain_information"],
                 t.get("domain_transfer", empty),
@@ -94,19 +94,19 @@ def _pictures(found: Findings, card: ModelCard) -> list[tuple[set[str], Draw]]:
         ),
         (
             {"coactivation"},
-            lambda t, *to: pictures.coactivation(
+            lambda t, *to: group_pictures.coactivation(
                 t["coactivation"], t.get("expert_clusters", empty), *to, n_experts=n_experts
             ),
         ),
         (
             {"health"},
-            lambda t, *to: pictures.balance_overview(
+            lambda t, *to: group_pictures.balance_overview(
                 _all(t["health"]), t.get("capacity_factors", empty), *to
             ),
         ),
         (
             {"gate_distances"},
-            lambda t, *to: pictures.gate_inputs(
+            lambda t, *to: group_pictures.gate_inputs(
                 t["gate_distances"], t.get("gate_lookahead", empty), *to
             ),
         ),

@@ -22,6 +22,8 @@ TOP_SHARE = (
 LIFT_BITS = 3.0  # ends of the colour scale of log2 lift
 PHASES = {"all": BLACK, "prefill": BLUE, "decode": VERMILLION}
 PHASE_NAMES = {"all": "all tokens", "prefill": "prefill", "decode": "decode"}
+SQUARE, WIDE = (3.4, 3.0), (4.2, 2.6)  # inches of a panel
+RECALL = Axis("recall (share of choices)", low=0, high=1.02)
 
 
 @dataclass(frozen=True)

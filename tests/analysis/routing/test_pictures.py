@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from analysis.routing import gallery, pictures
+from analysis.routing import gallery, group_pictures, pictures
 from prefetch import figures
 
 NOTE = "tiny_moe (real), 25,600 tokens, 8 layers of 32 experts, top 2"
@@ -307,14 +307,18 @@ PICTURES: dict[str, Picture] = {
     "cache_curves": lambda t, to: pictures.cache_curves(
         t.cache(), to, NOTE, n_experts=t.size.experts, top_k=t.size.top_k
     ),
-    "domain_usage": lambda t, to: pictures.domain_usage(
+    "domain_usage": lambda t, to: group_pictures.domain_usage(
         t.usage(), t.information(), t.transfer(), to, NOTE, n_experts=t.size.experts
     ),
-    "coactivation": lambda t, to: pictures.coactivation(
+    "coactivation": lambda t, to: group_pictures.coactivation(
         t.pairs(), t.clusters(), to, NOTE, n_experts=t.size.experts
     ),
-    "balance_overview": lambda t, to: pictures.balance_overview(t.health(), t.capacity(), to, NOTE),
-    "gate_inputs": lambda t, to: pictures.gate_inputs(t.gate_distances(), t.lookahead(), to, NOTE),
+    "balance_overview": lambda t, to: group_pictures.balance_overview(
+        t.health(), t.capacity(), to, NOTE
+    ),
+    "gate_inputs": lambda t, to: group_pictures.gate_inputs(
+        t.gate_distances(), t.lookahead(), to, NOTE
+    ),
 }
 IMPOSSIBLE_WITH_ONE_LAYER = {"expert_transition_heatmap", "recall_by_horizon"}
 
@@ -391,7 +395,8 @@ def panels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.extend(panels)
         return [stem] if panels else []
 
-    monkeypatch.setattr(pictures, "draw", keep)
+    for file in (pictures, group_pictures):
+        monkeypatch.setattr(file, "draw", keep)
     return found
 
 
@@ -557,7 +562,7 @@ def test_lift_is_symmetric_in_bits_and_ordered_by_cluster(
         {"layer": 0, "expert_a": [0, 0, 1], "expert_b": [1, 2, 2], "lift": [0.0, 2.0, 99.0]}
     )
     clusters = pd.DataFrame({"layer": 0, "expert": [0, 1, 2], "cluster": [0, 1, 0]})
-    pictures.coactivation(pairs, clusters, tmp_path, NOTE, n_experts=3)
+    group_pictures.coactivation(pairs, clusters, tmp_path, NOTE, n_experts=3)
     nan = np.nan
     expected = [
         [nan, 1, -3],
@@ -603,7 +608,7 @@ def test_bands_are_intervals_or_the_range_over_layers(tmp_path: Path, panels: li
 def test_dropped_choices_are_a_family_over_layers(tmp_path: Path, panels: list[Any]) -> None:
     made = Tables(Size(48, 16, 2))
     capacity = made.capacity()
-    pictures.balance_overview(made.health(), capacity, tmp_path, NOTE)
+    group_pictures.balance_overview(made.health(), capacity, tmp_path, NOTE)
     family = panels[-1]
     assert len(family.lines) == 48 and family.colours.names[-1] == "47" and not family.keys
     of_last = capacity[capacity["layer"] == 47]
