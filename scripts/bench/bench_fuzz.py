@@ -35,7 +35,10 @@ from fuzzing.readers import Reader, readers
 from fuzzing.watch import DEFECT, Outcome
 from machine import describe
 
-STILL_S = 40.0  # without a new input: it sleeps, or native code does not come back
+STILL_S = 40.0  # of computing without a new input: native code does not come back
+ASLEEP_S = (
+    600.0  # without a new input: it waits for something; or a crowded machine has forgotten it
+)
 PIECE = 20_000  # inputs of one process: what leaks does not add up
 
 
@@ -120,19 +123,25 @@ def _child(loop: Loop, n: int, beat: mmap.mmap, place: Path) -> None:
 
 def _watched(child: int, beat: mmap.mmap) -> str:
     """Empty where it ended well, else what ended it."""
-    last, since = bytes(beat[:8]), time.monotonic()
+    last, since, used = bytes(beat[:8]), time.monotonic(), 0.0
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             how = os.waitstatus_to_exitcode(status)
             return "" if how == 0 else signal.Signals(-how).name if how < 0 else f"exit code {how}"
         if bytes(beat[:8]) != last:
-            last, since = bytes(beat[:8]), time.monotonic()
-        if time.monotonic() - since > STILL_S * (3 if last == bytes(8) else 1):
+            last, since, used = bytes(beat[:8]), time.monotonic(), _computed_s(child)
+        is_stuck = _computed_s(child) - used > STILL_S * (3 if last == bytes(8) else 1)
+        if is_stuck or time.monotonic() - since > ASLEEP_S:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return f"nothing for {STILL_S:.0f} s"
+            return f"nothing for {STILL_S:.0f} s of computing" if is_stuck else "asleep"
         time.sleep(0.05)
+
+
+def _computed_s(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _note_death(
