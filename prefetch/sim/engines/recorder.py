@@ -17,7 +17,8 @@ import numpy as np
 from prefetch.sim.engines.machine import WAIT
 from prefetch.sim.engines.pool import HIT, LATE
 from prefetch.sim.engines.reference import Entry
-from prefetch.sim.engines.timed_reference import Copy, TimedReplay
+from prefetch.sim.engines.storage_reference import Copy
+from prefetch.sim.engines.timed_reference import TimedReplay
 
 GPU, LINK, HOST = "GPU", "link", "host"
 LANES = (GPU, LINK, HOST)

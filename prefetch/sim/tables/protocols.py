@@ -33,7 +33,7 @@ from prefetch.sim.engines.pool import EMPTY, HIT
 from prefetch.sim.hardware import Hardware, Lane
 from prefetch.sim.tables.cell import CHEATS, REFUSALS, Cell
 from prefetch.sim.tables.grid import CHOSEN, cell_of
-from prefetch.sim.tables.prior import most_used_of_each, uses_of
+from prefetch.sim.tables.others import most_used_of_each, uses_of
 
 if TYPE_CHECKING:
     from prefetch.sim.tables.bench import Bench
