@@ -136,7 +136,8 @@ class Watch:
                 self.touched.append(f"{event} {str(args)[:200]}")
         elif event in CHANGES:
             where = _named(event, args)
-            if any(not os.path.realpath(path).startswith(self.out) for path in where):
+            is_outside = any(not os.path.realpath(path).startswith(self.out) for path in where)
+            if is_outside and not _is_of_python():
                 self.touched.append(f"{event} {where}")
         elif event == "exec":
             name = getattr(args[0], "co_filename", "?")
@@ -155,9 +156,7 @@ class Watch:
             return
         real = os.path.realpath(path)
         if isinstance(flags, int) and flags & WRITES:
-            if not real.startswith((self.out, "/dev/null")) and not real.endswith(
-                (".pyc", ".nbi", ".nbc")
-            ):
+            if not real.startswith((self.out, "/dev/null")) and not _is_of_python():
                 self.touched.append(f"writes {real}")
         elif not real.startswith(self._readable):
             self.touched.append(f"reads {real}")
