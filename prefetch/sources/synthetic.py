@@ -15,6 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from prefetch.errors import ConfigError
+from prefetch.models.architecture import MOST_LAYERS
 from prefetch.progress import Progress
 from prefetch.sources.source import Source
 from prefetch.trace.card import plain_card
@@ -51,6 +52,8 @@ class Synthetic(Source):
                 self.n_requests, self.n_layers, self.top_k
             )
             >= 1,
+            f"n_layers must be at most {MOST_LAYERS}": self.n_layers <= MOST_LAYERS,
+            "seed must not be negative": self.seed >= 0,
             "a request needs at least one token": self.request_tokens >= 1
             and min(self.prompt_tokens, self.new_tokens) >= 0,
             "n_experts must be from top_k to 65535": self.top_k <= self.n_experts <= 65535,

@@ -146,11 +146,10 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *more: Any) -> An
     """Refuses a tensor that has more numbers than its storage, which torch would make room for."""
     import torch
 
-    n_numbers, last = (
-        math.prod(size),
-        sum((n - 1) * step for n, step in zip(size, stride, strict=True)),
-    )
-    if min(offset, *size, *stride, 0) < 0 or max(n_numbers, offset + last + 1) > len(storage):
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
+        raise FormatError(f"a tensor of {len(size)} axes: expected whole numbers as its sizes")
+    last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if max(math.prod(size), offset + last + 1) > len(storage):
         raise FormatError(f"a tensor of {tuple(size)} does not fit its {len(storage)} numbers")
     rebuild: Any = torch.zeros(1).__reduce_ex__(2)[0]
     return rebuild(storage, offset, size, stride, *more)

@@ -384,6 +384,20 @@ def test_a_pickle_gets_no_room_that_it_does_not_fill(collect, tmp_path, name):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("size", [(b"x", 2**40), ([0], 2**40), ("x", 2), (2.0, 1), (-1, -1)])
+def test_a_tensor_whose_sizes_are_no_whole_numbers_is_refused(collect, tmp_path, size):
+    """Python's product of a text and a number is a text so many times."""
+    rebuild, (storage, *_), *_ = torch.zeros(3).__reduce_ex__(2)
+
+    class Odd:
+        def __reduce__(self):
+            return rebuild, (storage, 0, size, (1, 1), False, {})
+
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps([{"layer_id": 0, "sample_id": "a", "target_routing": Odd()}]))
+    assert "expected whole numbers as its sizes" in refused(collect, "specmoe", path)
+
+
 def test_a_tensor_larger_than_its_storage_is_refused(collect, tmp_path):
     path, ids = (
         tmp_path / "a.pkl",

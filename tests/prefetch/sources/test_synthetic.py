@@ -72,6 +72,8 @@ def test_the_true_matrix_reaches_the_bound_and_a_fitted_one_does_not_pass_it(col
         ({"skew": float("nan")}, "skew must be a number"),
         ({"concentration": float("inf")}, "concentration must be a positive number"),
         ({"top_k": 0}, "top_k must be at least 1"),
+        ({"n_layers": 10_001}, "n_layers must be at most 10000"),
+        ({"seed": -1}, "seed must not be negative"),
         ({"n_experts": 65534}, "a chain may have 256 experts"),
         ({"stickiness": 1.5}, "stickiness must be from 0 to 1"),
         ({"concentration": 0.0}, "concentration must be a positive number"),
