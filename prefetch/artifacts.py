@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -61,7 +62,7 @@ class Recipe:
         return {
             "kind": self.kind,
             "recipe": self.version,
-            "config": dict(self.config),
+            "config": json.loads(json.dumps(dict(self.config))),  # as its manifest is read
             "upstream": {name: recipe.key for name, recipe in self.upstream.items()},
             "libraries": {name: library_version(name) for name in self.libraries},
             "files": {name: sha256_of(path) for name, path in self.files.items()},
@@ -70,6 +71,18 @@ class Recipe:
     @property
     def key(self) -> str:
         return digest_of(self.identity)
+
+    def need_unchanged(self) -> None:
+        """Outside files are read twice, for the key and by the build: a log that grows would lie under a wrong key.
+
+        Code was read as it was imported: who edits it during a long fit changes the next one.
+        """
+        imported = {getattr(module, "__file__", None) for module in [*sys.modules.values()]}
+        for name, path in self.files.items():
+            if str(path) not in imported and sha256_of(path) != self.identity["files"][name]:
+                raise ArtifactError(
+                    f"{path}: was changed while the {self.kind} was made from it; nothing is kept, run again"
+                )
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,7 @@ class Store:
         self.verify = verify
         self.rebuild = rebuild  # what is damaged is made again, instead of an error
         self.used: dict[str, Mapping[str, Any]] = {}
+        self.on_use: Callable[[], None] = lambda: None  # called whenever `used` has grown
         self._makers = makers or {}  # kind -> dotted name of a function from the config to a recipe
 
     def need(self, kind: str, cfg: Any) -> Artifact:
@@ -145,6 +159,7 @@ class Store:
 
     def make(self, recipe: Recipe | Outside) -> Artifact:
         """The artifact of this recipe: found, or made now with everything it stands on."""
+        n_used = len(self.used)
         if isinstance(recipe, Outside):
             artifact = self._outside(recipe)
         else:
@@ -154,6 +169,8 @@ class Store:
                 lock_path(artifact.folder).touch()  # when it was last used
             self._note_upstream(recipe)
         self.used[f"{recipe.kind}/{artifact.key}"] = artifact.manifest["identity"]
+        if len(self.used) > n_used:
+            self.on_use()
         return artifact
 
     def _note_upstream(self, recipe: Recipe) -> None:
@@ -171,6 +188,13 @@ class Store:
         if isinstance(recipe, Outside):
             return recipe.folder.is_dir()
         return (self.root / recipe.kind / recipe.key / MANIFEST).is_file()
+
+    def is_whole(self, recipe: Recipe) -> bool:
+        """Is it there, and as it was sealed? Nothing is made."""
+        try:
+            return self._found(self.root / recipe.kind / recipe.key) is not None
+        except Damaged:
+            return False
 
     def sealed(self, kind: str) -> list[Path]:
         """The folders of everything of a kind, by their keys."""
@@ -201,7 +225,8 @@ class Store:
                 discard(folder)
                 log.info("making %s %s", recipe.kind, folder.name)
                 self._build_alone(recipe, folder, upstream)
-        return Artifact(recipe.kind, folder.name, folder, read_manifest(folder), was_made=True)
+                manifest = read_manifest(folder)  # while nobody can take it away
+        return Artifact(recipe.kind, folder.name, folder, manifest, was_made=True)
 
     def _build_alone(self, recipe: Recipe, folder: Path, upstream: Mapping[str, Path]) -> None:
         temporary = building(folder)
@@ -209,6 +234,7 @@ class Store:
         try:
             started = time.perf_counter()
             recipe.build(temporary, upstream)
+            recipe.need_unchanged()
             seal(temporary, recipe.identity, time.perf_counter() - started)
             temporary.replace(folder)
         except BaseException as error:
@@ -226,8 +252,7 @@ class Store:
         try:
             yield
         except OSError as error:
-            is_ours = str(self.root) in str(error.filename or "")
-            if error.errno in FULL or is_ours:
+            if error.errno in FULL or _is_about(error, folder):
                 is_full = error.errno in FULL and error.errno != errno.EROFS
                 advice = "free the disk or pass store=DIR" if is_full else "pass store=DIR"
                 reason = error.strerror or error
@@ -239,6 +264,8 @@ class Store:
         try:
             return self._found(folder)
         except Damaged as error:
+            if not folder.is_dir():
+                return None  # somebody has taken it away meanwhile
             if self.rebuild:
                 if is_last:
                     log.warning("%s; it is made again", error)
@@ -257,6 +284,14 @@ class Store:
         if self.verify:
             check_files(folder, manifest)
         return Artifact(folder.parent.name, folder.name, folder, manifest)
+
+
+def _is_about(error: OSError, folder: Path) -> bool:
+    """Does it name a file where the artifact is written, or a folder on the way to it? Some do so in words only."""
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return str(folder) in str(error)
+    place, kind = Path(error.filename).absolute(), folder.parent.absolute()
+    return place.is_relative_to(kind) or kind.is_relative_to(place)
 
 
 def library_version(name: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from prefetch.errors import ArtifactError
 
+ROOT, PACKAGES = Path(__file__).parents[1], ("analysis", "prefetch")
 MANIFEST = "manifest.json"
 FIELDS = {"identity", "git_commit", "made", "seconds", "files", "sum"}
 
@@ -59,10 +60,22 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise Damaged(f"{folder / MANIFEST}: names {name!r}, which lies outside its folder")
         if not path.is_file():
             raise Damaged(f"{path}: missing from the artifact")
-        if path.stat().st_size != sealed["bytes"] or sha256_of(path) != sealed["sha256"]:
+        if not _is_same(path, sealed):
             raise Damaged(
                 f"{path}: its sha256 differs from the manifest, so the artifact is corrupted"
             )
+
+
+def _is_same(path: Path, sealed: Mapping[str, Any]) -> bool:
+    """What a disk cannot read any more is damage as well; what may not be read is none."""
+    try:
+        return path.stat().st_size == sealed["bytes"] and sha256_of(path) == sealed["sha256"]
+    except (OSError, ArtifactError) as error:
+        if isinstance(error.__cause__ or error, PermissionError):
+            raise ArtifactError(
+                f"{path}: may not be read by this user, store=DIR names another store"
+            ) from error
+        raise Damaged(str(error)) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -109,6 +122,17 @@ def _sync(path: Path) -> None:
     """On disk before the rename: a power cut must not leave a sealed folder with empty files."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+@cache
+def code_digest() -> str:
+    """Of both packages' files: two states of one working tree have the same commit."""
+    told = "".join(
+        f"{path.relative_to(ROOT)} {sha256_of(path)}\n"
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+    )
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 @cache  # the code that runs is the code that was imported

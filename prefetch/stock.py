@@ -32,7 +32,7 @@ class Entry:
 
     kind: str
     key: str
-    source: str  # of the routing, where the recipe names one
+    made_by: str  # source or predictor, where the recipe names one
     made_from: tuple[str, ...]
     n_bytes: int
     age_s: float
@@ -59,10 +59,11 @@ def _entry(folder: Path) -> Entry:
         manifest, damage = {"identity": {}}, str(error)
         n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     upstream = manifest["identity"].get("upstream", {})
+    settings = manifest["identity"].get("config", {})
     return Entry(
         kind=folder.parent.name,
         key=folder.name,
-        source=str(manifest["identity"].get("config", {}).get("source", "")),
+        made_by=str(settings.get("source") or settings.get("predictor") or ""),
         made_from=tuple(f"{kind}/{key}" for kind, key in upstream.items()),
         n_bytes=n_bytes,
         age_s=_since(folder / MANIFEST),
@@ -82,6 +83,8 @@ def damaged(held: list[Entry]) -> list[Entry]:
                 check_files(entry.folder, read_manifest(entry.folder))
         except Damaged as error:
             damage = str(error)
+        except ArtifactError as error:
+            print(f"{error}; nobody can tell here whether it is damaged, so it stays")
         if damage is not None:
             print(damage)
             found.append(entry)
@@ -152,7 +155,7 @@ def _folders_of_files(store: Store) -> list[Path]:
 
 
 def drop_unfinished(store: Store) -> list[Path]:
-    """Where interrupted fits would go on; not those that go on now."""
+    """Where interrupted fits would go on, not those that go on now; and rows of evaluations, which nobody locks."""
     dropped = []
     for folder in store.root.glob(f"*/.*{UNFINISHED}"):
         key = folder.name.removeprefix(".").removesuffix(UNFINISHED)
@@ -218,13 +221,13 @@ def _show(held: list[Entry], used: set[str], store: Store) -> None:
     columns: dict[str, Any] = {
         "kind": "left",
         "key": "left",
-        "source": "left",
+        "made by": "left",
         "made from": "left",
         "bytes": "right",
         "age": "right",
     }
     for name, justify in {**columns, "used": "left"}.items():
-        table.add_column(name, justify=justify)
+        table.add_column(name, justify=justify, no_wrap=True)
     for entry in held:
         age = _duration(entry.age_s)
         is_used = "yes" if entry.name in used else "no"
@@ -232,13 +235,13 @@ def _show(held: list[Entry], used: set[str], store: Store) -> None:
         table.add_row(
             entry.kind,
             entry.key,
-            entry.source,
+            entry.made_by,
             "\n".join(entry.made_from),
             f"{entry.n_bytes:,}",
             age,
             is_used,
         )
-    Console(width=max(110, Console().width)).print(table)
+    Console(width=max(120, Console().width)).print(table)
 
 
 def _duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -42,7 +43,7 @@ NEVER_SAME = (
     "error.txt",
     "report.html",
 )  # clocks, process numbers, attempts
-LONGEST_S = 120
+LONGEST_S = 120  # of a run; one that hangs dies of SIGABRT, which the judge tells
 OUT = "hydra.run.dir=out"
 
 
@@ -131,15 +132,22 @@ class Warm:
         began = time.perf_counter()
         print(json.dumps(job), file=self._server.stdin, flush=True)
         process = int(self._answer())
+        hangs = threading.Timer(LONGEST_S, _stop, (process, signal.SIGABRT))  # no harm's signal
+        hangs.start()
         if fault.stop:
             time.sleep(fault.after_s)
-            with suppress(ProcessLookupError):  # it has ended
-                os.kill(process, fault.stop)
+            _stop(process, fault.stop)
         code, cpu_s = json.loads(self._answer())
+        hangs.cancel()
         seconds = time.perf_counter() - began
         out, err, log = (path.read_text() if path.exists() else "" for path in paths.values())
         changes = tuple(log.replace(f"{folder}/", "").splitlines())
         return Done(code, out, err, changes, seconds, cpu_s)
+
+
+def _stop(process: int, number: int) -> None:
+    with suppress(ProcessLookupError):  # it has ended
+        os.kill(process, number)
 
 
 @contextmanager

@@ -130,15 +130,20 @@ def test_none_is_overlooked():
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "told"),
     [
-        "-m stage=train predictor=markov,mlp predictor.hidden=64,128", "stage=train predictor=markov,mlp",
-        "stage=evaluate trace=DIR source.n_experts=8", "stage=collect source=esft source.tokens=3",
-        "stage=train train.folds=9", "stage=collect source.steps=few", "-m experiment=quik",
+        ("-m stage=train predictor=markov,mlp predictor.hidden=64,128", "Could not override 'predictor.hidden'"),
+        ("stage=train predictor=markov,mlp", "several values without -m"),
+        ("stage=evaluate trace=mine source=synthetic source.n_experts=8", "trace=mine is used as it is"),
+        ("stage=collect source=esft source.tokens=3", "Could not override 'source.tokens'"),
+        ("stage=train train.folds=9", "train.folds=9: must be from 1 to 5"),
+        ("stage=collect source.steps=few", "source.steps: expected int, got 'few'"),
+        ("-m experiment=quik", "Could not find 'experiment/quik'"),
     ],
 )  # fmt: skip
-def test_faults_are_found(command):
-    with pytest.raises(Exception):  # noqa: B017  # Hydra's, OmegaConf's or ours, by the kind of mistake
+def test_faults_are_found(command, told):
+    """By what asks for it: another error would hide that nobody does."""
+    with pytest.raises(Exception, match=re.escape(told)):  # Hydra's, OmegaConf's or ours
         for words in jobs(command):
             check(words)
 

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import faults
 import pytest
 from entry import command, environment
 from fault_cases import CASES, COLLECTED, FITTED
@@ -83,6 +84,11 @@ def test_a_judge_who_finds_nothing_would_be_no_judge(collecting, monkeypatch):
     assert "out/metrics.json[tokens] differs" in list(collecting._differs())
     monkeypatch.setattr(collecting, "paths", collecting.paths - {"out/metrics.json"})
     assert "remains after stage=artifacts: out/metrics.json" in collecting.trial(Fault())
+
+
+def test_a_run_that_hangs_is_told(collecting, monkeypatch):
+    monkeypatch.setattr(faults, "LONGEST_S", 0.01)
+    assert f"the run itself: died of signal {signal.SIGABRT}" in collecting.trial(Fault())
 
 
 STORED = (*FITTED[1:], "store=store", "tracker=none", "hydra.run.dir=out")

@@ -124,8 +124,8 @@ class Cluster:
         """
         if not items:
             return
+        reach = max(AHEAD * self._n_workers, 0 if in_order else len(items))
         sent = _Sent(self._client)
-        reach = AHEAD * self._n_workers if in_order else len(items)
         with self._written(state) as path, Progress(title, len(items), unit) as progress:
             known = self._versions
             tasks = [Task(work, path, item, self.settings.threads, known) for item in items]
@@ -139,9 +139,16 @@ class Cluster:
 
     @property
     def _n_workers(self) -> int:
+        """Asked before anything is sent: who is not there any more is connected to again."""
+        client = self.__dict__.get("_client")
+        if client is not None and client.status != "running":
+            self.close()
         if self.settings.slurm is not None:
             return self.settings.workers or 1  # some may still wait for a machine
-        return max(1, len(self._client.nthreads()))  # all may have died, and begin again
+        try:
+            return max(1, len(self._client.nthreads()))  # all may have died, and begin again
+        except OSError as error:
+            raise ClusterError(f"the scheduler at {self._where} went away; run again") from error
 
     @property
     def _versions(self) -> dict[str, str]:
@@ -154,9 +161,10 @@ class Cluster:
         """For as long as it is read. Its lock says to whoever tidies the store that it is."""
         name = uuid.uuid4().hex[:12]
         folder = self.folder / f".{name}{UNFINISHED}"
-        folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         lock = lock_path(self.folder / name)
         with FileLock(lock):
+            folder.mkdir()
             try:
                 write_state(folder / "state", state)
                 yield folder / "state"

@@ -5,7 +5,6 @@ It knows no scheduler, no stage and no trace. Nothing here imports Dask: a worke
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
@@ -13,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ import pyarrow as pa
 from prefetch import __version__
 from prefetch.artifacts import library_version
 from prefetch.errors import ConfigError
-from prefetch.manifest import sha256_of
+from prefetch.manifest import code_digest
 
 THREADS = "PREFETCH_THREADS"  # in the environment of a worker: what its process may use
 OF_LIBRARIES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 LIBRARIES = ("python", "numpy", "numba", "pyarrow", "pandas")  # that numbers and files depend on
 CODE = "code of the project"
-ROOT, PACKAGES = Path(__file__).parents[2], ("analysis", "prefetch")
 CODEC = "lz4"  # counts are mostly zeros, or small
 
 Work = Callable[[Any, Any], Any]
@@ -72,18 +70,8 @@ def versions() -> dict[str, str]:
     return {
         "prefetch": __version__,
         **{name: library_version(name) for name in LIBRARIES},
-        CODE: _code(),
+        CODE: code_digest(),
     }
-
-
-@cache
-def _code() -> str:
-    told = "".join(
-        f"{path.relative_to(ROOT)} {sha256_of(path)}\n"
-        for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*.py"))
-    )
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def check_versions(expected: Mapping[str, str]) -> None:
@@ -100,7 +88,7 @@ def check_versions(expected: Mapping[str, str]) -> None:
         )
 
 
-@cache
+@lru_cache(maxsize=1)  # tasks of two maps may come in turn
 def limit_threads(threads: int) -> None:
     """For the rest of this process: libraries that are loaded, those that are not yet, and our own pools."""
     from threadpoolctl import threadpool_limits

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 LEAST_WEIGHT = 1e-5  # of an earlier token of the request: under it nobody hears it
 N_TOLD = 4  # what a network is told: by the request, its share of both, by the training requests, by both
 SHARP_INSIDE, SHARP_OUTSIDE, SHARP_BOTH = 1.5, 0.4, 0.5  # of that
+MOST_ALIKE = 1e37  # what float32 holds, with room for what is carried over
 STRIDE = 128  # remembered tokens that are looked at together
 PRIOR = 1e-3  # of popularity in every guess: it breaks ties, and guesses where nothing is known
 
@@ -311,7 +312,7 @@ def _tell(layer, own_first, own_stop, nobody, memory, running, how, told_FE, sur
 
 @njit(cache=True, nogil=True)
 def replay_told(ids_SLK, here_TLK, horizon, own_first, own_stop, nobody, memory, running, how, told_TLFE, sure_TL2):  # type: ignore[no-untyped-def]  # fmt: skip
-    """One request, as `_replay`, for a network."""
+    """One request, as `replay`, for a network."""
     n_layers = here_TLK.shape[1]
     told_FE = np.zeros(told_TLFE.shape[2:], np.float32)
     begin(running)

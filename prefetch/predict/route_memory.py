@@ -9,6 +9,7 @@ M remembered tokens, S earlier tokens of the request, T tokens, L layers, K choi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -62,10 +63,20 @@ class RouteMemory:
 
     def fit(self, train: Part, validation: Part) -> Self:
         """Remembers whole training requests, drawn by the seed; tunes how sharply each memory answers."""
+        self._check_depth(train.card.n_layers * train.card.top_k, train.card.n_layers)
         self.chance_LE_ = chance_of_use(*use_of(train))
         self.remember(train)
         self.mix_H3_ = np.array([self._tuned(validation, horizon) for horizon in self.horizons])
         return self
+
+    def _check_depth(self, n_choices: int, n_layers: int) -> None:
+        """What is alike is counted in 32 bits, and a layer counts 1 / decay as much as the one before it."""
+        least = (alike.MOST_ALIKE / n_choices) ** (-1 / max(1, n_layers - 1))
+        if self.decay < least:
+            raise ConfigError(
+                f"decay={self.decay}: too small for {n_layers} layers, whose weights no number would hold; "
+                f"pass predictor.decay={math.ceil(100 * least) / 100} or more"
+            )
 
     def remember(self, train: Part, fewest: int = 1) -> None:
         """Nothing, where there are fewer than `fewest` training requests."""

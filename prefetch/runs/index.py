@@ -14,8 +14,10 @@ log = logging.getLogger(__name__)
 RUNS = "runs"
 
 
-def write_index(store: Store, *, stage: str, folder: Path, failed: bool) -> None:
-    """Enters a run into the store's index: its folder, its stage, and what it stood on."""
+def write_index(
+    store: Store, *, stage: str, folder: Path, failed: bool, is_over: bool = True
+) -> None:
+    """Enters a run into the store's index: its folder, its stage, and what it stood on, or stands on while it runs."""
     where, index = str(folder.resolve()), store.root / RUNS
     name = hashlib.sha256(where.encode()).hexdigest()[:16]
     entry = {
@@ -26,6 +28,8 @@ def write_index(store: Store, *, stage: str, folder: Path, failed: bool) -> None
     }
     try:
         index.mkdir(parents=True, exist_ok=True)
-        write_whole(index / f"{name}.json", json.dumps(entry, indent=1) + "\n")
+        text = json.dumps(entry, indent=1) + "\n"
+        write_whole(index / f"{name}.json", text, lasting=is_over)
     except OSError as error:
-        log.warning("%s: the run could not be entered (%s)", index, error)
+        if is_over:  # said once
+            log.warning("%s: the run could not be entered (%s)", index, error)

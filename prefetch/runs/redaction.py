@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 HIDDEN = "REDACTED"
 SHORTEST, SHORTEST_OF_ENVIRONMENT = 4, 8  # characters; shorter ones stand in ordinary words
 NO_PASSWORD = {"PWD", "OLDPWD"}  # a shell's folders, and the start of most paths that a run names
+NUMBERS = {".csv", ".json"}
 TEXT_FILES = {".csv", ".html", ".json", ".log", ".md", ".svg", ".txt", ".yaml"}
 _WORD = (
     r"(?:auth|access|hub|api|hf)?token|passw(?:or)?d|passphrase|pwd|secret|credentials?"
@@ -59,9 +60,13 @@ class Redactor:
                 found.add(text)
         self._literals = sorted(found, key=len, reverse=True)
 
-    def text(self, said: str) -> str:
+    def text(self, said: str, *, has_numbers: bool = False) -> str:
+        """`has_numbers`: of a table or JSON, in which a password of digits is told from no count."""
         for literal in self._literals:
-            said = said.replace(literal, HIDDEN)
+            if not literal.isdecimal():
+                said = said.replace(literal, HIDDEN)
+            elif not has_numbers:
+                said = re.sub(rf"(?<![\w.]){literal}(?![\w.])", HIDDEN, said)
         said = ADDRESS.sub(f"{HIDDEN}@", said)
         said = SHAPES.sub(HIDDEN, said)
         return AFTER.sub(lambda match: f"{match[1] or match[2]}{HIDDEN}", said)
@@ -129,7 +134,9 @@ class Redactor:
                 continue
             data = path.read_bytes()
             if any(literal in data for literal in known):
-                _replace(path, self.text(data.decode(errors="replace")))
+                said, has_numbers = data.decode(errors="replace"), path.suffix in NUMBERS
+                if (safe := self.text(said, has_numbers=has_numbers)) != said:
+                    _replace(path, safe)
 
     @contextmanager
     def logs(self) -> Iterator[None]:

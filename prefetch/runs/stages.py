@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +32,9 @@ from prefetch.runs.redaction import Redactor
 from prefetch.runs.standing import Standing
 
 log = logging.getLogger(__name__)
+TOO_MUCH = re.compile(
+    "can't allocate memory|out of memory", re.IGNORECASE
+)  # torch, of a host or a GPU
 SAY_AGAIN_S = 10  # longer than tidying up takes
 
 
@@ -74,18 +80,26 @@ def record(cfg: Config, folder: Path) -> dict[str, float]:
     standing.need_place(in_sweep=sweeps.is_sweep())
     folder.mkdir(parents=True, exist_ok=True)
     Redactor(plain).command_line(folder)
-    store, has_failed = open_store(cfg), True
+    store = open_store(cfg)
+    with standing.kept(), _entered(cfg, store, folder):  # whom a folder is refused has no entry
+        config.check_values(cfg)
+        typed.refuse_dead_words(cfg, standing.words)
+        metrics = _recorded(cfg, store, folder, plain)
+    print(folder)
+    return metrics
+
+
+@contextmanager
+def _entered(cfg: Config, store: Store, folder: Path) -> Iterator[None]:
+    """In the index from the first artifact on: nobody removes what the run stands on. A killed one stays as failed."""
+    enter, has_failed = partial(write_index, store, stage=cfg.stage.name, folder=folder), True
+    store.on_use = partial(enter, failed=True, is_over=False)
     try:
-        with standing.kept():
-            config.check_values(cfg)
-            typed.refuse_dead_words(cfg, standing.words)
-            metrics = _recorded(cfg, store, folder, plain)
+        yield
         has_failed = False
     finally:
         if store.used or not has_failed or sweeps.is_sweep():  # a typo leaves no trace of itself
-            write_index(store, stage=cfg.stage.name, folder=folder, failed=has_failed)
-    print(folder)
-    return metrics
+            enter(failed=has_failed)
 
 
 def _recorded(cfg: Config, store: Store, folder: Path, plain: dict[str, Any]) -> dict[str, float]:
@@ -167,7 +181,7 @@ def guarded(main: Callable[[], Any]) -> int:
         if signal.getsignal(stop) != signal.SIG_IGN:  # nohup's children ignore Ctrl-C
             signal.signal(stop, _interrupt)
     try:
-        sys.argv[1:] = typed.in_order(sys.argv[1:])
+        sys.argv[1:] = typed.at_home(typed.in_order(sys.argv[1:]))
         typed.refuse(sys.argv[1:])
         try:
             main()
@@ -191,11 +205,15 @@ def _known(error: Exception) -> Exception | None:
     """What whoever typed can do something about; None = a slip of ours."""
     if isinstance(error, (OSError, HydraException, OmegaConfBaseException, PrefetchError)):
         return error
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and TOO_MUCH.search(str(error))
+    ):
         return ArtifactError(
-            f"out of memory ({error or 'no amount told'}): what was asked for is more than this machine holds; ask for "
-            "less, or free memory"
+            f"out of memory ({str(error)[:300] or 'no amount told'}): what was asked for is more than this machine "
+            "holds; ask for less, or free memory"
         )
+    if isinstance(error, ValueError) and str(error).startswith("Only one of --run"):
+        return ConfigError(str(error))  # Hydra's own options against each other
     if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
         return error.__cause__  # Hydra could not open its log
     if isinstance(error, RuntimeError) and "srun" in str(error):

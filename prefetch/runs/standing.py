@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from prefetch import __version__
 from prefetch.errors import ConfigError
-from prefetch.manifest import git_commit
+from prefetch.manifest import code_digest, git_commit
 from prefetch.runs.outputs import write_json
 from prefetch.runs.redaction import Redactor
 from prefetch.written import left_parts, write_whole
@@ -51,6 +51,7 @@ class Standing:
             "settings": digest.hexdigest(),
             "version": __version__,
             "commit": git_commit(),
+            "code": code_digest(),
             "seen_from": str(Path.cwd()),  # what relative paths stand for
         }
 
@@ -94,10 +95,21 @@ class Standing:
             lock.release()
 
     @contextmanager
+    def _as_typed(self) -> Iterator[None]:
+        """Hydra writes what was typed before anybody can be refused: who was meanwhile, has written it over ours."""
+        ours = {path: path.read_text() for path in self.folder.glob(".hydra/*.yaml")}
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                for path in [path for path, said in ours.items() if path.read_text() != said]:
+                    write_whole(path, ours[path])
+
+    @contextmanager
     def kept(self) -> Iterator[None]:
         """The run itself: how it ended is written down, whatever ended it."""
         self._began_s, self._clock_s = time.time(), time.monotonic()
-        with self._alone():
+        with self._alone(), self._as_typed():
             of_before = (self.folder / name for name in ("error.txt", "metrics.json"))
             for path in (*of_before, *left_parts(self.folder, alone=True)):
                 path.unlink(missing_ok=True)

@@ -73,7 +73,9 @@ def _told(folder: Path, typed: Sequence[str]) -> list[str]:
         if end[0] != standing.FINISHED:
             bad.setdefault(end, []).append(job)
     for (state, error), names in list(bad.items())[:SHOWN]:
-        lines.append(f"  {state}: {error} (job {', '.join(sorted(names, key=_in_order))})")
+        lines.append(
+            f"  {state}: {error.removeprefix(f'{state}: ')} (job {', '.join(sorted(names, key=_in_order))})"
+        )
     if len(bad) > SHOWN:
         lines.append(f"  and {len(bad) - SHOWN} other reasons")
     if bad:

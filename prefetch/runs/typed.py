@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
@@ -26,6 +27,12 @@ READS_TRACE_AND_SOURCE = ("traces",)  # stages: one as it is, the other beside i
 def in_order(words: Sequence[str]) -> list[str]:
     """`-m` first: between overrides Hydra's parser does not know it."""
     return [*[word for word in words if word in SWEEP][:1], *(w for w in words if w not in SWEEP)]
+
+
+def at_home(words: Sequence[str]) -> list[str]:
+    """A ~ that begins a value is the home, as after the = of the shell: bash leaves it in `source.path=~/x`."""
+    home = str(Path("~").expanduser())
+    return [re.sub(r"^([^=]+=[\"']*)~(?=/)", lambda found: found[1] + home, word) for word in words]
 
 
 def refuse_dead_words(cfg: Config, words: Sequence[str]) -> None:
@@ -83,13 +90,31 @@ def _explained(error: BaseException) -> str:
         r"See https\S+ for \w+",
     ):
         line = re.sub(noise, "", line)
+    if several := re.match(r"Ambiguous value for argument '(.*?)'\s*1\.", line):
+        line = f"{several[1]}: several values; to run each, add -m; a list is written key=[a,b], text key='\"a,b\"'"
     if isinstance(error, OverrideParseException):
-        line = f"{error.override}: {line}; letters beyond ASCII and brackets need quotes of their own: 'key=\"...\"'"
+        line = _written_wrong(str(error.override), line)
     if re.search(r"hydra/launcher/(joblib|submitit_\w+)'", line):
         line += "; these launchers come with pip install 'expert-prefetch[sweep]'"
     if "not a ListConfig" in line:
         line += "; a list is written key=[a,b]"
     return " ".join(f"{line}{_siblings(text)}".split())
+
+
+def _written_wrong(word: str, line: str) -> str:
+    """A word that Hydra's grammar does not know, and what was probably meant by it."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        meant = next((group for group in sorted(_groups()) if word in config.choices(group)), None)
+        hint = f"; did you mean {meant}={word}?" if meant else ""
+        return f"{word}: expected key=value{hint}"
+    if "~" in value:
+        return (
+            f"{word}: a ~ is not understood here; write the path in full, such as {key}=$HOME/..."
+        )
+    return (
+        f"{word}: {line}; letters beyond ASCII and brackets need quotes of their own: 'key=\"...\"'"
+    )
 
 
 def _siblings(text: str) -> str:
@@ -111,7 +136,7 @@ def _siblings(text: str) -> str:
     if not isinstance(node, DictConfig):
         return ""
     names = sorted(str(name) for name in node if name != "_target_")
-    return f"; {parent or 'the root'} has: {', '.join(names)}"
+    return f"; {parent or 'the root'} has: {', '.join(names) or 'nothing to set'}"
 
 
 def _groups() -> set[str]:

@@ -54,8 +54,8 @@ def _made(cfg: Config, store: Store) -> Artifact:
         if rank.number == 0:
             return store.make(trace_recipe(cfg, meeting))
 
-        def is_made() -> bool:
-            return store.has(recipe)
+        def is_made() -> bool:  # what is damaged the first process makes again, with all of us
+            return store.is_whole(recipe)
 
         if meeting.wait_for_opening(is_made):
             source.record_with(meeting, None)

@@ -18,6 +18,7 @@ from prefetch import zipped
 from prefetch.errors import FormatError, reading
 from prefetch.trace.packed import check_packed
 
+MOST_TEXT = 256 << 20  # bytes of the names of a block's rows, each as long as it is
 ONLY = "expert_ids"  # what the one array of a .npy file is called
 
 Block = dict[str, NDArray[Any]]
@@ -133,7 +134,9 @@ class Parquet(Columns):
         waiting: list[
             Block
         ] = []  # Arrow may hand out fewer rows than asked, at the end of a row group
-        with pq.ParquetFile(self.path) as file:
+        with reading(self.path, "columns of Parquet"):
+            texts = texts_of(pq.read_schema(self.path), names)
+        with pq.ParquetFile(self.path, read_dictionary=texts) as file:
             with reading(self.path, "rows of Parquet"):
                 check_packed(file.metadata, self.path)
             batches = file.iter_batches(batch_size=rows, columns=names)
@@ -154,6 +157,48 @@ class Parquet(Columns):
                 waiting = [{name: array[rows:] for name, array in block.items()}]
 
 
+def texts_of(schema: Any, names: list[str]) -> list[str]:
+    """Columns of names, to be read as those that there are and who has which: not a long one for every row."""
+    import pyarrow as pa
+
+    texts = []
+    for name in names:
+        kind = inner = schema.field(name).type
+        while pa.types.is_nested(inner) and inner.num_fields == 1:
+            inner = inner.field(0).type
+        if _is_text(inner):
+            texts.append(name)
+            if inner is not kind:
+                raise FormatError(f"column {name}: expected lists of numbers, found {kind}")
+    return texts
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(
+        getattr(pa.types, f"is_{name}")(kind)
+        for name in ("string", "large_string", "binary", "large_binary")
+    )
+
+
+def _check_texts(column: Any, name: str) -> None:
+    """A few kilobytes can say one long name a million times."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not _is_text(column.type):
+        return
+    lengths = pc.binary_length(column.dictionary).cast(pa.int64())
+    n_bytes = pc.sum(lengths.take(column.indices)).as_py() or 0
+    if n_bytes > MOST_TEXT:
+        raise FormatError(
+            f"column {name}: {len(column):,} rows hold {n_bytes:,} bytes of text, more than {MOST_TEXT:,}: refused as "
+            "a bomb; if it is none, give requests and domains shorter names, or numbers"
+        )
+
+
 def dense(column: Any, name: str) -> NDArray[Any]:
     """A (nested) list column of Arrow as an array [T, ...]: every list must be as long as the first."""
     import pyarrow as pa
@@ -161,6 +206,7 @@ def dense(column: Any, name: str) -> NDArray[Any]:
     shape = [len(column)]
     while pa.types.is_nested(column.type) or pa.types.is_dictionary(column.type):
         if pa.types.is_dictionary(column.type):
+            _check_texts(column, name)
             column = column.dictionary_decode()
             continue
         if column.null_count or pa.types.is_struct(column.type) or pa.types.is_map(column.type):

@@ -21,7 +21,7 @@ from prefetch.trace.checks import RowChecks
 from prefetch.trace.columns import unbinary
 from prefetch.trace.counts import load_counts
 from prefetch.trace.packed import check_packed
-from prefetch.trace.parquet import SMALL, WIDE, TraceReader
+from prefetch.trace.parquet import SMALL, WIDE, TraceReader, opened
 from prefetch.trace.routing import RoutingTrace
 from prefetch.trace.row_findings import Columns, RowFindings
 
@@ -140,7 +140,7 @@ def _groups(
     """(file, first row, columns) of every row group; a finding in the place of what cannot be read."""
     path = reader.folder / name
     try:
-        file = pq.ParquetFile(path, memory_map=False, pre_buffer=False)
+        file = opened(path)
         check_packed(file.metadata, path)
     except Exception as error:  # damaged bytes meet Arrow with whatever it likes
         yield Finding(name, None, f"cannot be opened: {_one_line(error, path)}")

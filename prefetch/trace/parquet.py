@@ -31,6 +31,7 @@ GROUP_BYTES = 16 << 20  # a row group is what the reader holds at once
 SHARD_BYTES = 256 << 20
 WIDE_CODEC = "none"
 SMALL = ("request", "position", "phase", "executed", "token", "domain")
+WORDS = ("phase", "domain")  # read as who has which: a long one is not unfolded for every row
 # column -> (file stem, field of RoutingTrace); every one is FixedSizeBinary
 WIDE = {
     "experts": ("tokens", "ids_TLK"),
@@ -196,6 +197,14 @@ def _halves(row: int) -> tuple[slice, slice]:
     return slice(None, row), slice(row, None)
 
 
+def opened(path: Path) -> pq.ParquetFile:
+    about = pq.read_metadata(path)
+    words = [word for word in WORDS if word in about.schema.names]
+    return pq.ParquetFile(
+        path, metadata=about, read_dictionary=words, memory_map=False, pre_buffer=False
+    )
+
+
 class TraceReader:
     """Reads a trace in blocks of whole requests; opening it reads `trace.json` only."""
 
@@ -324,7 +333,7 @@ class TraceReader:
     def _open(self, name: str, rows: int) -> pq.ParquetFile:
         path = self.folder / name
         with reading(path, "a Parquet shard"):
-            file = pq.ParquetFile(path, memory_map=False, pre_buffer=False)
+            file = opened(path)
             check_packed(file.metadata, path)
         if file.metadata.num_rows != rows:
             raise FormatError(

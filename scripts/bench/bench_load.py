@@ -52,7 +52,7 @@ class Row:
     tokens: int
     wall_s: float
     cpu_s: float
-    peak_mb: float
+    peak_mb: float  # of 2^20 bytes, as the docs say of all peaks
     stored_mb: float  # what the stage added to the store
     machine: str
 

@@ -1,6 +1,7 @@
 """The store: keys that change with content and with nothing else, one build among many askers, nothing half-made."""
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from prefetch.artifacts import Outside, Recipe, Store, lock_path
+from prefetch.artifacts import Outside, Recipe, Store, discard, lock_path
 from prefetch.config import ArtifactsConfig
 from prefetch.errors import ArtifactError, ConfigError
-from prefetch.manifest import MANIFEST, check_files
+from prefetch.manifest import MANIFEST, check_files, sha256_of
 from prefetch.runs.index import write_index
-from prefetch.stock import entries, run, used_names
+from prefetch.stock import entries, remove, run, used_names
 
 
 def recipe(value: int = 1, upstream=None, files=None, built: list | None = None) -> Recipe:
@@ -54,6 +55,13 @@ def test_the_key_follows_everything_that_determines_the_content(tmp_path):
     assert len(keys) == 6
 
 
+def test_a_setting_by_numbers_is_found_again(tmp_path):
+    """JSON orders 2 before 10, and "10" before "2"."""
+    numbered = Recipe("toy", 1, {"width": {2: 1, 10: 2}}, recipe().build)
+    made = Store(tmp_path).make(numbered)
+    assert Store(tmp_path).make(numbered).folder == made.folder
+
+
 def test_upstream_is_made_first_and_only_when_needed(tmp_path):
     store, built = Store(tmp_path), []
     top = recipe(2, upstream={"low": recipe(1, built=built)}, built=built)
@@ -72,6 +80,14 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="broken"):
         Store(tmp_path).make(Recipe("toy", 1, {}, build))
     assert [p.name for p in (tmp_path / "toy").iterdir() if p.is_dir()] == []
+
+
+def test_a_store_that_went_away_while_a_library_wrote_is_said_to_be_the_store(tmp_path):
+    def build(folder: Path, above) -> None:  # Arrow's error knows its file in words only
+        raise FileNotFoundError(f"Failed to open local file '{folder / 'tokens-00001.parquet'}'")
+
+    with pytest.raises(ArtifactError, match=r"cannot be written \(Failed to open.*pass store=DIR"):
+        Store(tmp_path).make(Recipe("toy", 1, {}, build))
 
 
 def test_an_empty_build_is_an_error(tmp_path):
@@ -150,12 +166,101 @@ def test_damaged_artifacts_are_listed_and_removed_on_request(tmp_path, capsys):
     assert list(tmp_path.glob("toy/*.building")) == []
 
 
+def test_what_may_not_be_read_stays_and_the_damaged_ones_behind_it_go(
+    tmp_path, monkeypatch, capsys
+):
+    store = Store(tmp_path)
+    closed, torn = (store.make(recipe(value)).folder for value in (1, 2))
+    (torn / "deep" / "value.txt").write_text("9 []")
+
+    def opened(path: Path) -> str:
+        if closed in path.parents:
+            raise ArtifactError(f"{path}: cannot be read") from PermissionError(errno.EACCES, "")
+        return sha256_of(path)
+
+    monkeypatch.setattr("prefetch.manifest.sha256_of", opened)
+    held = sorted(entries(store), key=lambda entry: entry.folder == torn)
+    monkeypatch.setattr("prefetch.stock.entries", lambda _: held)
+    run(Cfg("damaged"), store)
+    assert closed.exists() and not torn.exists()
+    assert "value.txt: may not be read by this user" in capsys.readouterr().out
+
+
 def test_a_library_that_meets_a_full_disk_is_understood(tmp_path):
     def build(folder, above):
         raise RuntimeError("Error while serializing: I/O error (os error 28)")
 
     with pytest.raises(ArtifactError, match=r"No space left.*pass store=DIR"):
         Store(tmp_path).make(Recipe("toy", 1, {}, build))
+
+
+def test_a_file_that_grows_while_it_is_read_leaves_nothing_under_its_old_key(tmp_path):
+    log = tmp_path / "server.log"
+    log.write_text("one")
+
+    def build(folder: Path, above) -> None:
+        log.write_text("one, two")  # whoever writes it goes on
+        (folder / "read.txt").write_text(log.read_text())
+
+    def asked() -> Recipe:
+        return Recipe("toy", 1, {}, build, files={"log": log})
+
+    with pytest.raises(ArtifactError, match=r"server\.log: was changed while the toy was made"):
+        Store(tmp_path / "store").make(asked())
+    assert not list(tmp_path.glob("store/toy/[!.]*"))
+    made = Store(tmp_path / "store").make(asked())
+    assert (made.folder / "read.txt").read_text() == "one, two"
+
+
+def test_code_that_is_edited_while_it_runs_spoils_nothing(tmp_path, monkeypatch):
+    module = tmp_path / "mine_to_edit.py"
+    module.write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    value = importlib.import_module("mine_to_edit").VALUE
+
+    def build(folder: Path, above) -> None:
+        module.write_text("VALUE = 2\n")
+        (folder / "read.txt").write_text(str(value))
+
+    made = Store(tmp_path / "store").make(Recipe("toy", 1, {}, build, files={"source": module}))
+    assert made.was_made and (made.folder / "read.txt").read_text() == "1"
+
+
+def test_what_is_taken_away_while_it_is_checked_is_made_again(tmp_path, monkeypatch):
+    """By a run that removes it, or makes it again: nobody has damaged it."""
+    held, built = Store(tmp_path).make(recipe()), []
+
+    def late(folder: Path, manifest) -> None:
+        if not built:
+            remove(held.folder)
+        check_files(folder, manifest)
+
+    monkeypatch.setattr("prefetch.artifacts.check_files", late)
+    assert Store(tmp_path).make(recipe(built=built)).was_made and built == [1]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_file_that_the_disk_cannot_read_is_damage_and_one_that_may_not_be_read_is_not(
+    tmp_path, monkeypatch, code
+):
+    store = Store(tmp_path, rebuild=True)
+    store.make(recipe())
+
+    def refuse(path: Path) -> str:
+        cause = OSError(code, os.strerror(code))
+        raise ArtifactError(f"{path}: cannot be read ({cause.strerror})") from cause
+
+    def forgotten(folder: Path) -> None:
+        monkeypatch.undo()
+        discard(folder)
+
+    monkeypatch.setattr("prefetch.manifest.sha256_of", refuse)
+    monkeypatch.setattr("prefetch.artifacts.discard", forgotten)
+    if code == errno.EIO:
+        assert store.make(recipe()).was_made
+    else:
+        with pytest.raises(ArtifactError, match=r"value\.txt: may not be read.*store=DIR"):
+            store.make(recipe())
 
 
 def test_what_was_stood_on_is_the_same_whether_it_was_made_or_found(tmp_path):
@@ -290,6 +395,18 @@ def test_an_error_of_the_builder_is_not_blamed_on_the_disk(tmp_path, error):
         Store(tmp_path).make(Recipe("toy", 1, {}, build))
 
 
+def test_the_builder_s_own_file_is_not_the_store_s_where_the_store_is_the_current_folder(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    def build(folder, above):
+        Path("data.csv").read_text()
+
+    with pytest.raises(FileNotFoundError, match=r"data\.csv"):
+        Store(".").make(Recipe("toy", 1, {}, build))
+
+
 def test_a_full_disk_is_said_with_what_to_do(tmp_path):
     def build(folder, above):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -416,3 +533,17 @@ def test_what_somebody_else_left_stays_and_the_rest_is_listed(tmp_path, monkeypa
     run(Cfg(None), store)
     said = capsys.readouterr().out
     assert remains.exists() and "removed" not in said and held.key in said
+
+
+def test_the_list_names_who_made_what_in_full(tmp_path, capsys):
+    def build(folder: Path, _) -> None:
+        (folder / "it").write_text("")
+
+    store = Store(tmp_path)
+    trace = Recipe("predictions", 1, {"source": "llama_eval_callback"}, build, {}, (), {})
+    settings = {"predictor": "activation_matrix", "fold": 3}
+    store.make(Recipe("predictions", 1, settings, build, {"predictions": trace}, (), {}))
+    run(Cfg(None), store)
+    told = capsys.readouterr().out
+    assert "llama_eval_callback" in told and "activation_matrix" in told
+    assert f"predictions/{trace.key}" in told

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 from prefetch.artifacts import UNFINISHED
 from prefetch.cluster.mapping import Cluster
 from prefetch.cluster.worker import n_threads
+from prefetch.errors import ConfigError
 from prefetch.progress import Progress
 from prefetch.sim.code import CODE_KEY, own_code
 from prefetch.written import write_whole
@@ -118,11 +120,26 @@ class Kept:
 
 
 def _parts(value: Any) -> dict[str, Any]:
+    if isinstance(value, partial):
+        return {"function": value.func, "words": value.args, "named": value.keywords}
+    if isinstance(value, FunctionType):
+        return _named(value)
     if dataclasses.is_dataclass(value):
         return {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
     if not hasattr(value, "__dict__"):
         raise TypeError(f"{type(value).__name__}: cannot be told from another of its kind")
     return vars(value)
+
+
+def _named(function: FunctionType) -> dict[str, Any]:
+    """A function of a module, by its name there and the module's code; others have nothing that tells them apart."""
+    name, module = function.__qualname__, function.__module__
+    if "<" in name:
+        raise ConfigError(
+            f"{module}.{name}: a setting of a policy that cannot be told from another, so that no row of it can be "
+            "kept; give it a function of a module, by its name"
+        )
+    return {"name": f"{module}.{name}", "code": own_code(module)}
 
 
 def _sum(row: Row) -> str:

@@ -20,8 +20,8 @@ from hydra import compose, initialize_config_dir
 from routing_traces import random_trace
 
 from analysis import analyze
-from prefetch import config
-from prefetch.artifacts import Store
+from prefetch import config, manifest
+from prefetch.artifacts import UNFINISHED, Store
 from prefetch.cluster import connect, worker
 from prefetch.cluster.mapping import Cluster, ClusterError, Dask, InProcess, cluster_of
 from prefetch.config import Config, instantiate
@@ -33,6 +33,7 @@ from prefetch.sim import evaluate
 from prefetch.sim.limits.curves import hit_rate_curves
 from prefetch.sim.tables.bench import Bench
 from prefetch.sim.tables.sweep import Kept
+from prefetch.stock import drop_unfinished
 from prefetch.trace import parquet
 from prefetch.trace.parquet import TraceReader
 from prefetch.trace.provenance import Provenance
@@ -323,14 +324,85 @@ def test_a_worker_of_another_version_is_refused_by_name(two, monkeypatch):
 def test_the_code_of_both_packages_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
-    for package in worker.PACKAGES:
+    for package in manifest.PACKAGES:
         shutil.copytree(
-            worker.ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
+            manifest.ROOT / package,
+            tmp_path / package,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
-    monkeypatch.setattr(worker, "ROOT", tmp_path)
-    assert worker._code.__wrapped__() == worker._code()
+    digest = manifest.code_digest.__wrapped__
+    here = digest()
+    monkeypatch.setattr(manifest, "ROOT", tmp_path)
+    assert digest() == here
     (tmp_path / changed).write_text("changed")
-    assert worker._code.__wrapped__() != worker._code()
+    assert digest() != here
+
+
+def test_a_worker_of_two_maps_in_turn_has_the_threads_of_each(monkeypatch):
+    had: list[int] = []
+    monkeypatch.setattr("threadpoolctl.threadpool_limits", had.append)
+    for name in (worker.THREADS, *worker.OF_LIBRARIES):
+        monkeypatch.setenv(name, "0")
+    if "torch" in sys.modules:
+        monkeypatch.setattr(sys.modules["torch"], "set_num_threads", lambda _: None)
+    worker.limit_threads.cache_clear()
+    for threads in (1, 1, 2, 1):
+        worker.limit_threads(threads)
+    assert had == [1, 2, 1] and os.environ[worker.THREADS] == "1"
+    worker.limit_threads.cache_clear()
+
+
+class Seen:
+    """A client as far as it is asked how many there are."""
+
+    def __init__(self, status: str, answer: Any) -> None:
+        self.status, self.answer, self.cluster, self.is_closed = status, answer, None, False
+        self.scheduler = self
+
+    address = "tcp://host:1"
+
+    def nthreads(self) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_scheduler_that_is_back_is_asked_again(monkeypatch, tmp_path):
+    """By the next job of a sweep, which shares the process; a client that lost it does not find it by itself."""
+    cluster = Cluster(Dask(address="tcp://host:1"), tmp_path)
+    lost, back = Seen("closed", AttributeError("None")), Seen("running", {"a": 1, "b": 1})
+    cluster.__dict__["_client"] = lost
+    monkeypatch.setattr(connect, "connected", lambda _: back)
+    assert cluster.n_shards(10**9) == 4 and lost.is_closed
+    back.answer = ConnectionError("closed")
+    with pytest.raises(ClusterError, match=r"scheduler at tcp://host:1 went away; run again"):
+        cluster.n_shards(10**9)
+    cluster.close()
+
+
+def test_what_a_map_shares_is_locked_before_it_is_there(tmp_path, monkeypatch):
+    """Otherwise `artifacts.remove=unused` may take it away as it begins."""
+    found: list[list[str]] = []
+
+    def begun(path: Path, state: Any) -> None:
+        drop_unfinished(Store(tmp_path))
+        found.append([one.name for one in path.parent.parent.iterdir()])
+
+    made = Path.mkdir
+
+    def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
+        made(path, *args, **kwargs)
+        if path.name.endswith(UNFINISHED):
+            drop_unfinished(Store(tmp_path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr("prefetch.cluster.mapping.write_state", begun)
+    with Cluster(Dask(), tmp_path / "cluster")._written(None) as path:
+        assert path.parent.is_dir() and len(found[0]) == 2
+    assert not list((tmp_path / "cluster").iterdir())
 
 
 def test_the_code_of_workers_elsewhere_is_compared(monkeypatch):

@@ -128,3 +128,11 @@ def test_memory_is_whole_requests_and_no_more_than_asked() -> None:
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ConfigError, match="decay=0: must be above 0"):
         RouteMemory(decay=0)
+
+
+def test_a_decay_that_no_number_of_32_bits_can_follow_is_refused_with_one_that_can() -> None:
+    deep = random_trace(n_requests=6, tokens=5, n_layers=48)
+    with pytest.raises(ConfigError, match=r"decay=0\.1: too small for 48 layers.*decay=0\.19 or"):
+        fitted(deep, (1,), decay=0.1)
+    scores_TLE = fitted(deep, (1,), decay=0.19).scores(Past(deep, 1))
+    assert np.isfinite(scores_TLE).all()

@@ -177,3 +177,15 @@ def test_a_log_is_safe_before_it_is_written(caplog):
         f"reading {HIDDEN} of 3",
         "after: xyzzy",
     ]
+
+
+def test_a_password_of_digits_changes_no_number(tmp_path):
+    hidden = Redactor({"proxy": "http://me:1234@host", "password": "5678"}, {})
+    before = hidden.seen(tmp_path)
+    kept = {"metrics.json": '{"tokens": 512345, "misses": 1234}', "a.csv": "n\n1234\n0.5678\n"}
+    for name, text in {**kept, "a.log": "5678 was refused; 56789 tokens, 0.5678"}.items():
+        (tmp_path / name).write_text(text)
+    hidden.folder(tmp_path, before)
+    assert {name: (tmp_path / name).read_text() for name in kept} == kept
+    assert (tmp_path / "a.log").read_text() == "REDACTED was refused; 56789 tokens, 0.5678"
+    assert hidden.text("http://me:1234@host") == "http://REDACTED@host"

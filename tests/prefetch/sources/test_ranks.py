@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from routing_traces import random_trace
 
 from prefetch import config
-from prefetch.artifacts import Store
+from prefetch.artifacts import Recipe, Store
 from prefetch.config import Config
 from prefetch.errors import ArtifactError, ConfigError
 from prefetch.runs.outputs import Outputs
@@ -123,6 +125,28 @@ def test_shares_are_put_together_once_all_have_come(tmp_path):
 def test_what_was_made_before_is_not_recorded_again(tmp_path):
     with met(tmp_path, 1) as meeting:
         assert not meeting.wait_for_opening(lambda: True)
+
+
+def test_what_is_damaged_is_made_again_by_all_of_them(tmp_path, monkeypatch):
+    """Whoever takes it for made would wait at the lock of the first process, and that one for a share."""
+    cfg = configured(tmp_path, "artifacts.rebuild=true")
+    made = Recipe("trace", 1, {}, lambda folder, _: (folder / "a").write_text("a"))
+    held, store = Store(tmp_path).make(made), Store(tmp_path, rebuild=True)
+    (held.folder / "a").write_text("b")
+    source, asked = SimpleNamespace(record_with=lambda *_: None), list[bool]()
+
+    def opening(_: Meeting, is_made: Callable[[], bool]) -> bool:
+        asked.append(is_made())
+        store.make(made)  # as the first process does
+        asked.append(is_made())
+        return False
+
+    monkeypatch.setattr(collect, "instantiate", lambda *_: source)
+    monkeypatch.setattr(collect, "trace_recipe", lambda *_: made)
+    monkeypatch.setattr(Meeting, "wait_for_opening", opening)
+    for name, value in {**ENVIRONMENT, "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert collect._made(cfg, store).folder == held.folder and asked == [False, True]
 
 
 def test_what_an_earlier_start_left_opens_nothing(tmp_path):

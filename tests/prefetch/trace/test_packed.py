@@ -59,6 +59,31 @@ def test_one_long_name_for_every_row_is_not_unfolded(tmp_path):
         next(columns.blocks(["words"], 16))
 
 
+def test_one_long_domain_for_every_row_is_not_unfolded(tmp_path):
+    card = plain_card("toy", n_experts=16, top_k=2, layer_numbers=(0, 1))
+    writer = TraceWriter(tmp_path, Provenance("real", "test"), max_dropped=1.0)
+    writer.begin(card)
+    rng = np.random.default_rng(0)
+    writer.append(trace_of(card, rng.random((1000, 2, 16)).argsort(-1)[..., :2]))
+    writer.close()
+    path = tmp_path / "tokens-00000.parquet"
+    table = pq.read_table(path)
+    said = pa.array(["x" * (1 << 20)])
+    long = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1000, np.int32)), said)
+    at = table.column_names.index("domain")
+    pq.write_table(
+        table.set_column(at, "domain", long), path, compression="zstd", store_schema=False
+    )
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        with pytest.raises(FormatError, match="column domain: expected one of"):
+            TraceReader(tmp_path).load()
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 100 << 20
+
+
 def test_a_shard_of_one_row_again_and_again_is_not_unfolded(tmp_path):
     card = plain_card("toy", n_experts=16, top_k=2, layer_numbers=tuple(range(64)))
     writer = TraceWriter(tmp_path, Provenance("real", "test"), max_dropped=1.0)

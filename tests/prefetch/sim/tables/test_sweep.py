@@ -6,12 +6,14 @@ import dataclasses
 import json
 import logging
 import shutil
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from prefetch.artifacts import Store
+from prefetch.errors import ConfigError
 from prefetch.sim import code
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policies.random import Random
@@ -137,6 +139,20 @@ def test_another_version_of_the_code_has_another_place(tmp_path, monkeypatch):
 def test_what_cannot_be_told_apart_is_refused(tmp_path):
     with pytest.raises(TypeError, match="cannot be told"):
         Kept(tmp_path).key(Job(dict, object()))
+
+
+def test_policies_that_differ_in_a_function_have_rows_of_their_own(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Worth:
+        of: object
+
+    def key(of: object) -> str:
+        return Kept(tmp_path).key(Job(dict, Worth(of)))
+
+    functions = [jobs_of, cell_of, partial(jobs_of, 1), partial(jobs_of, 2), partial(jobs_of, n=1)]
+    assert len({*map(key, functions)}) == len(functions) and key(jobs_of) == key(jobs_of)
+    with pytest.raises(ConfigError, match=r"cannot be told from another.*function of a module"):
+        key(lambda: 1)
 
 
 def test_no_number_depends_on_how_many_cells_run_at_once(tmp_path):
