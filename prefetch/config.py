@@ -332,6 +332,8 @@ def check_values(cfg: Config) -> None:
         and cfg.advise.datasheet_error[1] >= 0,
         f"advise.swing={cfg.advise.swing}: must lie between 0 and 1": 0 <= cfg.advise.swing < 1,
         f"seed={cfg.seed}: must not be negative": cfg.seed >= 0,
+        "store=: must name a folder": bool(cfg.store.strip()),
+        "trace=: must name a folder; leave it out to use the source": cfg.trace != "",
         f"collect.max_dropped={cfg.collect.max_dropped}: must be a share from 0 to 1": 0
         <= cfg.collect.max_dropped
         <= 1,
@@ -390,7 +392,8 @@ def locate(dotted: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"_target_={dotted}: cannot be imported ({error})") from error
+        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        raise ConfigError(f"_target_={dotted}: cannot be imported ({error}){hint}") from error
 
 
 def instantiate(leaf: DictConfig, where: str) -> Any:

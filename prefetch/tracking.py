@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -114,6 +114,7 @@ class WandbTracker:
                 "`wandb login`, set WANDB_API_KEY, or use tracker.mode=offline and `wandb sync` later"
             )
         os.environ.setdefault("WANDB_SILENT", "true")
+        at_home()
         self._data = about.folder.resolve() / "wandb"
         if self.mode == "online" and self.is_unreachable:
             self.mode = "offline"
@@ -299,6 +300,12 @@ def _machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
     }
+
+
+def at_home() -> None:
+    """Without HOME the client tells every step of its own; Python knows the user's home all the same."""
+    with suppress(RuntimeError):  # nor does it know such a user
+        os.environ.setdefault("HOME", str(Path.home()))
 
 
 def _has_login() -> bool:

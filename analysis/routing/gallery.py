@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.routing import group_pictures, pictures
 from analysis.routing.everything import Findings
 from analysis.routing.paths import layer_names
+from analysis.routing.words import knows_ranks
 from prefetch.progress import Progress
 from prefetch.trace.card import ModelCard
 
@@ -38,7 +39,7 @@ Draw = Callable[[dict[str, pd.DataFrame], Path, str], list[Path]]
 def _pictures(found: Findings, card: ModelCard) -> list[tuple[set[str], Draw]]:
     """(the tables that it needs, how it is drawn)"""
     n_experts, top_k = card.n_experts, card.top_k
-    empty = pd.DataFrame()
+    empty, is_ranked = pd.DataFrame(), knows_ranks(found, card)
     return [
         ({"load"}, lambda t, *to: pictures.layer_expert_frequency(_all(t["load"]), *to)),
         (
@@ -47,7 +48,9 @@ def _pictures(found: Findings, card: ModelCard) -> list[tuple[set[str], Draw]]:
         ),
         (
             {"paths"},
-            lambda t, *to: pictures.expert_selection_traces(t["paths"], *to, n_experts=n_experts),
+            lambda t, *to: pictures.expert_selection_traces(
+                t["paths"], *to, n_experts=n_experts, is_ranked=is_ranked
+            ),
         ),
         (
             {"expert_transitions"},

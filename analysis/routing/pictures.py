@@ -137,9 +137,12 @@ def comparative_layer_statistics(statistics: pd.DataFrame, folder: Path, note: s
 
 
 def expert_selection_traces(
-    paths: pd.DataFrame, folder: Path, note: str, *, n_experts: int
+    paths: pd.DataFrame, folder: Path, note: str, *, n_experts: int, is_ranked: bool = True
 ) -> list[Path]:
-    """A panel per layer with its own ids: expert 7 of one layer has nothing to do with expert 7 of another."""
+    """A panel per layer with its own ids: expert 7 of one layer has nothing to do with expert 7 of another.
+
+    is_ranked: weights say which choice is the first; without them it is the one that the source listed first.
+    """
     chosen = paths[paths["expert"] >= 0] if "expert" in paths else paths
     layers, shades = Layers.of(chosen), CATEGORIES[:4]
     margin = 0.02 * n_experts + 0.5
@@ -157,6 +160,8 @@ def expert_selection_traces(
         f"At most {PATH_TOKENS} tokens each. Equal ids in two panels are different experts. {note}"
     )
     title = "First choice along sampled requests"
+    if not is_ranked:
+        said = f"No weights were recorded: the choice that is listed first. {said}"
     return draw(folder / "expert_selection_traces", title, panels, note=said, panel_size=WIDE)
 
 

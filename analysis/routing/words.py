@@ -186,7 +186,7 @@ def _ninety(found: Findings) -> str:
         parts.append(
             words + (f" ({never} layers never reach it)" if never and len(reached) else "")
         )
-    return f"To hold 90 % takes {' and '.join(parts)} (means over layers)."
+    return f"To hit 90 % takes {' and '.join(parts)} (means over layers)."
 
 
 def _working_set(found: Findings, card: ModelCard, numbers: Numbers) -> str | None:

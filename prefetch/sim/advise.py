@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
@@ -16,6 +17,7 @@ from prefetch.sim.advising.study import Study, study
 from prefetch.sim.advising.ways import AHEAD, KINDS
 from prefetch.sim.clock import need_simulated
 from prefetch.sim.settings.placement import profile
+from prefetch.sim.tables.asked import check_asked
 from prefetch.sim.tables.summary import source
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,11 @@ def _check(cfg: Config) -> None:
         raise ConfigError(
             "advise.predictors=[]: names nobody; advise.predictors=null is the default"
         )
+    check_asked(cfg, ())
+    for name in cfg.advise.policies:
+        config.with_choice(cfg, "policy", name)
+    for name in cfg.advise.predictors or ():
+        config.with_choice(cfg, "predictor", name)
 
 
 def headline(found: Study) -> dict[str, float]:

@@ -15,6 +15,7 @@ import pandas as pd
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
+from prefetch.progress import Progress
 from prefetch.sim.engines.compiled import engine
 from prefetch.sim.limits.curves import hit_rate_curves
 from prefetch.sim.tables import grid, summary
@@ -22,7 +23,7 @@ from prefetch.sim.tables.bench import Bench
 from prefetch.sim.tables.cell import Cell, Refused, refused_row
 from prefetch.sim.tables.needed import MOST_STEPS, required_recall
 from prefetch.sim.tables.protocols import in_words, protocols, show
-from prefetch.sim.tables.sweep import Kept, run_all
+from prefetch.sim.tables.sweep import Job, Kept, run_all
 from prefetch.sim.tables.timeline import timeline_of, write_chrome_trace
 
 log = logging.getLogger(__name__)
@@ -112,8 +113,8 @@ def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept)
         for cell in able.values():
             engine(cell.policy.rules, "timed")  # made once, before several ask for it together
         rows = run_all(jobs, kept, workers=bench.cfg.evaluate.workers, cluster=bench.cluster)
-    else:  # one at a time, each kept as soon as it was measured
-        rows = [dict(job.run()) for job in jobs]
+    else:
+        rows = _measured(bench, jobs)
     found = dict(zip(able, rows, strict=True))
     for i, one in enumerate(cells):
         if isinstance(one, Refused):
@@ -124,6 +125,18 @@ def _table(bench: Bench, cells: Sequence[Cell | Refused], main: int, kept: Kept)
     table = table.fillna({"bound": "", "interval_over": ""})
     table["gap_closed"] = summary.gap_closed(table)
     return table
+
+
+def _measured(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """One at a time, each kept as soon as it was measured."""
+    told = len(jobs), bench.simulator.rounds, bench.work.n_steps
+    log.info("measuring %d cells, %d times each: %d steps a time", *told)
+    rows = list[dict[str, Any]]()
+    with Progress("measuring", len(jobs), "cells") as progress:
+        for job in jobs:
+            rows.append(dict(job.run()))
+            progress.advance()
+    return rows
 
 
 def _protocols(bench: Bench, outputs: Any) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from prefetch.config import SimulatorConfig
 from prefetch.errors import ConfigError
 from prefetch.models.cards import card_names, load_architecture
 from prefetch.sim.costs import UNKNOWN, Beside, beside_of
-from prefetch.sim.sizes import lent_to
+from prefetch.sim.sizes import SIZES, lent_to
 from prefetch.trace.card import ModelCard
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ def replayed_with(own: ModelCard, told: SimulatorConfig) -> tuple[ModelCard, Bes
     name = told.model_card
     if name is None:
         _need_own_sizes(own, told)
-        return own, UNKNOWN
+        return own, _beside_own(own)
     architecture = load_architecture(name)
     lent = architecture.card(told.precision, told.matrix_precision)
     if lent.n_experts != own.n_experts:
@@ -32,6 +32,19 @@ def replayed_with(own: ModelCard, told: SimulatorConfig) -> tuple[ModelCard, Bes
             f"{own.n_layers} and {own.top_k}: the trace's are replayed, with its sizes"
         )
     return lent_to(lent, own), beside_of(architecture, told.matrix_precision)
+
+
+def _beside_own(own: ModelCard) -> Beside:
+    """A shipped card's sizes come with what it says beside them, whether the trace lent them or the simulator does."""
+    for name in card_names():
+        architecture = load_architecture(name)
+        if architecture.name == own.name and _sizes(architecture.card(None, None)) == _sizes(own):
+            return beside_of(architecture)
+    return UNKNOWN
+
+
+def _sizes(card: ModelCard) -> list[object]:
+    return [getattr(card, name) for name in (*SIZES, "expert_precision")]
 
 
 def _need_own_sizes(own: ModelCard, told: SimulatorConfig) -> None:

@@ -21,6 +21,8 @@ UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 MOST_BYTES = 2**62
 AMOUNT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
+SHARE = re.compile(r"\d*\.?\d+(e-?\d+)?|\d+\.")
+SIZE = re.compile(r"[\d.]+\s*[a-z]+")
 # Vectors of the hidden size that a token needs at once: residual, norms, queries, keys, values, attention's result,
 # its projection, the router's input, the sum of experts, one to spare.
 VECTORS = 10
@@ -198,35 +200,42 @@ def _what_remains(memory: int | str, parts: dict[str, int], hardware: Hardware) 
         )
         raise ConfigError(
             f"memory={memory} is less than what must stand beside the cache: {each}; together {spoken(needed)}, "
-            f"shortfall {(needed - given) / 2**30:.2f} GiB. Give more memory, or a shorter context or a smaller batch"
+            f"shortfall {spoken(needed - given)}. Give more memory, or a shorter context or a smaller batch"
         )
     return given - needed
+
+
+def check_written(cache: float | str | None) -> None:
+    """Whether this is a way of writing a cache at all: said before there is a model, or a trace."""
+    text = str(cache).strip().lower()
+    if isinstance(cache, bool) or not (SHARE.fullmatch(text) or SIZE.fullmatch(text)):
+        raise ConfigError(
+            f"cache={cache}: expected a fraction of all experts (0.25), experts per layer (16) or a size (500MiB)"
+        )
+    if SIZE.fullmatch(text):
+        bytes_of(text, "cache")
 
 
 def rooms_of(
     card: ModelCard, scope: str, cache: float | str | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Units per cache and per expert, for a cache as the user writes it."""
-    text, n_experts, n_layers = str(cache).strip().lower(), card.n_experts, card.n_layers
+    check_written(cache)
+    text, n_experts = str(cache).strip().lower(), card.n_experts
     if re.fullmatch(r"\d+", text):
         if int(text) > n_experts:
             raise ConfigError(
                 f"cache={cache}: {card.name} has {n_experts} experts in a layer; for a size write cache={cache}MiB"
             )
         return _rooms_of_share(card, scope, Fraction(int(text), n_experts))
-    if re.fullmatch(r"\d*\.?\d+(e-?\d+)?|\d+\.", text):
+    if SHARE.fullmatch(text):
         share = Fraction(text.rstrip("."))  # as it is written: 0.29 of 100 experts are 29
         if share > 1:
             raise ConfigError(
                 f"cache={cache}: a fraction of all experts is at most 1.0; experts per layer stand without a dot"
             )
         return _rooms_of_share(card, scope, share)
-    if re.fullmatch(r"[\d.]+\s*[a-z]+", text) and not isinstance(cache, bool):
-        return _rooms_of_bytes(card, scope, bytes_of(str(cache), "cache"))
-    raise ConfigError(
-        f"cache={cache}: expected a fraction of all {n_layers} x {n_experts} experts (0.25), experts per layer (16) "
-        "or a size (500MiB)"
-    )
+    return _rooms_of_bytes(card, scope, bytes_of(str(cache), "cache"))
 
 
 def _rooms_of_share(

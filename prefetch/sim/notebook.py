@@ -15,7 +15,7 @@ from prefetch.sim.engines.pool import HIT, SEQUENTIAL
 from prefetch.sim.engines.run import replay
 from prefetch.sim.memory import SCOPES
 from prefetch.sim.policy import Policy
-from prefetch.sim.tables.bench import SEMANTICS
+from prefetch.sim.tables.asked import SEMANTICS
 from prefetch.sim.told import told_of
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import plain_card
@@ -71,9 +71,9 @@ def simulate(
     trace = trace_of(card, ids_TLK, request_T=request_T, phase_T=DECODE)
     work = workload_of(trace, batch=batch)
     slots = int(cache * n_experts) if isinstance(cache, float) else cache
-    if not 0 <= slots <= n_experts:
+    if isinstance(cache, bool | str) or not 0 <= slots <= n_experts:
         raise ConfigError(
-            f"cache={cache}: expected a share from 0.0 to 1.0, or up to {n_experts} experts"
+            f"cache={cache!r}: expected a share from 0.0 to 1.0, or up to {n_experts} experts"
         )
     rooms = [slots] * n_layers if scope == "per_layer" else [slots * n_layers]
     chosen = _named(policy) if isinstance(policy, str) else policy

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from prefetch import config
 from prefetch.artifacts import Artifact
+from prefetch.errors import ConfigError
 from prefetch.runs.outputs import Outputs
 from prefetch.sources.collect import describe as of_artifact
 from prefetch.trace.beside import names_beside
@@ -93,7 +94,11 @@ def missing_of(reader: TraceReader) -> dict[str, list[str]]:
         if name in ON_ITS_OWN:
             continue
         leaf: Any = OmegaConf.load(config.CONFIGS / "predictor" / f"{name}.yaml")
-        needs = getattr(config.locate(str(leaf["_target_"])), "needs", ())
+        try:
+            needs = getattr(config.locate(str(leaf["_target_"])), "needs", ())
+        except ConfigError:  # somebody's own, whose module is not at hand here
+            found[name] = [f"{leaf['_target_']}, which cannot be imported"]
+            continue
         missing = [column for column in needs if column not in reader.columns]
         beside = BESIDE.get(name)
         found[name] = missing + [beside] * (beside not in (None, *names_beside(reader)))

@@ -7,7 +7,7 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -109,10 +109,16 @@ def _slots_of(card: ModelCard, numbers: tuple[int, ...], stack: str, name: str) 
     if own and numbers == tuple(range(len(own))):
         return own
     raise ConfigError(
-        f"source.model_card={name}: the MoE layers of its {stack} are {sorted(by_number)}, the file has "
-        f"{list(numbers)}"
+        f"source.model_card={name}: its {stack} has {_counted(sorted(by_number))}, the file "
+        f"{_counted(numbers)}: give the card of the model that was recorded, or none"
         + (" (source.stack names the other one)" if len(set(card.layer_stacks)) > 1 else "")
     )
+
+
+def _counted(numbers: Sequence[int]) -> str:
+    first, last = (numbers[0], numbers[-1]) if numbers else (None, None)
+    span = f"{first}" if first == last else f"{first} to {last}"
+    return f"{len(numbers)} MoE layer{'' if len(numbers) == 1 else 's'} ({span})"
 
 
 def domain_of(name: str) -> str:

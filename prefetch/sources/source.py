@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefetch.artifacts import Recipe
+from prefetch.errors import ConfigError
 
 if TYPE_CHECKING:  # a trace that is found again must not wait for the libraries that would make it
     from prefetch.trace.counts import ExpertCounts
@@ -35,14 +37,25 @@ class Source:
         """What else determines the content, as plain values."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    def refuse(self, claims: Mapping[str, bool]) -> None:
+        """The first claim that does not hold, with what the settings that it names were set to."""
+        for claim, holds in claims.items():
+            if not holds:
+                fields = (field.name for field in dataclasses.fields(self))
+                named = [name for name in fields if re.search(rf"\b{name}\b", claim)]
+                got = ", ".join(f"{name}={getattr(self, name)}" for name in named)
+                raise ConfigError(f"{claim}; got {got}" if got else claim)
+
     def upstream(self) -> Mapping[str, Recipe]:
         """What must be made first (a trained model); the folders are handed to `record`."""
         return {}
 
     def record(self, writer: TraceWriter, upstream: Mapping[str, Path]) -> None:
         """Writes the trace: `writer.begin(card)`, then blocks of whole requests."""
-        raise TypeError(f"{type(self).__name__} gives {self.gives}")
+        raise TypeError(
+            f"{type(self).__name__} gives a trace, and has no record(self, writer, upstream)"
+        )
 
     def count(self, provenance: Provenance) -> ExpertCounts:
         """Reads counts, where that is all there is."""
-        raise TypeError(f"{type(self).__name__} gives {self.gives}")
+        raise TypeError(f"{type(self).__name__} gives counts, and has no count(self, provenance)")

@@ -14,7 +14,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from prefetch.errors import ConfigError
 from prefetch.models.architecture import MOST_LAYERS
 from prefetch.progress import Progress
 from prefetch.sources.source import Source
@@ -65,9 +64,7 @@ class Synthetic(Source):
             "a chain needs n_experts divisible by top_k": self.process != "chain"
             or self.n_experts % max(1, self.top_k) == 0,
         }
-        for claim, holds in claims.items():
-            if not holds:
-                raise ConfigError(claim)
+        self.refuse(claims)
 
     @property
     def request_tokens(self) -> int:

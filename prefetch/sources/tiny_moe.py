@@ -80,9 +80,7 @@ class TinyMoE(Source):
             "scores must be null, all, or a number from 1 to experts": self.scores in (None, "all")
             or (isinstance(self.scores, int) and 1 <= self.scores <= self.experts),
         }
-        for claim, holds in claims.items():
-            if not holds:
-                raise ConfigError(f"tiny_moe: {claim}; got {self}")
+        self.refuse(claims)
 
     @property
     def request_tokens(self) -> int:

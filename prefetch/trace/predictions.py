@@ -193,7 +193,8 @@ class PredictionsReader:
             found = getattr(self.card, name)
             if found != value:
                 raise FormatError(
-                    f"{self.folder}: guesses about something else: {name} is {found}, expected {value}"
+                    f"{self.folder}: guesses about something else: {name} is {found}, expected {value}; have guesses "
+                    "made about this trace, or pass trace=DIR, the one that they are about"
                 )
         seen = sorted({*requests} & {*self.card.fitted_here})
         if seen:

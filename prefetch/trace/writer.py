@@ -181,12 +181,14 @@ class TraceWriter:
 
 def _difference(first: ModelCard, card: ModelCard) -> str:
     one, other = first.to_json(), card.to_json()
-    odd = [
-        f"{name} is {str(other[name])[:60]} after {str(one[name])[:60]}"
-        for name in one
-        if one[name] != other[name]
-    ]
-    return ", ".join(odd)
+    odd = [name for name in one if one[name] != other[name]]
+    short = [name for name in odd if not isinstance(one[name], tuple)] or odd
+    return ", ".join(f"{name} is {_brief(other[name])} after {_brief(one[name])}" for name in short)
+
+
+def _brief(value: Any) -> str:
+    is_long = isinstance(value, tuple) and len(value) > 6
+    return f"[{value[0]}, ..., {value[-1]}] ({len(value)})" if is_long else str(value)
 
 
 def _is_warm_up(ids_TLK: NDArray[Any], card: ModelCard) -> bool:

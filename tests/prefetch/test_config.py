@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from prefetch import config
@@ -136,3 +137,11 @@ def test_numbers_that_nothing_can_mean_are_refused_whatever_the_option(value, sa
 
 def test_all_other_numbers_are_left_to_their_options():
     config.check_numbers({"a": [0, -1, 2**63 - 1, 1e308, True, None, "1e400"], "b": {}})
+
+
+@pytest.mark.parametrize("word", ["store=", "trace=", "store='  '"])
+def test_a_folder_without_a_name_is_not_the_folder_one_stands_in(word):
+    with initialize_config_dir(str(config.CONFIGS), version_base="1.3"):
+        cfg = compose("config", overrides=[word])
+    with pytest.raises(ConfigError, match=rf"{word.split('=')[0]}=: must name a folder"):
+        config.check_values(cfg)

@@ -1,5 +1,6 @@
 """What Weights & Biases is told: offline read back from its file, online as calls of a stand-in for the client."""
 
+import os
 import socket
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from offline_runs import settled
 
 from prefetch.errors import ConfigError
 from prefetch.runs.naming import About
-from prefetch.tracking import TrackerLost, UsedArtifact, WandbTracker
+from prefetch.tracking import TrackerLost, UsedArtifact, WandbTracker, at_home
 
 
 def about(folder, **more):
@@ -269,3 +270,12 @@ def test_a_client_that_is_broken_is_no_error_of_the_user(online, tmp_path):
     with pytest.raises(TrackerLost, match="no space"):
         tracker.start(about(tmp_path))
     tracker.finish("ValueError: x", 1)  # of a run that never began
+
+
+def test_a_home_that_nobody_told_is_found_and_one_that_is_told_stays(monkeypatch):
+    monkeypatch.setenv("HOME", "/elsewhere")
+    at_home()
+    assert os.environ["HOME"] == "/elsewhere"
+    monkeypatch.delenv("HOME")
+    at_home()
+    assert os.environ["HOME"] == str(Path.home()) != "/elsewhere"

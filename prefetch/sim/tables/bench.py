@@ -24,11 +24,10 @@ from prefetch.cluster.mapping import Cluster, cluster_of
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.sim.chosen import hardware_of
-from prefetch.sim.clock import SIMULATED, check_clock, clock_of
+from prefetch.sim.clock import SIMULATED, clock_of
 from prefetch.sim.code import own_code
 from prefetch.sim.costs import machine_of, need_host_memory
 from prefetch.sim.engines.machine import ADMITS, Guesses
-from prefetch.sim.engines.pool import ATOMIC, OVERSHOOT
 from prefetch.sim.engines.run import Timed
 from prefetch.sim.foresight import guessed_rows, guesses_of
 from prefetch.sim.hardware import Hardware
@@ -38,12 +37,13 @@ from prefetch.sim.memory import Budget, OfMemory, budget_of
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
 from prefetch.sim.tables.apart import bound_apart, bound_key, row_apart, unless_refused
+from prefetch.sim.tables.asked import check_asked
 from prefetch.sim.tables.cell import CHEATS, REFUSALS, Cell
 from prefetch.sim.tables.excerpt import first_requests
 from prefetch.sim.tables.intervals import units_of
 from prefetch.sim.tables.names import name_of
 from prefetch.sim.tables.others import Others, most_used, replayed_rows
-from prefetch.sim.tables.prior import Prior, check_prior
+from prefetch.sim.tables.prior import Prior
 from prefetch.sim.tables.resumed import Resumed
 from prefetch.sim.tables.rows import Beside as RowBeside
 from prefetch.sim.tables.rows import row_of
@@ -54,7 +54,6 @@ from prefetch.trace.predictions import PredictionsReader
 from prefetch.trace.routing import PREFILL, RoutingTrace
 
 log = logging.getLogger(__name__)
-SEMANTICS = {"atomic": ATOMIC, "overshoot": OVERSHOOT}
 Foretold = tuple[Guesses, PredictionsReader]
 
 
@@ -64,7 +63,7 @@ class Bench:
     def __init__(self, cfg: Config, store: Store) -> None:
         self.cfg, self.store, self.simulator = cfg, store, cfg.simulator
         self.hardware: Hardware = hardware_of(cfg, store)
-        self._check()
+        check_asked(cfg, self.predictors)
         self.policy = cache(self._policy)  # cells share them
         self._choices: dict[tuple[str, str], Config] = {}
         self._check_names()
@@ -141,29 +140,6 @@ class Bench:
     def _workload(self, trace: RoutingTrace, phase: str) -> Workload:
         told = self.simulator
         return workload_of(trace, batch=told.batch, chunk=told.chunk, phase=phase)
-
-    def _check(self) -> None:
-        told = self.simulator
-        if told.semantics not in SEMANTICS:
-            raise ConfigError(
-                f"simulator.semantics={told.semantics}: expected one of {', '.join(SEMANTICS)}"
-            )
-        if told.requests not in ("test", "all"):
-            raise ConfigError(f"simulator.requests={told.requests}: expected test or all")
-        if told.admit not in ADMITS:
-            raise ConfigError(f"simulator.admit={told.admit}: expected one of {', '.join(ADMITS)}")
-        if self.cfg.train.test_trace is not None:
-            raise ConfigError(
-                f"train.test_trace={self.cfg.train.test_trace}: guesses would be about that trace, and this one is "
-                "replayed; leave it out, or replay that trace with trace=FOLDER"
-            )
-        check_prior(told)
-        check_clock(self.cfg)
-        if told.requests == "all" and any(name != "none" for name in self.predictors):
-            raise ConfigError(
-                "simulator.requests=all: predictors are fitted on some of them; pass predictor=none, "
-                "or simulator.requests=test"
-            )
 
     def _check_names(self) -> None:
         """Whoever is named exists; the code of policies is told now, as it was imported."""

@@ -22,7 +22,8 @@ from prefetch.sim.engines.streaming import BUFFERS
 from prefetch.sim.memory import Budget, OfMemory
 from prefetch.sim.policies.lru import Lru
 from prefetch.sim.policy import Policy
-from prefetch.sim.tables.bench import SEMANTICS, Bench
+from prefetch.sim.tables.asked import SEMANTICS
+from prefetch.sim.tables.bench import Bench
 from prefetch.sim.tables.cell import CHEATS, REFUSALS, Cell, Refused
 from prefetch.trace.predictions import PredictionsReader
 
@@ -184,15 +185,19 @@ def main_of(bench: Bench) -> tuple[str, str, int]:
 def _curve(bench: Bench) -> Iterator[Cell]:
     """The main cell at all sizes that it can have, each size once."""
     seen, (policy, name, horizon) = set[tuple[int, ...]](), main_of(bench)
+    refused: dict[str, list[str]] = {}
     for share in CURVE:
         try:
             cell = cell_of(bench, "curve", policy, name, share, horizon, is_curve=True)
         except REFUSALS as reason:
-            log.info("no cell of %s of all experts: %s", share, reason)
+            refused.setdefault(str(reason), []).append(str(share))
             continue
         if cell.budget.room_G not in seen:
             seen.add(cell.budget.room_G)
             yield cell
+    if seen:  # else the main cell is refused too, which is an error
+        for why, shares in refused.items():
+            log.info("no cell of %s of all experts: %s", ", ".join(shares), why)
 
 
 def guessing_bytes(bench: Bench) -> int:

@@ -32,6 +32,7 @@ SHOWN = (
     "hit_rate", "late_hit_rate", "tpot_ms", "slowdown", "memory_savings", "link_utilisation", "stall_fraction",
 )  # fmt: skip
 NOTHING, FEW_NAMES = "-", 3
+MUCH_LARGER = 1.1  # times the experts
 SATURATED = 0.9  # of the time that the link is busy
 
 
@@ -105,9 +106,10 @@ def warnings(bench: Bench, table: pd.DataFrame, chosen: pd.Series) -> Iterator[s
             f"the link is busy {chosen['link_utilisation']:.0%} of the time: copies made ahead {delay} what is needed"
         )
     yield from _prefetch_pays_not(table, chosen)
+    yield from _larger(table, chosen)
     if same["host compute"] < tpot_ms:
         yield (
-            f"computing misses on the host is faster: {same['host compute']:.2f} ms against {tpot_ms:.2f} ms"
+            f"computing misses on the host is faster: {_ms(same['host compute'])} ms against {_ms(tpot_ms)} ms"
         )
     if chosen["overshoot_bytes"] > 0 and bench.cfg.memory is not None:
         yield (
@@ -141,6 +143,18 @@ def _prefetch_pays_not(table: pd.DataFrame, chosen: pd.Series) -> Iterator[str]:
         yield f"prefetch is slower than none: {against}{unknown}"
 
 
+def _larger(table: pd.DataFrame, chosen: pd.Series) -> Iterator[str]:
+    """At equal memory whoever guesses nothing holds more: in a column of equal capacities nobody would see it."""
+    rows = table[runs(table) & (table.capacity == chosen["capacity"]) & (table.way != CURVE)]
+    most = rows.capacity_experts.max()
+    if most > MUCH_LARGER * chosen["capacity_experts"]:
+        names = ", ".join(rows[rows.capacity_experts == most].way)
+        yield (
+            f"{chosen['predictor']} takes memory too: {names} have it for experts, {most:.0f} in all, "
+            f"the chosen cache holds {chosen['capacity_experts']:.0f}"
+        )
+
+
 def _ran_in(row: pd.Series) -> tuple[float, float] | None:
     """Milliseconds per token of a device's fastest and slowest run; None of simulated times."""
     if math.isnan(row.get("runs", math.nan)):
@@ -150,8 +164,17 @@ def _ran_in(row: pd.Series) -> tuple[float, float] | None:
 
 def _spoken(row: pd.Series) -> str:
     ran_in = _ran_in(row)
-    spread = "" if ran_in is None or row["runs"] < 2 else f" [{ran_in[0]:.2f}..{ran_in[1]:.2f}]"
-    return f"{row['tpot_ms']:.2f}{spread} ms"
+    spread = "" if ran_in is None or row["runs"] < 2 else f" [{_ms(ran_in[0])}..{_ms(ran_in[1])}]"
+    return f"{_ms(row['tpot_ms'])}{spread} ms"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.{_digits(value)}f}"
+
+
+def _digits(ms: float) -> int:
+    """Of a small model every time is below a millisecond, and two digits tell none from another."""
+    return 4 if ms < 1 else 2
 
 
 def _refusals(table: pd.DataFrame) -> Iterator[str]:
@@ -178,12 +201,12 @@ def summary(bench: Bench, table: pd.DataFrame, needed: pd.DataFrame, told: list[
         "|" + "---|" * 8,
     ]
     for row in table[table.way != CURVE].to_dict("records"):
-        bound = _number(row["tpot_bound_ms"], 2)
+        bound = _number(row["tpot_bound_ms"], _digits(row["tpot_bound_ms"]))
         bound = "no bound" if bound == NOTHING and row["bound"] else bound
         hits, late = (_number(row[name]) for name in ("hit_rate", "late_hit_rate"))
         lines.append(
             f"| {row['way']} | {row['policy']} | {_marked(row)} | {row['capacity']} | {hits} | {late} | "
-            f"{_number(row['tpot_ms'], 2)} | {bound} |"
+            f"{_number(row['tpot_ms'], _digits(row['tpot_ms']))} | {bound} |"
         )
     lines += ["", *_recall_words(needed)]
     return "\n".join([*lines, *(f"* {text}" for text in told), ""])
@@ -199,7 +222,7 @@ def _recall_words(needed: pd.DataFrame) -> list[str]:
         link = "this link" if factor == 1 else f"{factor:g} times its bandwidth"
         pays = f"from a recall of {least:.2f} on" if np.isfinite(least) else _best_words(rows)
         words.append(
-            f"{link}: {pays} ({rows.no_prefetch_tpot_ms.iloc[0]:.2f} ms without, {ms:.2f} ms with true ones)"
+            f"{link}: {pays} ({_ms(rows.no_prefetch_tpot_ms.iloc[0])} ms without, {_ms(ms)} ms with true ones)"
         )
     steps = "" if one.steps == one.of_steps else f", the first {one.steps} of {one.of_steps} steps"
     return [
@@ -213,7 +236,7 @@ def _best_words(rows: pd.DataFrame) -> str:
     """Where true guesses do not pay: more guesses can be worse than fewer."""
     best = rows.sort_values("tpot_ms").iloc[0]
     if best.tpot_ms < best.no_prefetch_tpot_ms:
-        return f"not from any recall on, though at {best.recall:.1f} ({best.tpot_ms:.2f} ms)"
+        return f"not from any recall on, though at {best.recall:.1f} ({_ms(best.tpot_ms)} ms)"
     return "at no recall"
 
 
@@ -227,7 +250,7 @@ def source(bench: Bench) -> str:
 
 def said(bench: Bench) -> str:
     work, full_ms = bench.work, bench.full_ns / 1e6
-    resident = "not measured" if math.isnan(full_ms) else f"{full_ms:.2f} ms per token"
+    resident = "not measured" if math.isnan(full_ms) else f"{_ms(full_ms)} ms per token"
     return (
         f"{work.n_steps} steps, {int(work.decode_S.sum())} generated tokens, semantics {bench.simulator.semantics}, "
         f"batch {bench.simulator.batch}; sizes of {bench.card.name} ({bench.card.expert_precision}); "

@@ -400,6 +400,15 @@ def panels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
+@pytest.mark.parametrize("is_ranked", [True, False])
+def test_a_first_choice_that_no_weight_ranked_is_called_so(tmp_path, monkeypatch, is_ranked):
+    said: list[str] = []
+    monkeypatch.setattr(pictures, "draw", lambda *_, note, **__: said.append(note) or [])
+    paths = Tables(Size(2, 8, 2)).paths()
+    pictures.expert_selection_traces(paths, tmp_path, NOTE, n_experts=8, is_ranked=is_ranked)
+    assert ("No weights were recorded" in said[0]) != is_ranked
+
+
 def test_what_overlaps_is_seen(tmp_path: Path, faults: list[str]) -> None:
     axis = figures.Axis("x")
     panel = figures.Lines("a title that is far too long for a panel of its size", axis, axis)

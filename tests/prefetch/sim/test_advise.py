@@ -268,6 +268,16 @@ def test_a_mistake_is_one_clear_line(store, tmp_path, words, said):
         advised(store, tmp_path / "run", *words)
 
 
+@pytest.mark.parametrize(
+    "word", ["memory=8GX", "advise.policies=[nobody]", "advise.predictors=[x]"]
+)
+def test_what_is_misspelt_is_said_before_a_trace_is_made(tmp_path, word):
+    cfg, store = composed(tmp_path, word), Store(tmp_path / "store")
+    with pytest.raises(ConfigError):
+        advise.run(cfg, store, Outputs(tmp_path / "run", NoTracker()))
+    assert not store.sealed("trace")
+
+
 def test_what_a_study_is_told_of_an_uncalibrated_machine(store):
     found = studied(store, "memory=8GiB")
     assert found.error == (0.1, 1.5) and found.bench.hardware.measured_error is None

@@ -159,6 +159,19 @@ def test_a_mistake_is_one_clear_line(tmp_path, words, said):
         evaluated(tmp_path, "predictor=popularity", *words)
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "simulator.cache=quarter", "evaluate.capacities=[0.5,12apples]", "memory=12GX", "simulator.host_cache=x",
+        "simulator.scope=everywhere", "simulator.misses=x", "simulator.model_card=qwen4",
+    ],
+)  # fmt: skip
+def test_what_is_misspelt_is_said_before_a_trace_is_made(tmp_path, word):
+    with pytest.raises(ConfigError, match=word.split("=")[1].strip("[]").split(",")[-1]):
+        evaluated(tmp_path, word)
+    assert not Store(tmp_path / "store").sealed("trace")
+
+
 def test_guesses_with_negative_scores_are_copied(tmp_path):
     """`markov2` scores in logits, all below 0: every one of its guesses was dropped at threshold 0."""
     _, table, _ = evaluated(tmp_path, "predictor=markov2")

@@ -33,6 +33,7 @@ def test_a_share_an_object_and_two_lanes():
     [
         ({"cache": 5}, ConfigError, "up to 4 experts"),
         ({"cache": 1.5}, ConfigError, "0.0 to 1.0"),
+        ({"cache": "500MiB"}, ConfigError, "cache='500MiB': expected a share"),
         ({"cache": 2, "policy": "mru"}, ConfigError, "there are arc"),
         ({"cache": 2, "semantics": "fuzzy"}, ConfigError, "expected one of atomic"),
         ({"cache": 2, "ids_TLK": IDS[0]}, FormatError, "three axes"),

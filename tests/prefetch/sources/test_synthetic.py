@@ -75,7 +75,8 @@ def test_the_true_matrix_reaches_the_bound_and_a_fitted_one_does_not_pass_it(col
         ({"n_layers": 10_001}, "n_layers must be at most 10000"),
         ({"seed": -1}, "seed must not be negative"),
         ({"n_experts": 65534}, "a chain may have 256 experts"),
-        ({"stickiness": 1.5}, "stickiness must be from 0 to 1"),
+        ({"stickiness": 1.5}, "stickiness must be from 0 to 1; got stickiness=1.5$"),
+        ({"n_experts": 2, "top_k": 8}, "from top_k to 65535; got n_experts=2, top_k=8$"),
         ({"concentration": 0.0}, "concentration must be a positive number"),
     ],
 )

@@ -203,6 +203,18 @@ def test_a_bare_trace_serves_less_and_the_predictors_agree(tmp_path):
     assert "2 requests: too few to hold some out" in text
 
 
+def test_a_predictor_whose_module_is_not_at_hand_stops_no_description(tmp_path, monkeypatch):
+    reader = write(tmp_path / "bare", everything([4, 3]))
+    (tmp_path / "configs" / "predictor").mkdir(parents=True)
+    for name, target in (("mine", "nomodule.Mine"), ("markov", "prefetch.predict.markov.Markov")):
+        (tmp_path / "configs" / "predictor" / f"{name}.yaml").write_text(f"_target_: {target}\n")
+    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
+    assert missing_of(reader) == {
+        "mine": ["nomodule.Mine, which cannot be imported"],
+        "markov": [],
+    }
+
+
 def test_an_older_version_is_brought_up_through_the_stage(tmp_path, whole, monkeypatch):
     about = json.loads((whole / "trace.json").read_text())
     (whole / "trace.json").write_text(json.dumps({**about, "schema": "prefetch.trace/0"}))

@@ -186,3 +186,14 @@ def test_requests_of_different_files_never_collide(tmp_path):
 def test_an_empty_source_is_an_error(tmp_path):
     with pytest.raises(FormatError, match="expected routing, found none"):
         write(tmp_path)
+
+
+def test_files_of_two_models_are_told_apart_in_a_few_words(tmp_path):
+    writer = TraceWriter(tmp_path, Provenance("real", "test"))
+    writer.begin(plain_card("one", n_experts=64, top_k=6, layer_numbers=tuple(range(26))))
+    with pytest.raises(FormatError, match="but top_k is 4 after 6; collect it on its own"):
+        writer.begin(plain_card("one", n_experts=64, top_k=4, layer_numbers=tuple(range(48))))
+    with pytest.raises(
+        FormatError, match=r"layer_numbers is \[0, ..., 47\] \(48\) after \[0, ..., 25\]"
+    ):
+        writer.begin(plain_card("one", n_experts=64, top_k=6, layer_numbers=tuple(range(48))))

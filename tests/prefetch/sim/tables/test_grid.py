@@ -42,6 +42,18 @@ def test_figures_are_drawn_of_what_ran(tmp_path):
     assert (tmp_path / "run0" / "tpot_by_capacity.png").exists()
 
 
+def test_guesses_that_cannot_be_had_at_all_are_one_error_and_no_line_per_size(
+    tmp_path, monkeypatch, caplog
+):
+    def nobody(*_):
+        raise ConfigError("guesses about something else")
+
+    monkeypatch.setattr(Bench, "_read_guesses", nobody)
+    with caplog.at_level("INFO"), pytest.raises(ConfigError, match="about something else"):
+        evaluated(tmp_path, "predictor=popularity")
+    assert "no cell of" not in caplog.text
+
+
 def test_guesses_that_cannot_be_had_for_one_horizon(tmp_path, monkeypatch):
     read, asked = Bench._read_guesses, list[str]()
 

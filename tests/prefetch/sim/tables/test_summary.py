@@ -47,6 +47,7 @@ def row(**changes: Any) -> dict[str, Any]:
     usual = {
         "way": "chosen", "policy": "lru", "predictor": "markov", "capacity": "0.5", "tpot_ms": 8.0, "hit_rate": 0.6,
         "capacity_token_cycles": 4.0, "link_utilisation": 0.5, "overshoot_bytes": 0, "mark": "", "hit_rate_bound": 0.9,
+        "capacity_experts": 64,
     }  # fmt: skip
     return usual | changes
 
@@ -132,3 +133,17 @@ def test_the_gap_that_is_closed():
     )
     closed = gap_closed(table).tolist()
     assert closed[:3] == pytest.approx([0.25, 0.0, 1.0]) and closed[3] != closed[3]
+
+
+def test_times_below_a_millisecond_can_be_told_apart():
+    assert said(bench(), tpot_ms=0.2448, alone_ms=0.2443) == [
+        "prefetch is slower than none: 0.2448 ms against 0.2443 ms per token"
+    ]
+
+
+def test_ways_that_hold_more_in_the_same_memory_are_named():
+    large = row(way="host compute", predictor="none", tpot_ms=9.0, capacity_experts=240)
+    table = pd.DataFrame([row(), row(way="no prefetch", predictor="none", tpot_ms=9.0), large])
+    assert list(warnings(bench(), table, table.iloc[0])) == [
+        "markov takes memory too: host compute have it for experts, 240 in all, the chosen cache holds 64"
+    ]
