@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.runs import typed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,9 +98,9 @@ def check(words: tuple[str, ...]) -> None:
     config.check_values(cfg)
     typed.refuse_dead_words(cfg, words)
     for group in CHECKED:
-        target = config.locate(cfg[group]._target_)
+        target = leaves.locate(cfg[group]._target_)
         if is_dataclass(target):
-            config.check_types(target, settings(cfg[group]), group)
+            leaves.check_types(target, settings(cfg[group]), group)
 
 
 def settings(leaf: DictConfig) -> dict[str, Any]:

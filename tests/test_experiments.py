@@ -10,7 +10,7 @@ from entry import run
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from prefetch import config
+from prefetch import config, leaves
 
 FOLDER = config.CONFIGS / "experiment"
 NO_QUESTION = {"quick", "published_ab"}  # a smaller default, and a check against others' numbers
@@ -57,7 +57,7 @@ def test_every_cell_of_it_is_valid(name):
         for cell in cells:
             cfg = compose("config", overrides=[f"experiment={name}", *cell])
             config.check_values(cfg)
-            config.instantiate(cfg.predictor, "predictor")
+            leaves.instantiate(cfg.predictor, "predictor")
             assert max(cfg.train.horizons) < cfg.source.layers, "nothing is so many layers ahead"
         for group, named in (("policy", "policies"), ("predictor", "predictors")):
             assert set(whole.evaluate[named] or ()) <= set(config.choices(group))

@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from prefetch.config import CONFIGS, Config, instantiate, with_choice
+from prefetch.config import CONFIGS, Config
+from prefetch.leaves import instantiate, with_choice
 from prefetch.sim.hardware import Hardware
 
 # Number of multiprocessors and major version: AMD's profiles have an empty name where the driver gives none.

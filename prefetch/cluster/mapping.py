@@ -27,8 +27,9 @@ from prefetch.artifacts import UNFINISHED, lock_path
 from prefetch.cluster import connect
 from prefetch.cluster.connect import ClusterError
 from prefetch.cluster.worker import CODE, Task, Work, run, versions, write_state
-from prefetch.config import Config, instantiate
+from prefetch.config import Config
 from prefetch.errors import ConfigError
+from prefetch.leaves import instantiate
 from prefetch.progress import Progress
 
 log = logging.getLogger(__name__)

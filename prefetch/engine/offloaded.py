@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.engine import guard
 from prefetch.engine.arena import Arena
 from prefetch.engine.backend import COMPUTE
@@ -330,7 +330,7 @@ def _policy_of(policy: Policy | str) -> Policy:
     if not path.is_file():
         raise ConfigError(f"policy {policy!r}: there are {', '.join(config.choices('policy'))}")
     root = OmegaConf.create({"seed": 0, "policy": OmegaConf.load(path)})
-    return _told_nothing(config.instantiate(root.policy, "policy"))
+    return _told_nothing(leaves.instantiate(root.policy, "policy"))
 
 
 def _told_nothing(policy: Any) -> Policy:

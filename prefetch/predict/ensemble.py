@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.errors import ConfigError
 from prefetch.predict import mixing
 from prefetch.predict.mixing import Mix, Told
@@ -81,7 +81,7 @@ class Ensemble:
         leaf = self._leaf(name, settings)
         if leaf in self.leaves.values():
             raise ConfigError(f"members: {name} stands there twice with the same settings")
-        predictor: Predictor = config.instantiate(leaf, name)
+        predictor: Predictor = leaves.instantiate(leaf, name)
         if cheats(predictor):
             raise ConfigError(f"members: {name} sees the answer: nothing else would be asked")
         if not getattr(predictor, "stops_early", True):

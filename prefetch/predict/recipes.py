@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.artifacts import BUILDING, UNFINISHED, Outside, Recipe
 from prefetch.cluster.mapping import cluster_of
 from prefetch.config import Config
@@ -95,7 +95,7 @@ def predictor_recipe(cfg: Config, fold: int = 0, trace: Recipe | Outside | None 
 
     kind = type(predictor_at_rest)
     members = {
-        member: predictor_recipe(config.with_leaf(cfg, "predictor", leaf), fold, trace)
+        member: predictor_recipe(leaves.with_leaf(cfg, "predictor", leaf), fold, trace)
         for member, leaf in getattr(predictor_at_rest, "leaves", {}).items()
     }
     return Recipe(
@@ -174,7 +174,7 @@ def predictions_recipe(cfg: Config, fold: int = 0) -> Recipe:
 
 def trace_recipe(cfg: Config) -> Recipe | Outside:
     """The stage that collects is known by name only: the middle floor's rooms do not know each other."""
-    return cast(Recipe | Outside, config.locate(cfg.makers["trace"])(cfg))
+    return cast(Recipe | Outside, leaves.locate(cfg.makers["trace"])(cfg))
 
 
 def test_recipe(cfg: Config) -> Recipe | Outside:
@@ -248,11 +248,11 @@ def _array(values: list[int]) -> Any:
 
 def with_predictor(cfg: Config, name: str) -> Config:
     """The same configuration with another predictor, at its default settings."""
-    return config.with_choice(cfg, "predictor", name)
+    return leaves.with_choice(cfg, "predictor", name)
 
 
 def made(cfg: Config) -> Predictor:
-    return cast(Predictor, config.instantiate(cfg.predictor, "predictor"))
+    return cast(Predictor, leaves.instantiate(cfg.predictor, "predictor"))
 
 
 def settings_of(cfg: Config) -> dict[str, Any]:

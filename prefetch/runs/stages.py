@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ArtifactError, ConfigError, PrefetchError
@@ -52,7 +52,7 @@ def run_stage(cfg: DictConfig) -> dict[str, float]:
         if cfg.stage.recorded:
             return record(chosen, folder)
         config.check_values(chosen)
-        config.locate(cfg.stage._target_)(chosen, open_store(chosen))
+        leaves.locate(cfg.stage._target_)(chosen, open_store(chosen))
         return {}
     except PrefetchError as error:
         if sweeps.is_sweep():
@@ -107,13 +107,13 @@ def _recorded(cfg: Config, store: Store, folder: Path, plain: dict[str, Any]) ->
     from prefetch.tracking import NoTracker
 
     began_s, hidden = time.time(), Redactor(plain)
-    tracker = config.instantiate(cfg.tracker, "tracker") if _is_first_rank() else NoTracker()
+    tracker = leaves.instantiate(cfg.tracker, "tracker") if _is_first_rank() else NoTracker()
     outputs = Outputs(folder, tracker, store=store, hidden=hidden)
     outputs.start(_about(cfg, folder, plain, hidden))
     error, exit_code = cast(str | None, "interrupted"), 130
     try:
         with hidden.logs():
-            metrics = config.locate(cfg.stage._target_)(cfg, store, outputs)
+            metrics = leaves.locate(cfg.stage._target_)(cfg, store, outputs)
         error = None
     except Exception as raised:
         error, exit_code = f"{type(raised).__name__}: {raised}", 1

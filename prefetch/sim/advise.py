@@ -6,7 +6,7 @@ import logging
 import math
 from typing import Any
 
-from prefetch import config
+from prefetch import leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
@@ -77,9 +77,9 @@ def _check(cfg: Config) -> None:
         )
     check_asked(cfg, ())
     for name in cfg.advise.policies:
-        config.with_choice(cfg, "policy", name)
+        leaves.with_choice(cfg, "policy", name)
     for name in cfg.advise.predictors or ():
-        config.with_choice(cfg, "predictor", name)
+        leaves.with_choice(cfg, "predictor", name)
 
 
 def headline(found: Study) -> dict[str, float]:

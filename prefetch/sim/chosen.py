@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from prefetch import config
+from prefetch import leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.sim.hardware import HARDWARE_FILE, KIND, Hardware
@@ -22,10 +22,10 @@ def hardware_of(cfg: Config, store: Store) -> Hardware:
     """`hardware=measured` without a path takes the sealed measurement, says which, and enters it into the lineage."""
     leaf = cast(DictConfig, cfg.hardware)
     if OmegaConf.select(leaf, "path", default="") is not None:
-        return cast(Hardware, config.instantiate(leaf, "hardware"))
-    made = store.make(config.locate(cfg.makers[KIND])(cfg))
+        return cast(Hardware, leaves.instantiate(leaf, "hardware"))
+    made = store.make(leaves.locate(cfg.makers[KIND])(cfg))
     when = made.manifest["made"]
-    found: Any = config.instantiate(
+    found: Any = leaves.instantiate(
         cast(DictConfig, OmegaConf.merge(leaf, {"path": str(made.folder / HARDWARE_FILE)})),
         "hardware",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from prefetch import config
+from prefetch import leaves
 from prefetch.config import Config
 from prefetch.errors import ConfigError
 from prefetch.sim.engines.run import Timed
@@ -53,7 +53,7 @@ def clock_of(bench: Bench) -> Resumed | None:
     """None: the simulated one."""
     if bench.simulator.clock == SIMULATED:
         return None
-    made: Any = config.locate(bench.cfg.clocks[bench.simulator.clock])
+    made: Any = leaves.locate(bench.cfg.clocks[bench.simulator.clock])
     clock: Clock = made(
         bench.card,
         bench.trace.ids_TLK,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.errors import ConfigError
 from prefetch.sim.engines.pool import HIT, SEQUENTIAL
 from prefetch.sim.engines.run import replay
@@ -90,4 +90,4 @@ def _named(name: str) -> Policy:
     leaf = OmegaConf.create(
         {"seed": 0, "policy": OmegaConf.load(config.CONFIGS / "policy" / f"{name}.yaml")}
     )
-    return cast(Policy, config.instantiate(leaf.policy, "policy"))
+    return cast(Policy, leaves.instantiate(leaf.policy, "policy"))

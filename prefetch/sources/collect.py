@@ -13,8 +13,9 @@ from rich.text import Text
 
 from prefetch import __version__
 from prefetch.artifacts import Artifact, Build, Outside, Recipe, Store, library_version
-from prefetch.config import Config, instantiate
+from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError
+from prefetch.leaves import instantiate
 from prefetch.manifest import MANIFEST
 from prefetch.runs.outputs import Outputs
 from prefetch.sources.ranks import Meeting, Rank

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.artifacts import Artifact
 from prefetch.errors import ConfigError
 from prefetch.runs.outputs import Outputs
@@ -95,7 +95,7 @@ def missing_of(reader: TraceReader) -> dict[str, list[str]]:
             continue
         leaf: Any = OmegaConf.load(config.CONFIGS / "predictor" / f"{name}.yaml")
         try:
-            needs = getattr(config.locate(str(leaf["_target_"])), "needs", ())
+            needs = getattr(leaves.locate(str(leaf["_target_"])), "needs", ())
         except ConfigError:  # somebody's own, whose module is not at hand here
             found[name] = [f"{leaf['_target_']}, which cannot be imported"]
             continue

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from fuzzing import array_seeds, source_seeds
 from fuzzing.profile_seeds import chrome_seeds
 from fuzzing.watch import ROOT
-from prefetch import config
+from prefetch import config, leaves
 
 VALUES = (
     "abc", "-1", "0", "nan", "inf", "1e400", "1" + "0" * 30, "[]", "{a: {b: 1}}", "null", "/no/such/path", "true",
@@ -163,11 +163,11 @@ def warm(folder: Path) -> None:
 
     for stage in config.stage_names():
         leaf: Any = OmegaConf.load(config.CONFIGS / "stage" / f"{stage}.yaml")
-        config.locate(str(leaf["_target_"])) if "_target_" in leaf else None
+        leaves.locate(str(leaf["_target_"])) if "_target_" in leaf else None
     for group in GROUPS:
         for choice in config.choices(group):
             leaf = OmegaConf.load(config.CONFIGS / group / f"{choice}.yaml")
-            config.locate(str(leaf["_target_"])) if "_target_" in leaf else None
+            leaves.locate(str(leaf["_target_"])) if "_target_" in leaf else None
     write_files(folder)
 
 

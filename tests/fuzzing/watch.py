@@ -52,7 +52,7 @@ class Hang(BaseException):
 @dataclass
 class Outcome:
     kind: str
-    seconds: float
+    seconds: float  # of computing
     n_bytes: int  # beyond what the process held before
     what: str = ""  # of a defect: one line by which it is known again
     message: str = ""  # what a user would read, or the traceback
@@ -75,7 +75,7 @@ class Watch:
     def of(self, read: Callable[[], object], n_input: int, files: Iterable[str]) -> Outcome:
         self.touched.clear()
         before = _begin_memory(n_input)
-        started = time.perf_counter()
+        started = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, HANG_S)
         self._is_on, error = True, None
         try:
@@ -86,7 +86,7 @@ class Watch:
             self._is_on = False
             signal.setitimer(signal.ITIMER_PROF, 0)
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         held = max(0, _memory("VmHWM") - before)
         kind, what, message = self._judged(error, held, n_input, files)
         return Outcome(kind, seconds, held, what, message)

@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from prefetch import config
-from prefetch.config import choices, instantiate, stage_names
+from prefetch.config import choices, stage_names
 from prefetch.errors import ConfigError, FormatError
+from prefetch.leaves import instantiate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +37,7 @@ class Leaf:
 
 def make(**values):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prefetch.config.locate", lambda dotted: Leaf)
+        patch.setattr("prefetch.leaves.locate", lambda dotted: Leaf)
         return instantiate(OmegaConf.create({"_target_": "Leaf", **values}), "leaf")
 
 
@@ -80,7 +81,7 @@ def choking(**settings):
 def test_settings_that_a_class_chokes_on_are_an_error_of_the_leaf():
     leaf = OmegaConf.create({"_target_": "somewhere.choking", "n": 1, "k": 0})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "locate", lambda _: choking)
+        patch.setattr("prefetch.leaves.locate", lambda _: choking)
         with pytest.raises(ConfigError, match=r"source: integer division or modulo by zero"):
             instantiate(leaf, "source")
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefetch import config
+from prefetch import leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.engine.profiling.grid import Cell
@@ -77,7 +77,7 @@ def drawn(counts: Mapping[Cell, Tensor]) -> list[tuple[Cell, Load]]:
 def of_trace(cfg: Config, store: Store) -> list[Load]:
     """Of the trace that the configuration names, if it is there: a load per layer."""
     try:
-        recipe = config.locate(cfg.makers[TRACE])(cfg)
+        recipe = leaves.locate(cfg.makers[TRACE])(cfg)
         if not store.has(recipe):
             return []
         made = store.make(recipe)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from prefetch import config
+from prefetch import leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.engine.clock import DeviceClock
@@ -173,7 +173,7 @@ def _root(cfg: Config, card: str | None, batch: int) -> Config:
     if card is not None:
         told["simulator"] |= {"model_card": None if card == OWN else card}
     merged = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), told))
-    return config.with_choice(merged, "predictor", "none")
+    return leaves.with_choice(merged, "predictor", "none")
 
 
 def told_of_hardware(bench: Bench) -> str:

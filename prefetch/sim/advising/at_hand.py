@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
@@ -110,7 +110,7 @@ def _made_up(cfg: Config, wanted: ModelCard) -> AtHand:
     }
     made, process = _from(cfg, "synthetic", **shape, process="chain"), "chain from layer to layer"
     try:
-        config.instantiate(made.source, "source")
+        leaves.instantiate(made.source, "source")
     except ConfigError:
         made, process = (
             _from(cfg, "synthetic", **shape, process="sticky"),
@@ -126,4 +126,4 @@ def _made_up(cfg: Config, wanted: ModelCard) -> AtHand:
 def _from(cfg: Config, source: str, **settings: Any) -> Config:
     """The configuration with another source."""
     leaf = OmegaConf.load(config.CONFIGS / "source" / f"{source}.yaml")
-    return config.with_leaf(cfg, "source", OmegaConf.merge(leaf, settings))
+    return leaves.with_leaf(cfg, "source", OmegaConf.merge(leaf, settings))

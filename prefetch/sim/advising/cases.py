@@ -14,7 +14,7 @@ from typing import Any, cast
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
@@ -117,7 +117,7 @@ def typed(cfg: Config, words: Iterable[str]) -> Config:
     for word in words:
         name, _, value = word.partition("=")
         if name in groups:
-            cfg = config.with_choice(cfg, name, value)
+            cfg = leaves.with_choice(cfg, name, value)
     others = [word for word in words if word.partition("=")[0] not in groups]
     told = OmegaConf.from_dotlist(others)
     cfg = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), told))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
@@ -125,7 +125,7 @@ def _card(cfg: Config, store: Store) -> ModelCard:
     told = cfg.simulator
     if told.model_card is not None:
         return load_architecture(told.model_card).card(told.precision, told.matrix_precision)
-    made = store.make(config.locate(cfg.makers["trace"])(cfg))
+    made = store.make(leaves.locate(cfg.makers["trace"])(cfg))
     return TraceReader(made.folder).card
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from prefetch import config
+from prefetch import leaves
 from prefetch.artifacts import Store
 from prefetch.cluster.mapping import Cluster, cluster_of
 from prefetch.config import Config
@@ -67,7 +67,7 @@ class Bench:
         self.policy = cache(self._policy)  # cells share them
         self._choices: dict[tuple[str, str], Config] = {}
         self._check_names()
-        made = store.make(config.locate(cfg.makers["trace"])(cfg))
+        made = store.make(leaves.locate(cfg.makers["trace"])(cfg))
         self.reader, self.key = TraceReader(made.folder), made.key
         self.card, self.beside = replayed_with(self.reader.card, self.simulator)
         if self.simulator.host_cache is None:
@@ -153,12 +153,12 @@ class Bench:
         if name == name_of(self.cfg, group):
             return self.cfg
         if (group, name) not in self._choices:
-            self._choices[group, name] = config.with_choice(self.cfg, group, name)
+            self._choices[group, name] = leaves.with_choice(self.cfg, group, name)
         return self._choices[group, name]
 
     def _policy(self, name: str) -> Policy:
         chosen = self._choosing("policy", name).policy
-        return cast(Policy, config.instantiate(chosen, "policy"))
+        return cast(Policy, leaves.instantiate(chosen, "policy"))
 
     @property
     def root(self) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class Bench:
         if self.simulator.width is not None and self.simulator.width > 2 * self.reader.card.top_k:
             changes["width"] = self.simulator.width
         asked = cast(Config, OmegaConf.merge(cast(DictConfig, cfg), {"train": changes}))
-        return config.locate(self.cfg.makers["predictions"])(asked, 0)
+        return leaves.locate(self.cfg.makers["predictions"])(asked, 0)
 
     def budget(self, capacity: Any, predictor_bytes: int = 0, landing: int = 0) -> Budget:
         """Of a cache as it is written, or of what a memory leaves."""

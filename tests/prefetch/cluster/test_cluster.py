@@ -24,8 +24,9 @@ from prefetch import config, manifest
 from prefetch.artifacts import UNFINISHED, Store
 from prefetch.cluster import connect, worker
 from prefetch.cluster.mapping import Cluster, ClusterError, Dask, InProcess, cluster_of
-from prefetch.config import Config, instantiate
+from prefetch.config import Config
 from prefetch.errors import ConfigError, FormatError
+from prefetch.leaves import instantiate
 from prefetch.predict.part import whole
 from prefetch.predict.recipes import predictor_recipe
 from prefetch.runs.outputs import Outputs

@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from small_card import CARD
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.artifacts import Recipe, Store
 from prefetch.config import Config
 from prefetch.engine import validate
@@ -383,7 +383,7 @@ def test_sizes_of_a_card_become_a_layout():
 
 def test_the_device_clock_is_named_in_yaml(tmp_path):
     cfg = configured(tmp_path, "stage=evaluate")
-    assert config.locate(cfg.clocks["device"]) is DeviceClock
+    assert leaves.locate(cfg.clocks["device"]) is DeviceClock
     assert json.loads(json.dumps(dict(cfg.clocks))) == {
         "device": "prefetch.engine.clock.DeviceClock"
     }

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from recorded_traces import SMALL, full_trace, on_disk
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ConfigError
@@ -101,7 +101,7 @@ def built(name: str) -> Predictor:
     small = {} if kind == "ensemble" else SMALL.get(kind, {})
     leaf = OmegaConf.merge(leaf, small, settings)
     root = OmegaConf.create({"seed": 0, "train": {"horizons": list(HORIZONS)}, "predictor": leaf})
-    return cast(Predictor, config.instantiate(root.predictor, "predictor"))
+    return cast(Predictor, leaves.instantiate(root.predictor, "predictor"))
 
 
 def stirred(predictor: Predictor) -> Predictor:

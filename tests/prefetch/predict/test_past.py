@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from recorded_traces import SMALL, full_trace, on_disk
 from routing_traces import random_trace
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.errors import MissingData
 from prefetch.predict.part import whole
 from prefetch.predict.past import Answered, Past
@@ -34,7 +34,7 @@ def built(name: str, horizons: list[int]) -> Predictor:
     for key, value in SMALL.get(name, {}).items():
         if key in root.predictor:
             root.predictor[key] = value
-    return config.instantiate(root.predictor, "predictor")
+    return leaves.instantiate(root.predictor, "predictor")
 
 
 def test_what_is_known_is_aligned_with_the_target() -> None:

@@ -178,11 +178,12 @@ def test_both_tell_a_policy_the_same(
     width=st.integers(0, 4),
     n_warm=st.integers(0, 30),
     n_pinned=st.integers(0, 6),
+    nobody=st.sampled_from([0.05, 0.6]),
 )
 def test_compiled_equals_plain_with_a_clock(
-    seed, policy, room, batch, is_global, way, ahead, width, n_warm, n_pinned
+    seed, policy, room, batch, is_global, way, ahead, width, n_warm, n_pinned, nobody
 ):
-    work = drawn(seed, n_tokens=40, batch=batch)
+    work = drawn(seed, n_tokens=40, batch=batch, nobody=nobody)
     rooms = [3 * room] if is_global else [room] * 3
     start = start_of(work, policy, seed, n_warm, min(n_pinned, room))
     machine, guesses = (

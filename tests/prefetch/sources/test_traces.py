@@ -18,7 +18,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from whole_traces import assert_same_bytes, assert_same_rows, everything, write
 
-from prefetch import config
+from prefetch import config, leaves
 from prefetch.artifacts import Store
 from prefetch.config import Config
 from prefetch.errors import ArtifactError, ConfigError, FormatError, PrefetchError
@@ -250,7 +250,7 @@ def test_every_result_is_a_trace_for_the_other_stages(tmp_path):
         Outputs(tmp_path / "analysis", NoTracker()),
         Store(cfg.store, makers=cfg.makers),
     )
-    metrics = config.locate(cfg.stage._target_)(cfg, store, outputs)
+    metrics = leaves.locate(cfg.stage._target_)(cfg, store, outputs)
     assert metrics["tokens"] == 192
     assert (tmp_path / "analysis" / "statistics.parquet").exists()
     (key,) = store.used
