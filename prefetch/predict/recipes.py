@@ -40,6 +40,7 @@ from prefetch.trace.card import ModelCard
 from prefetch.trace.parquet import TraceReader
 
 RECIPE = 2  # raise it when folds, features or files change what is written
+ASKED = ("horizons", "needs", "sees", "score", "fit", "scores")  # of whatever is a predictor
 PREDICTIONS = (
     2  # raise it when only guesses, or what they say of themselves, change: nothing is fitted anew
 )
@@ -252,7 +253,13 @@ def with_predictor(cfg: Config, name: str) -> Config:
 
 
 def made(cfg: Config) -> Predictor:
-    return cast(Predictor, leaves.instantiate(cfg.predictor, "predictor"))
+    predictor = leaves.instantiate(cfg.predictor, "predictor")
+    if lacking := [name for name in ASKED if not hasattr(predictor, name)]:
+        raise ConfigError(
+            f"predictor={cfg.predictor._target_}: has no {', '.join(lacking)}; a predictor has {', '.join(ASKED)} "
+            "(docs/predict.md)"
+        )
+    return cast(Predictor, predictor)
 
 
 def settings_of(cfg: Config) -> dict[str, Any]:

@@ -208,7 +208,9 @@ def _break_evens(found: Pays) -> str:
     slowest = min(found.by_link) * found.link_gb_s
     fastest = max(found.by_link) * found.link_gb_s
     if not math.isfinite(link):
-        words.append(f"They win {MATTERS:.0%} on no link from {slowest:.2g} to {fastest:.3g} GB/s.")
+        words.append(
+            f"They win {MATTERS:.0%} on no link from {slowest:.2g} to {fastest:,.0f} GB/s."
+        )
     elif link <= slowest:
         words.append(
             f"They win {MATTERS:.0%} even at {slowest:.2g} GB/s (this link: {found.link_gb_s:.3g})."

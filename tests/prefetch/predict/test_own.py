@@ -17,7 +17,7 @@ from routing_traces import random_trace
 from prefetch import config
 from prefetch.artifacts import Store
 from prefetch.config import Config
-from prefetch.errors import FormatError
+from prefetch.errors import ConfigError, FormatError
 from prefetch.predict.markov import Markov
 from prefetch.predict.part import whole
 from prefetch.predict.popularity import Popularity
@@ -94,6 +94,14 @@ def test_scores_of_another_shape_are_refused(tmp_path: Path, module: Path) -> No
         FormatError, match=r"own_guesses\.Wide\.scores: expected .* = \[\d+, 4, 16\], got"
     ):
         first_guess(configured(tmp_path, "Wide"))
+
+
+def test_what_a_predictor_lacks_is_named(tmp_path: Path, module: Path) -> None:
+    module.write_text(
+        SOURCE.replace('needs, sees, score = (), "nothing", "rank"', 'score = "rank"')
+    )
+    with pytest.raises(ConfigError, match=r"own_guesses\.Always: has no needs, sees; a predictor"):
+        first_guess(configured(tmp_path, "Always"))
 
 
 def test_what_one_learnt_is_not_put_into_another(tmp_path: Path) -> None:
