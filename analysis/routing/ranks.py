@@ -59,12 +59,11 @@ def rank_markov(here_TK, there_TK, chance_EE, class_T, number_T, nobody, ranks_C
 def rank_drawn(  # type: ignore[no-untyped-def]
     here_TK, there_TK, chance_EE, cdf_E, guide, row_T, seed, share, class_T, nobody, ranks_CE
 ):
-    """The same for experts drawn from a cdf, which have nothing to do with this row.
+    """The same for experts drawn from a cdf, which have nothing to do with this row; it ends with 1.
 
     A share of the rows will do; of few rows, each counts `share` times.
     """
     score_E = np.zeros(chance_EE.shape[0], np.float32)
-    last = len(cdf_E) - 1
     for t in range(here_TK.shape[0]):
         c = class_T[t]
         if c >= ranks_CE.shape[0]:
@@ -79,7 +78,7 @@ def rank_drawn(  # type: ignore[no-untyped-def]
                 state = _mix(state + np.uint64(0x9E3779B97F4A7C15))
                 u = _unit(state)
                 b = guide[int(u * len(guide))]
-                while b < last and cdf_E[b] <= u:
+                while cdf_E[b] <= u:
                     b += 1
                 ranks_CE[c, _rank(score_E, b)] += 1
 

@@ -293,6 +293,8 @@ def _control(
         )
         chance_EE = smoothed(joint_EE[None], met_E[None])[0]
         rest_E = np.cumsum(there_E - met_E)
+        if not rest_E[-1]:  # each expert is drawn by itself: of few rows, all may have been met
+            rest_E = np.cumsum(there_E)
         return chance_EE, rest_E / max(1, rest_E[-1])
 
     drawn = for_layers(draw, len(here_LE))

@@ -68,7 +68,7 @@ def victim(state: State, n_slots: int, busy_N: NDArray[np.int64], seen: Seen) ->
     if seen.now > 0:
         _recall(state, node_of(state, n_slots, seen.entry, NODES, WIDE))
     state[HAS_EVICTED] = 1
-    if state[MAIN + LENGTH] > state[MAIN_ROOM] or state[SMALL + LENGTH] == 0:
+    if state[MAIN + LENGTH] > state[MAIN_ROOM]:
         slot = _from_main(state, busy_N)
         if slot != STAYS:
             return slot

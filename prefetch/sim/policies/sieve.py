@@ -29,7 +29,7 @@ def state_size(n_slots: int, n_entries: int) -> int:
 
 
 def start(state: State, capacity: int) -> None:
-    state[:NODES] = RING
+    """Zeros are an empty ring, and a hand at the oldest."""
 
 
 def filled(state: State, n_slots: int, slot: int, seen: Seen) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from routing_traces import odd_traces, random_trace, real_trace
+from scipy.stats import binomtest, chi2, false_discovery_control, power_divergence
 from sklearn.metrics import mutual_info_score
 from sklearn.naive_bayes import MultinomialNB
 
@@ -140,6 +141,11 @@ def test_which_requests_are_kept_depends_on_the_seed_and_on_nothing_else(
     trace = drawn(5, n_requests=40)
     kept = [set(Domains(plan_of(trace, seed=seed)).request_R.tolist()) for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]
+    some = counted(trace)
+    monkeypatch.setattr(module, "MOST_REQUESTS", 100)
+    every = counted(trace)
+    own_R = np.isin(every.request_R, some.request_R)  # what others use is nobody's
+    np.testing.assert_array_equal(every.usage_RLE[own_R], some.usage_RLE)
 
 
 def test_usage_is_every_domains_own() -> None:
@@ -157,7 +163,7 @@ def test_only_the_largest_domains_are_compared() -> None:
     assert found.domains == ("d0", "d1", "d2")
     assert "the 3 largest are compared; the other 1 (150 rows) are not" in found.notes[0]
     assert set(found.usage().domain) == set(found.domains)
-    assert not counted(trace).notes
+    assert not counted(trace).notes and not counted(trace, most=4).notes
 
 
 def test_transitions_are_kept_for_as_many_domains_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +188,7 @@ def test_domains_that_share_no_expert_are_told_by_one_choice() -> None:
 def test_information_is_that_of_sklearn_and_its_bias_is_taken_off() -> None:
     """Independent draws: the truth is 0, the plug-in estimate is not."""
     taste = np.tile(np.random.default_rng(1).dirichlet(np.full(40, 5.0)), (3, 1))
+    taste = np.hstack([taste, np.zeros((3, 20))])  # nobody ever takes the last twenty
     trace = tasteful(taste, 60, n_layers=20)
     rows = domain_information(trace)
     domain_T = trace.domain_T
@@ -209,6 +216,94 @@ def test_specialisation_is_the_divergence_over_its_most() -> None:
     assert rows.loc[1, "q_value"] < 1e-6 and (rows.specialisation.between(0, 1)).all()
 
 
+def slow_effect(found: Domains, layer: int, expert: int) -> float:
+    """By how much an expert's counts spread over requests of a domain, more than independent choices of its share."""
+    spread, alone = 0.0, 0.0
+    for d in range(len(found.domains)):
+        of_R = found.usage_RLE[found.domain_R == d, layer].astype(float)
+        share = of_R[:, expert].sum() / of_R.sum()
+        spread += ((of_R[:, expert] - of_R.sum(axis=1) * share) ** 2).sum()
+        alone += of_R.sum() * share * (1 - share)
+    free = len(found.request_R) - len(found.domains)
+    return max(1.0, spread / alone * len(found.request_R) / free)
+
+
+def test_q_values_are_those_of_a_g_test() -> None:
+    """Nobody takes the last expert; one domain makes a single choice at the last layer."""
+    trace = drawn(4, n_requests=40)
+    ids = trace.ids_TLK.astype(int)
+    ids[(ids == 15) | (ids > 16)] = -1
+    rare = trace.domain_T == 2
+    ids[rare, 3] = -1
+    ids[np.flatnonzero(rare & (trace.position_T == 11))[0], 3, 0] = 9
+    made = trace_of(trace.card, ids, request_T=trace.request_T)
+    found = counted(named(made, trace.domain_T, NAMES[:3]))
+    rows = found.specialisation()
+    assert (rows["count"] > 0).all() and len(rows) == 60
+    assert found.usage_RLE[found.domain_R == found.domains.index("maths"), 3].sum() == 1
+    for layer in range(4):
+        count_DE = found.usage_RLE[:, layer].astype(int)
+        count_DE = np.stack([count_DE[found.domain_R == d].sum(axis=0) for d in range(3)])[:, :15]
+        chance_DE = count_DE.sum(axis=1, keepdims=True) * count_DE.sum(axis=0) / count_DE.sum()
+        effect_E = [slow_effect(found, layer, e) for e in range(15)]
+        np.testing.assert_allclose(found._design_effects()[layer, :15], effect_E, rtol=1e-9)
+        told_E = power_divergence(count_DE, chance_DE, lambda_=0)[0]
+        p_E = chi2.sf(told_E / effect_E, 2)
+        q_E = rows[rows.layer == layer].q_value
+        np.testing.assert_allclose(q_E, false_discovery_control(p_E), rtol=1e-6)
+
+
+def test_a_domain_that_skips_a_layer_is_nobodys_there() -> None:
+    """What the layer tells of the others is what it tells where there are no others."""
+    trace = tasteful(np.random.default_rng(5).dirichlet(np.ones(6), 3), 60, n_layers=2)
+    ids = trace.ids_TLK.astype(int)
+    ids[trace.domain_T == 1, 1] = -1
+    trace = named(trace_of(trace.card, ids, request_T=trace.request_T), trace.domain_T, NAMES[:3])
+    rows = counted(trace).specialisation().query("layer == 1").reset_index(drop=True)
+    others = named(trace, np.where(trace.domain_T == 1, -1, trace.domain_T), NAMES[:3])
+    alone = counted(others).specialisation().query("layer == 1").reset_index(drop=True)
+    told = ["expert", "count", "domain", "lift", "specialisation"]
+    pd.testing.assert_frame_equal(rows[told], alone[told])
+
+
+def test_a_request_per_domain_does_not_tell_how_much_requests_differ() -> None:
+    taste = np.random.default_rng(0).dirichlet(np.ones(8), 2)
+    assert counted(tasteful(taste, 2)).specialisation().q_value.isna().all()
+    assert (counted(tasteful(taste, 4)).accuracy().requests == 4).all()  # two of each can be told
+
+
+def test_one_choice_tells_nothing() -> None:
+    told_LE, most_L, lift_DLE = module._divergence(np.array([[[1, 0]], [[0, 0]]]))
+    assert told_LE.tolist() == [[0, 0]] and most_L.tolist() == [0]
+    assert lift_DLE.tolist() == [[[1, 0]], [[0, 0]]]
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_bias_taken_off_is_that_of_miller_and_madow(top_k: int) -> None:
+    """Cells less margins: where k choices come together, what is known of a domain is known of k."""
+    trace = drawn(6, n_requests=8, tokens=6, top_k=top_k)
+    ids = trace.ids_TLK.astype(int)
+    ids[ids > 15] = -1
+    ids[trace.domain_T == 1, 2] = -1
+    ids[trace.domain_T == 2, 3] = -1
+    ids[np.flatnonzero(trace.domain_T == 2)[-1], 3, 0] = 15
+    made = trace_of(trace.card, ids, request_T=trace.request_T)
+    found = counted(named(made, trace.domain_T, NAMES[:3]))
+    for row in found.information().itertuples():
+        counts = [found.usage_RLE[found.domain_R == d, row.layer].sum(axis=0) for d in range(3)]
+        cells = sum(int((count_E > 0).sum()) for count_E in counts)
+        experts, domains = int((sum(counts) > 0).sum()), sum(bool(one.any()) for one in counts)
+        bias = (cells - experts - top_k * (domains - 1)) / (2 * np.log(2) * np.sum(counts))
+        assert row.plugin_bits - row.mutual_information_bits == pytest.approx(bias, abs=1e-12)
+
+
+def test_usage_of_long_requests_is_counted_wide() -> None:
+    plan = plan_of(drawn())
+    for rows, kind in ((2**16 - 1, np.uint16), (2**16, np.int32)):
+        plan.survey.n_rows_R[0] = rows
+        assert Domains(plan).usage_RLE.dtype == kind
+
+
 def test_requests_that_stick_to_one_subject_do_not_make_specialists() -> None:
     """Every request has a taste of its own, whatever its domain: tokens taken one by one would call most special."""
     rng = np.random.default_rng(0)
@@ -233,6 +328,8 @@ def test_accuracy_is_that_of_sklearn_on_the_requests_themselves() -> None:
         guess_R[test] = model.predict(usage_RF[test])
     rows = found.accuracy().set_index("classifier")
     assert rows.loc["naive_bayes", "accuracy"] == (guess_R == found.domain_R).mean()
+    interval = binomtest(int((guess_R == found.domain_R).sum()), 40).proportion_ci(method="wilson")
+    assert rows.loc["naive_bayes", ["low", "high"]].tolist() == pytest.approx(interval, abs=1e-6)
     assert rows.index.tolist() == ["naive_bayes", "majority", "shuffled_labels"]
     assert rows.loc["majority", "balanced_accuracy"] == pytest.approx(1 / 3)
     assert (rows.low < rows.accuracy).all() and (rows.accuracy < rows.high).all()
@@ -259,6 +356,7 @@ def test_a_prompt_template_does_not_give_the_domain_away() -> None:
     accuracy = found.accuracy().set_index("classifier").accuracy
     assert accuracy["naive_bayes"] < 0.7  # 60 requests: two standard errors above one half
     assert found.usage_RLE.sum() == 60 * 20 and found.usage_CDLE.sum() == 60 * 30
+    assert found.specialisation()["count"].sum() == 60 * 20
 
 
 def test_repeated_requests_are_left_out() -> None:
@@ -320,9 +418,15 @@ def slow_markov(
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_transfer_is_the_formula_of_the_readme(top_k: int) -> None:
+@pytest.mark.parametrize("template", [0, 4])
+def test_transfer_is_the_formula_of_the_readme(top_k: int, template: int) -> None:
+    """Rows of a template are rows like all others here."""
     trace = drawn(1, n_requests=24, n_layers=3, n_experts=7, top_k=top_k)
+    ids = trace.ids_TLK.copy()
+    ids[trace.position_T < template] = np.arange(top_k)
+    trace = replace(trace, ids_TLK=ids)
     plan = plan_of(trace)
+    assert plan.split.is_template_DP.any() == (template > 0)
     found = counted(trace, plan)
     table = transferred(trace, found).table()
     assert len(table) == 18
@@ -333,6 +437,38 @@ def test_transfer_is_the_formula_of_the_readme(top_k: int) -> None:
         assert row.recall == pytest.approx(told, abs=1e-9 if row.measure == "popularity" else 0.01)
     rows_B = table.set_index(["measure", "train_domain", "test_domain"]).tokens
     assert rows_B["markov", "code", "law" if "law" in trace.domains else "maths"] > 0
+
+
+def test_a_domain_without_tested_requests_is_scored_on_by_nobody() -> None:
+    trace = tasteful(np.full((2, 6), 1 / 6), 20, n_layers=2)
+    trained = np.setdiff1d(trace.request_T, plan_of(trace).split.test_requests)[0]
+    trace = named(trace, np.where(trace.request_T == trained, 2, trace.domain_T), NAMES[:3])
+    table = transferred(trace, counted(trace)).table()
+    assert set(table.train_domain) == set(NAMES[:3]) and set(table.test_domain) == set(NAMES[:2])
+
+
+def test_guesses_are_the_best_and_of_equal_ones_the_lower() -> None:
+    """Chances of few different values, also where all of them are equal."""
+    rng, nobody = np.random.default_rng(0), 99
+    ids_TLK = np.argsort(rng.random((80, 2, 9)), axis=2)[:, :, :3]
+    ids_TLK[rng.random(ids_TLK.shape) < 0.2] = nobody
+    chance_EE = rng.integers(0, 2, (9, 9)).astype(np.float32) * (np.arange(9) % 2)[:, None]
+    domain_T, expected, found = rng.integers(0, 3, 80), np.zeros((2, 3), int), np.zeros((2, 3), int)
+    for (here, there), domain in zip(ids_TLK.tolist(), domain_T, strict=True):
+        known = [a for a in here if a != nobody]
+        score_E = chance_EE[known].sum(axis=0)
+        guesses = sorted(range(9), key=lambda e: (-score_E[e], e))[:3] if known else []
+        chosen = [b for b in there if b != nobody] if known else []
+        expected[:, domain] += len(set(chosen) & set(guesses)), len(chosen)
+    transfer._score(ids_TLK[:, 0], ids_TLK[:, 1], domain_T, nobody, chance_EE, *found)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_rows_are_drawn_by_splitmix64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first numbers of Vigna's C code, begun at 0."""
+    monkeypatch.setattr(transfer, "hash_of_request", lambda seed, request: 0)
+    told = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC)
+    assert transfer._unit(np.arange(1, 5), 0).tolist() == [(x >> 11) / 2**53 for x in told]
 
 
 def test_transitions_that_every_domain_shares_carry_over_and_popularity_does_not() -> None:

@@ -95,18 +95,19 @@ def test_few_requests_tell_no_family() -> None:
 
 
 def slow_links(
-    joint_EE: NDArray[Any], here_E: NDArray[Any], there_E: NDArray[Any], n: int
-) -> set[tuple[int, int]]:
+    joint_EE: NDArray[Any], here_E: NDArray[Any], there_E: NDArray[Any], n: int,
+    effect_EE: NDArray[Any], requests: float,
+) -> set[tuple[int, int]]:  # fmt: skip
     """Mutual best partners of one layer pair, in plain Python."""
     lift, p = {}, {}
     for a in range(len(here_E)):
         for b in range(len(there_E)):
             expected = here_E[a] * there_E[b] / n
-            if expected >= 5:
+            if expected / effect_EE[a, b] >= 5:
                 spread = expected * (1 - here_E[a] / n) * (1 - there_E[b] / n)
                 lift[a, b] = joint_EE[a, b] / expected
                 z = (joint_EE[a, b] - expected) / spread**0.5 if spread > 1e-9 else 0.0
-                p[a, b] = stats.norm.sf(z)
+                p[a, b] = stats.t.sf(z / effect_EE[a, b] ** 0.5, requests - 1)
     if not lift:
         return set()
     q = dict(zip(p, stats.false_discovery_control(list(p.values())), strict=True))
@@ -123,23 +124,31 @@ def slow_links(
     }
 
 
-@given(st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
-def test_links_are_those_found_by_hand(seed: int) -> None:
+@given(st.integers(0, 10**6), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_links_are_those_found_by_hand(seed: int, in_requests: bool) -> None:
+    """Of tokens that are independent, or that come in runs, in as few requests as tell anything."""
     trace = walk(600, loyal=np.random.default_rng(seed).choice([0.2, 0.4, 0.6]), seed=seed)
+    trace = in_runs(trace, 50, 0.5, together=True) if in_requests else trace
     plan = plan_of(trace)
     found = Transitions(plan, (1,))
     accumulate(trace, plan, [found])
     counts = found.joint(1), found.here(1), found.there(1), found.tokens(1)
     chains: list[list[tuple[int, int]]] = []
     for layer in range(len(counts[0])):
-        for a, b in sorted(slow_links(*(array[layer] for array in counts))):
+        joint_EE, here_E, there_E, n = (array[layer] for array in counts)
+        effect_EE, requests = np.ones(joint_EE.shape), np.inf
+        if in_requests:
+            expected_EE = here_E[:, None] * there_E / n
+            effect_EE = found.spread.effects(layer, joint_EE, here_E, there_E, expected_EE, n)
+            requests = float(found.spread.requests_L[layer])
+        for a, b in sorted(slow_links(joint_EE, here_E, there_E, n, effect_EE, requests)):
             grown = [chain for chain in chains if chain[-1] == (layer, a)]
             (grown[0] if grown else chains.append([(layer, a)]) or chains[-1]).append(
                 (layer + 1, b)
             )
     expected = sorted((c for c in chains if len(c) >= 3), key=lambda c: (-len(c), c))
-    rows = families(*counts, plan.card)
+    rows = families(*counts, plan.card, spread=found.spread if in_requests else None)
     told = [
         list(zip(rows.layer - 10, rows.expert, strict=True)) for _, rows in rows.groupby("family")
     ]
@@ -147,16 +156,25 @@ def test_links_are_those_found_by_hand(seed: int) -> None:
 
 
 def test_shares_and_lifts_are_of_the_counts_given() -> None:
-    joint_LEE = np.tile(np.array([[60, 10], [10, 120]]), (2, 1, 1))
-    used_LE = joint_LEE.sum(axis=2)
+    joint_LEE = np.array([[[60, 10], [10, 120]], [[50, 20], [5, 125]]])
+    here_LE, there_LE = joint_LEE.sum(axis=2), joint_LEE.sum(axis=1)
     card = plain_card("c", n_experts=2, top_k=1, layer_numbers=(0, 1, 2))
-    rows = families(joint_LEE, used_LE, used_LE, np.array([200, 200]), card)
+    rows = families(joint_LEE, here_LE, there_LE, np.array([200, 200]), card)
     one = rows[rows.family == 0]
     assert (
         one.expert.tolist() == [0, 0, 0] and rows.family.nunique() == 1
     )  # 1 -> 1 has a lift of 1.42
-    np.testing.assert_allclose(one.lift_to_next.iloc[:2], 60 * 200 / 70**2)
-    np.testing.assert_allclose(one.share, 70 / 200)
+    np.testing.assert_allclose(one.lift_to_next.iloc[:2], [60 * 200 / 70**2, 50 * 200 / (70 * 55)])
+    np.testing.assert_allclose(one.share, [70 / 200, 70 / 200, 55 / 200])
+
+
+def test_bars_that_are_just_met_are_met() -> None:
+    """Five pairs expected, ten found: a lift of two."""
+    joint_LEE = np.tile([[10, 0], [90, 100]], (2, 1, 1))
+    card = plain_card("c", n_experts=2, top_k=1, layer_numbers=(0, 1, 2))
+    here_LE, there_LE = joint_LEE.sum(axis=2), joint_LEE.sum(axis=1)
+    rows = families(joint_LEE, here_LE, there_LE, np.array([200, 200]), card)
+    assert rows.expert.tolist() == [0, 0, 0] and rows.lift_to_next.tolist()[:2] == [2, 2]
 
 
 @pytest.mark.parametrize("name", odd_traces())

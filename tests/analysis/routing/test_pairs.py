@@ -1,4 +1,4 @@
-"""Counts of pairs are as wide as the trace may need: twice all rows fit, and nothing else changes."""
+"""Counts of pairs are as wide as the trace may need, twice all rows fit; their spread is that of plain sums."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from routing_traces import random_trace
 from analysis.routing.batch import Plan, accumulate, plan_of
 from analysis.routing.coactivation import CoActivation
 from analysis.routing.domains import Domains
+from analysis.routing.pairs import SKIP, Spread
 from analysis.routing.transitions import NextTokens, Transitions
 from prefetch.errors import MissingData
 
@@ -55,3 +56,44 @@ def test_wide_counts_are_refused_where_narrow_ones_fit(monkeypatch):
     NextTokens(planned(2**30 - 1))
     with pytest.raises(MissingData, match="pair counts of 16 experts in 4 layers would take"):
         NextTokens(planned(2**30))
+
+
+def spread_by_hand(here_TK, there_TK, request_T, class_T) -> list[np.ndarray]:
+    """Sums over requests of products of their counts, as `Spread` names them."""
+    here_TE, there_TE = (
+        (ids_TK[:, :, None] == np.arange(12)).any(axis=1).astype(int)
+        for ids_TK in (here_TK, there_TK)
+    )
+    counts_T = (class_T != SKIP) & here_TE.any(axis=1) & there_TE.any(axis=1)
+    sums = [np.zeros(shape, int) for shape in ((5, 12, 12), (4, 12), 2)]
+    for r in np.unique(request_T[counts_T]):
+        here, there = (rows_TE[counts_T & (request_T == r)] for rows_TE in (here_TE, there_TE))
+        n, a, b, t = here.T @ there, here.sum(axis=0), there.sum(axis=0), len(here)
+        sums[0] += np.stack([n * n, n * a[:, None], n * b, n * t, a[:, None] * b])
+        sums[1] += np.stack([a * a, a * t, b * b, b * t])
+        sums[2] += [1, t * t]
+    return sums
+
+
+@pytest.mark.parametrize("is_same", [False, True])
+def test_how_counts_spread_is_summed_over_requests(is_same):
+    """Requests of four rows and more settle the whole table, shorter ones pair by pair; some rows do not count."""
+    rng = np.random.default_rng(0)
+    request_T = np.repeat(np.arange(40), rng.integers(1, 12, 40))
+    ids_TLK = np.argsort(rng.random((len(request_T), 2, 12)), axis=2)[:, :, :2].astype(np.uint8)
+    ids_TLK[rng.random(ids_TLK.shape) < 0.2] = 255
+    here_TK, there_TK = ids_TLK[:, 0], ids_TLK[:, 1 - is_same]
+    class_T = rng.choice(np.array([0, 1, SKIP], np.uint8), len(request_T))
+    class_T[request_T % 7 == 3] = SKIP
+    spread = Spread(2, 12)
+    for low, high in ((0, 25), (25, 40)):
+        rows = slice(*np.searchsorted(request_T, [low, high]))
+        starts_R = np.searchsorted(request_T[rows], np.arange(low, high))
+        here = here_TK[rows]
+        spread.add(1, here, here if is_same else there_TK[rows], starts_R, class_T[rows], 255)
+    pair_MEE, margin_ME, total_M = spread_by_hand(here_TK, there_TK, request_T, class_T)
+    told_EE = np.triu(np.ones((12, 12), bool), 1) if is_same else np.ones((12, 12), bool)
+    np.testing.assert_array_equal(spread.pair_LMEE[1][:, told_EE], pair_MEE[:, told_EE])
+    np.testing.assert_array_equal(spread.margin_LME[1], margin_ME)
+    assert spread.total_LM.tolist() == [[0, 0], total_M.tolist()]
+    assert not spread.pair_LMEE[0].any() and not spread.margin_LME[0].any()

@@ -128,6 +128,14 @@ def test_the_control_is_the_recall_of_really_permuted_rows():
     assert control[0] == pytest.approx(np.mean(permuted), abs=4 * np.std(permuted) + 0.003)
 
 
+def test_few_rows_leave_the_control_somebody_to_draw():
+    """Of three tokens the first two may have met everybody who is there."""
+    ids = np.random.default_rng(0).integers(0, 4, (3, 40, 1))
+    card = plain_card("few", n_experts=4, top_k=1, layer_numbers=tuple(range(40)))
+    found = scored(trace_of(card, ids, request_T=np.arange(3)))
+    assert (found.control[1][1][:, -1] == 1).all()
+
+
 @pytest.mark.parametrize("max_rows", [1, 130, 5000])
 def test_batches_and_merging_change_nothing(max_rows):
     trace = random_trace(7)

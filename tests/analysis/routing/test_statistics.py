@@ -44,8 +44,8 @@ def test_moments_and_quartiles_are_those_of_scipy(counts_LE):
         if np.ptp(x):
             assert row["skewness"] == pytest.approx(stats.skew(x), abs=1e-9)
             assert row["kurtosis"] == pytest.approx(stats.kurtosis(x), abs=1e-9)
-        if x.sum():
-            assert row["entropy_bits"] == pytest.approx(stats.entropy(x, base=2), abs=1e-12)
+        entropy = stats.entropy(x, base=2) if x.sum() else 0.0
+        assert row["entropy_bits"] == pytest.approx(entropy, abs=1e-12)
 
 
 @given(counts)
@@ -199,6 +199,7 @@ def test_tokens_are_rows_with_an_expert_there() -> None:
 def test_odd_traces_have_statistics(name):
     trace = odd_traces()[name]
     table = statistics(trace)
+    assert table.index.tolist() == [*range(len(table))]
     rows = table[(table.phase == "all") & (table.choices == "all")]
     assert len(rows) == trace.card.n_layers
     run = trace.ids_TLK[trace.executed_T]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ from prefetch.sim.engines.pool import ATOMIC, HIT, LATE, MISS, OVERSHOOT
 from prefetch.sim.engines.run import replay, timed_replay
 from prefetch.sim.engines.timed_reference import TimedReplay
 from prefetch.sim.policies.belady import Belady
+from prefetch.sim.policies.least_stale import LeastStale
 from prefetch.sim.policies.lfu import Lfu
 from prefetch.sim.policies.lru import Lru
+from prefetch.sim.policy import KeyRules
 from prefetch.sim.workload import Workload, workload_of
 from prefetch.trace.card import plain_card
 from prefetch.trace.routing import trace_of
 from tests.prefetch.sim.engines.test_replay import drawn
 
-POLICIES = (Lru(), Lfu(), Belady())
+POLICIES = (Lru(), Lfu(), Belady(), LeastStale())
 
 
 def machine_of(work: Workload, seed: int = 0, **settings: Any) -> Machine:
@@ -96,6 +99,7 @@ def guesses_of(work: Workload, seed: int, ahead: int, width: int, recall: float)
     budget_bytes=st.sampled_from([10**12, 10**12, 1699, 3000, 6000]),
     by_score=st.booleans(),
     memory=st.sampled_from([None, None, 0, 3000, 9000, 20_000, 10**9]),
+    slower=st.sampled_from([1, 20]),
 )
 def test_compiled_equals_plain(
     seed,
@@ -110,12 +114,15 @@ def test_compiled_equals_plain(
     recall,
     size_L,
     memory,
+    slower,
     **options,
 ):
+    """`slower`: experts take longer than their copies, which wait for places."""
     work = drawn(seed, n_tokens=40, batch=batch)
     rooms = [3 * room] if is_global else [room] * 3
     options["disk"] = NO_DISK if memory is None else disk_of(memory, seed)
     machine = machine_of(work, seed, miss_way=way, staging=1 + seed % 3, **options)
+    machine = machine._replace(weight_ns_L=slower * machine.weight_ns_L)
     guesses = guesses_of(work, seed, ahead, width, recall)
     plain = TimedReplay(work, policy, rooms, size_L, machine, guesses, semantics).run()
     fast = timed_replay(work, policy, rooms, size_L, machine, guesses, semantics)
@@ -271,6 +278,40 @@ def test_of_two_guesses_that_wait_the_link_takes_the_better():
         machine = machine_of(work, predict_ns=0, by_score=by_score, **settings)
         found = timed_replay(work, Lru(), [2] * 3, [1] * 3, machine, guesses).outcome_A.tolist()
         assert found == outcome
+
+
+def test_uploads_spend_nothing_of_what_guesses_may_move():
+    """0 is computed by the host and copied for its next use; then 4, which a byte less cannot pay for."""
+    card = plain_card("two", n_experts=6, top_k=1, layer_numbers=(0, 1))
+    work = workload_of(trace_of(card, np.array([[[0], [4]]])))
+    settings = {"chunk_ns_LX": np.full((2, 1), 100), "n_chunks_L": np.ones(2, np.int64)}
+    settings |= {"bytes_L": np.full(2, 900), "before_S": np.array([100]), "uploads": 2}
+    settings |= {"host_weight_ns_L": np.full(2, 1000), "miss_way": BOTH}
+    guesses = Guesses(np.array([[-1], [4]], np.int32), np.full((2, 1), 7), 1)
+    for budget_bytes, found in ((899, MISS), (900, HIT)):
+        machine = machine_of(work, budget_bytes=budget_bytes, **settings)
+        plain = TimedReplay(work, Lru(), [2] * 2, [1] * 2, machine, guesses).run()
+        timed = timed_replay(work, Lru(), [2] * 2, [1] * 2, machine, guesses)
+        assert timed.outcome_A.tolist() == plain.outcome == [MISS, found]
+    told = list[int]()
+    policy = SimpleNamespace(needs=(), after_use=False, rules=None)
+    policy.rules = KeyRules(lambda seen: told.append(seen.score) or 0, lambda key, seen: key)
+    TimedReplay(work, policy, [2] * 2, [1] * 2, machine, guesses).run()
+    assert told == [0, 7]  # an upload is no guess
+
+
+def test_a_host_that_copies_leave_a_thousandth_of_its_speed():
+    """2 ns of work take 2000 beside its upload, which takes 5000; so in both layers, 100 after their begin."""
+    card = plain_card("two", n_experts=6, top_k=1, layer_numbers=(0, 1))
+    work = workload_of(trace_of(card, np.array([[[0], [4]]])))
+    settings = {"chunk_ns_LX": np.full((2, 1), 5000), "n_chunks_L": np.ones(2, np.int64)}
+    settings |= {"bytes_L": np.full(2, 900), "before_S": np.array([100]), "uploads": 2}
+    settings |= {"host_weight_ns_L": np.full(2, 2), "host_token_ns_L": np.full(2, 1)}
+    machine = machine_of(work, miss_way=BOTH, issue_ns=0, shared_per_1000=1, **settings)
+    nobody = Guesses(np.empty((0, 0), np.int32), np.empty((0, 0), np.int64), 1)
+    plain = TimedReplay(work, Lru(), [2] * 2, [1] * 2, machine, nobody).run()
+    timed = timed_replay(work, Lru(), [2] * 2, [1] * 2, machine)
+    assert timed.time_S.tolist() == plain.time_S == [2 * (100 + 2000)]
 
 
 def test_who_was_brought_beside_the_cache_lends_no_place_to_others():
