@@ -32,7 +32,9 @@ from analysis.report.runs import (
 )
 from prefetch import plain_yaml
 from prefetch.runs.redaction import Redactor
+from prefetch.trace.packed import check_table
 
+MOST_TABLE = 64 << 20  # bytes of its values
 LONGEST_TEXT = 200_000  # bytes of a log or page that are read
 
 
@@ -231,7 +233,10 @@ def _tables(folder: Path, hidden: Redactor) -> dict[str, Callable[[], pd.DataFra
 
 def _frame(path: Path, hidden: Redactor) -> pd.DataFrame:
     typed = _own(path.parent, f"{glob.escape(path.stem)}.parquet")
-    return hidden.frame(pd.read_parquet(typed[0]) if typed else pd.read_csv(path))
+    if not typed:
+        return hidden.frame(pd.read_csv(path))
+    check_table(typed[0], MOST_TABLE)
+    return hidden.frame(pd.read_parquet(typed[0]))
 
 
 def _pictures(folder: Path) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prefetch import zipped
 from prefetch.errors import FormatError, reading
-from prefetch.trace.packed import check_packed
+from prefetch.trace.packed import check_packed, is_text, text_bytes
 
 MOST_TEXT = 256 << 20  # bytes of the names of a block's rows, each as long as it is
 ONLY = "expert_ids"  # what the one array of a .npy file is called
@@ -166,32 +166,18 @@ def texts_of(schema: Any, names: list[str]) -> list[str]:
         kind = inner = schema.field(name).type
         while pa.types.is_nested(inner) and inner.num_fields == 1:
             inner = inner.field(0).type
-        if _is_text(inner):
+        if is_text(inner):
             texts.append(name)
             if inner is not kind:
                 raise FormatError(f"column {name}: expected lists of numbers, found {kind}")
     return texts
 
 
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(
-        getattr(pa.types, f"is_{name}")(kind)
-        for name in ("string", "large_string", "binary", "large_binary")
-    )
-
-
 def _check_texts(column: Any, name: str) -> None:
     """A few kilobytes can say one long name a million times."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if not _is_text(column.type):
+    if not is_text(column.type):
         return
-    lengths = pc.binary_length(column.dictionary).cast(pa.int64())
-    n_bytes = pc.sum(lengths.take(column.indices)).as_py() or 0
+    n_bytes = text_bytes(column)
     if n_bytes > MOST_TEXT:
         raise FormatError(
             f"column {name}: {len(column):,} rows hold {n_bytes:,} bytes of text, more than {MOST_TEXT:,}: refused as "

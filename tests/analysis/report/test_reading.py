@@ -4,6 +4,9 @@ import json
 import os
 import shlex
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,6 +100,23 @@ def test_a_damaged_file_costs_only_what_it_holds(tmp_path, name):
         assert any(name.rpartition("/")[2] in note for note in run.notes)
     if name == "results.csv":
         assert run.table("results") is None and "results" in run.failures
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(np.zeros(20_000_000, np.int8)),
+        pa.array(["x" * 100_000]).take(pa.array([0] * 10_000)),
+    ],
+)
+def test_a_table_that_unfolds_to_more_than_a_page_needs_is_not_read(tmp_path, column):
+    folder = write_run(tmp_path / "a", Told())
+    pq.write_table(pa.table({"a": column}), folder / "results.parquet", compression="zstd")
+    assert (folder / "results.parquet").stat().st_size < 1 << 18
+    run = read(folder)
+    assert run.table("results") is None and "refused as a bomb" in str(run.failures["results"])
+    (folder / "results.parquet").unlink()
+    assert read(folder).table("results") is not None
 
 
 def test_odd_numbers_are_left_out_and_named(tmp_path):
