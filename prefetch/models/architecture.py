@@ -32,6 +32,13 @@ BITS_PER_WEIGHT = {
 
 PRECISIONS = tuple(sorted(BITS_PER_WEIGHT))
 EMBEDDINGS = ("input_embeddings", "output_embeddings")
+COUNTS = (
+    "first_dense_layers",
+    "encoder_layers",
+    "dense_size",
+    "shared_size",
+    "left_out_parameters",
+)
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,8 @@ class Architecture:
                 "hidden_size, vocab_size, layers, expert_size, moe_every must be positive, and layers at most "
                 f"{MOST_LAYERS}; found {self}"
             )
+        if min(getattr(self, name) for name in COUNTS) < 0:
+            raise ConfigError(f"{', '.join(COUNTS)} must not be negative; found {self}")
         checks = {
             f"score_function must be among {SCORES}": self.score_function in SCORES,
             f"precisions must be among {PRECISIONS}": precisions <= set(PRECISIONS),

@@ -175,6 +175,7 @@ def test_a_users_yaml_loads(tmp_path):
         ({"attention": 3}, "mine.yaml: attention must be"),
         ({"first_dense_layers": 1}, "mine.yaml: dense_size must be given"),
         ({"moe_every": 0}, "mine.yaml: .*moe_every must be positive"),
+        ({"first_dense_layers": -(2**62)}, "mine.yaml: first_dense_layers.* must not be negative"),
         ({"layers": 10**12}, "mine.yaml: .*layers at most"),
         ({"active_leaves_out": 5}, "mine.yaml: active_leaves_out must be tuple; found 5"),
         ({"active_leaves_out": [{}]}, "mine.yaml: active_leaves_out must be tuple; found"),
