@@ -21,6 +21,7 @@ from prefetch.trace.card import ModelCard
 MOST_BYTES = 2 << 30  # dense tables of pair counts; more experts than that fit need fewer horizons
 SKIP = 255  # class of a row that is not counted
 DENSE = 0.1  # pairs of a request per cell of the table, from which on the whole table is walked
+HYPERGEOMETRIC = 10**9  # rows that numpy's takes fewer than
 MANY = 100.0  # variance of a count, from which on it is drawn as a normal one
 SMALL_COUNT = 1 << 14  # from here on the asymptotic form is exact to 1e-8
 
@@ -356,9 +357,25 @@ def shuffled(
     drawn_EE = np.empty((len(here_E), len(there_E)), np.int64)
     normal_EE = rng.standard_normal(drawn_EE.shape)
     few_a, few_b = np.nonzero(_draw_many(here_E, there_E, n_tokens, normal_EE, drawn_EE))
-    few = there_E[few_b], n_tokens - there_E[few_b], here_E[few_a]
-    drawn_EE[few_a, few_b] = rng.hypergeometric(*few)
+    drawn_EE[few_a, few_b] = _few(here_E[few_a], there_E[few_b], n_tokens, rng)
     return drawn_EE
+
+
+def _few(
+    here_P: NDArray[Any], there_P: NDArray[Any], n: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """[pair]: how many of the rows that are here are there, where that varies little.
+
+    Of more rows than numpy's hypergeometric takes, binomial: the smaller side is drawn, and whoever is nearly
+    everywhere is counted by where it is not; its variance is within 0.1 %.
+    """
+    if n < HYPERGEOMETRIC:
+        return rng.hypergeometric(there_P, n - there_P, here_P)
+    is_most_P = there_P > n // 2
+    other_P = np.where(is_most_P, n - there_P, there_P)
+    fewer_P, more_P = np.minimum(here_P, other_P), np.maximum(here_P, other_P)
+    drawn_P = rng.binomial(fewer_P, more_P / n)
+    return np.where(is_most_P, here_P - drawn_P, drawn_P)
 
 
 @njit(cache=True, nogil=True)

@@ -12,7 +12,7 @@ from routing_traces import random_trace
 from analysis.routing.batch import Plan, accumulate, plan_of
 from analysis.routing.coactivation import CoActivation
 from analysis.routing.domains import Domains
-from analysis.routing.pairs import SKIP, Spread
+from analysis.routing.pairs import SKIP, Spread, shuffled
 from analysis.routing.transitions import NextTokens, Transitions
 from prefetch.errors import MissingData
 
@@ -97,3 +97,20 @@ def test_how_counts_spread_is_summed_over_requests(is_same):
     np.testing.assert_array_equal(spread.margin_LME[1], margin_ME)
     assert spread.total_LM.tolist() == [[0, 0], total_M.tolist()]
     assert not spread.pair_LMEE[0].any() and not spread.margin_LME[0].any()
+
+
+def test_rare_pairs_of_more_rows_than_numpy_draws_from():
+    """A hypergeometric count's mean and variance; who is everywhere is met by everybody."""
+    n, rng = 3_000_000_000, np.random.default_rng(0)
+    here_E = np.array([7, 200_000, n // 2, n - 3, n, 0])
+    there_E = np.array([5, 300_000, 90, n - 10, n, 1_000])
+    drawn = np.stack([shuffled(here_E, there_E, n, rng) for _ in range(4000)]).astype(float)
+    share_a, share_b = here_E[:, None] / n, there_E[None] / n
+    mean = share_a * there_E
+    variance = mean * (1 - share_a) * (1 - share_b) * n / (n - 1)
+    assert (np.abs(drawn.mean(0) - mean) <= 5 * np.sqrt(variance / 4000) + 1e-9).all()
+    varies = variance > 0.5
+    np.testing.assert_allclose(drawn.var(0)[varies], variance[varies], rtol=0.15)
+    assert (drawn[:, 4] == there_E).all() and (drawn[:, :, 4] == here_E).all()
+    assert (drawn >= np.maximum(0, here_E[:, None] + there_E - n)).all()
+    assert (drawn <= np.minimum(here_E[:, None], there_E)).all()
