@@ -43,9 +43,13 @@ def reading(where: Path | str, what: str = "") -> Iterator[None]:
     try:
         yield
     except PrefetchError as error:
-        if one_line(str(where)) in str(error):
+        place, said = one_line(str(where)), str(error)
+        if place in said:
             raise
-        raise type(error)(f"{where}: {error}") from error
+        head, _, rest = said.partition(": ")  # the file, where more is known of the place in it
+        raise type(error)(
+            f"{place}: {rest if rest and place.startswith(f'{head}, ') else said}"
+        ) from error
     except NameError:
         raise  # a slip of ours, not of the file
     except Exception as error:  # parsers meet damaged bytes with whatever they like

@@ -57,7 +57,8 @@ def instantiate(leaf: DictConfig, where: str) -> Any:
     try:
         return target(**values)
     except PrefetchError as error:
-        raise type(error)(f"{where}: {error}") from error
+        is_told = str(error).startswith(f"{where}.")  # by the name of the setting
+        raise type(error)(f"{'' if is_told else f'{where}: '}{error}") from error
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{where}: {error}") from error
 

@@ -37,3 +37,9 @@ def test_a_full_disk_is_not_the_fault_of_the_file_that_was_read():
         reading("a.csv", "rows"),
     ):
         raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_file_is_named_once_where_more_is_known_of_the_place():
+    with pytest.raises(FormatError) as error, reading("a.npz, rows from 0"), reading("a.npz", "x"):
+        raise FormatError("its header lies")
+    assert str(error.value) == "a.npz, rows from 0: its header lies"
