@@ -64,8 +64,8 @@ class TinyMoE(Source):
         sizes = (*SHAPE, "bytes_per_domain", "requests_per_domain", "prompt_tokens")
         claims = {
             f"{', '.join(sizes)} must be at least 1": min(getattr(self, s) for s in sizes) >= 1,
-            "steps, new_tokens and temperature must not be negative": min(
-                self.steps, self.new_tokens, self.temperature
+            "steps, new_tokens, temperature and seed must not be negative": min(
+                self.steps, self.new_tokens, self.temperature, self.seed
             )
             >= 0,
             "top_k must be at most experts": self.top_k <= self.experts <= 65535,

@@ -164,6 +164,7 @@ def test_too_many_requests_are_refused_with_what_there_is(collect, model):
         ({"scores": "most"}, "scores must be null, all, or a number"),
         ({"scores": 9}, "scores must be null, all, or a number"),
         ({"steps": -1}, "must not be negative"),
+        ({"seed": -1}, "must not be negative"),
         ({"layers": 0}, "at least 1"),
     ],
 )
