@@ -110,10 +110,11 @@ def _of_shards(reader: TraceReader) -> Iterator[Finding]:
     rows, is_whole = RowFindings(reader.card), True
     stems: dict[str, list[str]] = {"tokens": list(SMALL)}
     for column in reader.columns:
-        if column in WIDE:
-            stems.setdefault(WIDE[column][0], []).append(column)
+        if fault := _shape_fault(reader, column):
+            yield Finding("trace.json", None, f"column {column} {fault}")
+            is_whole = False
         else:
-            yield Finding("trace.json", None, f"column {column} is none of {sorted(WIDE)}")
+            stems.setdefault(WIDE[column][0], []).append(column)
     if "experts" not in reader.columns:
         yield Finding("trace.json", None, "the column experts is missing: there is no routing")
     for number, n_rows in reader.shards:
@@ -127,6 +128,17 @@ def _of_shards(reader: TraceReader) -> Iterator[Finding]:
     if is_whole and rows.n_requests != reader.n_requests:
         what = f"promises {reader.n_requests} requests, the shards hold {rows.n_requests}"
         yield Finding("trace.json", None, what)
+
+
+def _shape_fault(reader: TraceReader, column: str) -> str:
+    """Nothing, where it can be read as a column of this model."""
+    if column not in WIDE:
+        return f"is none of {sorted(WIDE)}"
+    shape, card = reader.columns[column][1], reader.card
+    is_of_k = column in ("experts", "weights")
+    if len(shape) == 2 and shape[0] == card.n_layers and (not is_of_k or shape[1] == card.top_k):
+        return ""
+    return f"holds {list(shape)} per token, the model has {card.n_layers} layers, top {card.top_k}"
 
 
 def _of_rows(rows: RowFindings, file: str, first: int, columns: Columns) -> Iterator[Finding]:

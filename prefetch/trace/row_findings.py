@@ -37,7 +37,7 @@ class RowFindings:
         for name in ("weights", "scores", "gate_inputs", "pre_attention"):
             if name in columns:
                 yield from self._finite(columns[name], name)
-        if "weights" in columns and self.card.weights_normalised:
+        if {"weights", "experts"} <= columns.keys() and self.card.weights_normalised:
             yield from self._sums(columns["weights"], columns["experts"])
 
     def _order(

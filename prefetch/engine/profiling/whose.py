@@ -50,9 +50,11 @@ def is_of(folder: Path, here: Mapping[str, Any]) -> bool:
 
 def spread_of(copies: pd.DataFrame) -> float | None:
     """How far apart the quartiles of a copy's times are, of its median: the middle one of all sizes."""
-    if not {"p25_ns", "p75_ns", "median_ns", "bytes"} <= set(copies.columns):
+    needed = ["p25_ns", "p75_ns", "median_ns", "bytes"]
+    if not set(needed) <= set(copies.columns):
         return None
-    rows = copies[copies.bytes >= SMALL_COPY]
+    rows = copies[needed].astype(float)
+    rows = rows[rows.bytes >= SMALL_COPY]
     apart = (rows.p75_ns - rows.p25_ns) / rows.median_ns
     return float(apart.median()) if len(apart) else None
 
@@ -77,7 +79,9 @@ def tell(folder: Path, here: Mapping[str, Any]) -> None:
 def _tell(folder: Path, known: tuple[tuple[str, Any], ...]) -> None:
     here = dict(known)
     told, spread = about(folder), None
-    with suppress(OSError, ValueError, TypeError):  # of an empty or odd one nothing is known
+    with suppress(
+        OSError, ValueError, TypeError, OverflowError
+    ):  # of an empty or odd one nothing is known
         spread = spread_of(pd.read_csv(folder / "copies.csv"))
     log.info("hardware=measured: %s", noise(spread, told))
     if spread is not None and spread > NOISY:

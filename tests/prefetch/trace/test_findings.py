@@ -64,6 +64,16 @@ def test_a_sound_trace_has_nothing_to_look_at(tmp_path):
     assert found(write(tmp_path / "t", everything(LENGTHS), routers=True).folder) == []
 
 
+@pytest.mark.parametrize("column", ["experts", "weights", "gate_inputs"])
+def test_a_column_of_another_shape_than_the_model_is_named(tmp_path, column):
+    """Turned around it has as many bytes, and would be read as layers that are none."""
+    folder = write(tmp_path / "t", everything(LENGTHS)).folder
+    about = json.loads((folder / "trace.json").read_text())
+    about["columns"][column][1].reverse()
+    (folder / "trace.json").write_text(json.dumps(about))
+    assert any(f"trace.json: column {column} holds [" in line for line in damage(folder))
+
+
 def test_every_row_is_named_with_its_file(tmp_path, monkeypatch, plain):
     """Over row groups and shards: the row counts in its own file."""
     monkeypatch.setattr(parquet, "GROUP_BYTES", 300)
