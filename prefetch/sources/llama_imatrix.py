@@ -47,7 +47,8 @@ class LlamaImatrix(FileSource):
                 f"{path}: expected the same number of experts in every layer, found {sizes}"
             )
         card = self.card(UNNAMED, n_experts=sizes.pop(), top_k=self.top_k, layer_numbers=layers)
-        return ExpertCounts(card, np.stack([by_layer[layer] for layer in layers]), provenance)
+        with reading(path, "counts of experts"):
+            return ExpertCounts(card, np.stack([by_layer[layer] for layer in layers]), provenance)
 
     def _one_file(self) -> Path:
         files = list(self.files().values())

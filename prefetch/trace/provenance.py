@@ -10,6 +10,12 @@ from typing import Any, Self
 from prefetch.errors import FormatError
 
 KINDS = ("real", "synthetic")
+KINDS_OF_VALUES: dict[str, type | tuple[type, ...]] = {
+    "versions": str,
+    "inputs": str,
+    "dropped_rows": int,
+    "facts": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,13 @@ class Provenance:
         object.__setattr__(self, "notes", tuple(self.notes))
         if self.kind not in KINDS:
             raise FormatError(f"provenance: kind must be one of {KINDS}, got {self.kind!r}")
-        for name, kind in (("dropped_rows", int), ("facts", (int, float)), ("inputs", str)):
+        if not isinstance(self.source, str) or not all(isinstance(n, str) for n in self.notes):
+            raise FormatError("provenance: source and notes must be texts")
+        if not isinstance(self.seed, (int, type(None))):
+            raise FormatError(f"provenance: seed must be a whole number or null, got {self.seed!r}")
+        for name, kind in KINDS_OF_VALUES.items():
+            if not isinstance(getattr(self, name), Mapping):
+                raise FormatError(f"provenance: {name} must be an object")
             odd = {
                 key: value
                 for key, value in getattr(self, name).items()
