@@ -153,7 +153,8 @@ def _table(reader: TraceReader, block: RoutingTrace, columns: list[str]) -> pa.T
     if reader.domains:
         codes = np.where(block.domain_T < 0, len(reader.domains), block.domain_T)
         arrays["domain"] = pa.DictionaryArray.from_arrays(codes, [*reader.domains, ""])
-    numbers = np.array(reader.card.layer_numbers, np.int16)
+    numbers = np.array(reader.card.layer_numbers)
+    numbers = numbers.astype(np.int16 if numbers.max() < 2**15 else np.int64)
     arrays["layer_ids"] = nested(np.broadcast_to(numbers, (block.n_tokens, len(numbers))))
     arrays["expert_ids"] = nested(signed(block.ids_TLK, reader.card))
     for column in columns:
