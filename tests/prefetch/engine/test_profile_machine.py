@@ -307,4 +307,6 @@ def test_of_times_beyond_all_numbers_no_spread_is_known(tmp_path):
     (tmp_path / "copies.csv").write_text("\n".join(["bytes,median_ns,p25_ns,p75_ns", *rows]))
     assert whose.spread_of(pd.read_csv(tmp_path / "copies.csv")) == pytest.approx(0.7)
     (tmp_path / "copies.csv").write_text("bytes,median_ns,p25_ns,p75_ns\n" + "9" * 400 + ",5,4,6\n")
-    whose.tell(tmp_path, {"device": "cpu", "host": "y"})  # says that it is unknown, and stops nobody
+    whose.tell(
+        tmp_path, {"device": "cpu", "host": "y"}
+    )  # says that it is unknown, and stops nobody
