@@ -1,7 +1,7 @@
 """What the end of a Parquet file says of the size of its columns, row group by row group. It reads no column.
 
 Arrow's own door to this from Python ends the process where a file's statistics contradict each other (an exception that
-nothing catches, pyarrow 23 to 26). So the few bytes are read here: Thrift's compact protocol, fields numbered as in
+nothing catches; pyarrow 26.0.1). So the few bytes are read here: Thrift's compact protocol, fields numbered as in
 parquet.thrift.
 """
 
@@ -17,16 +17,10 @@ from prefetch.errors import FormatError
 MAGIC = b"PAR1"
 MOST_DEPTH = 16
 ROW_GROUPS, COLUMNS, ROWS, ABOUT, VALUES, COMPRESSED = 4, 1, 3, 3, 5, 7  # numbers of fields
-BOOLEANS, BYTE, NUMBERS, DOUBLE, TEXT, LISTS, MAP, STRUCT = (
-    (1, 2),
-    3,
-    (4, 5, 6),
-    7,
-    8,
-    (9, 10),
-    11,
-    12,
-)
+# kinds of fields
+BOOLEANS, NUMBERS, LISTS = (1, 2), (4, 5, 6), (9, 10)
+TEXT, MAP, STRUCT = 8, 11, 12
+WIDTHS = {1: 1, 2: 1, 3: 1, 7: 8}  # of the other kinds
 
 
 @dataclass(frozen=True)
@@ -76,8 +70,6 @@ class _Thrift:
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         """Number of the field -> its value."""
-        if depth > MOST_DEPTH:
-            raise FormatError(f"structures lie more than {MOST_DEPTH} deep in each other")
         found: dict[int, Any] = {}
         number = 0
         while head := self.byte():
@@ -89,13 +81,15 @@ class _Thrift:
     def value(self, kind: int, depth: int) -> Any:
         if kind in NUMBERS:
             return self.integer()
+        if depth > MOST_DEPTH:
+            raise FormatError(f"values lie more than {MOST_DEPTH} deep in each other")
         if kind in LISTS:
             return self.items(depth)
         if kind == STRUCT:
             return self.struct(depth + 1)
         if kind == MAP:
             return self.pairs(depth)
-        width = {BYTE: 1, DOUBLE: 8, **dict.fromkeys(BOOLEANS, 1)}.get(kind)
+        width = WIDTHS.get(kind)
         if kind != TEXT and width is None:
             raise FormatError(f"there is no kind {kind} of field")
         start = self.skip(self.varint() if width is None else width)
@@ -105,13 +99,16 @@ class _Thrift:
         head = self.byte()
         n = self.varint() if head >> 4 == 15 else head >> 4
         self.need(n)
-        return [self.value(head & 15, depth) for _ in range(n)]
+        return [self.value(head & 15, depth + 1) for _ in range(n)]
 
     def pairs(self, depth: int) -> list[tuple[Any, Any]]:
         n = self.varint()
         kinds = self.byte() if n else 0
         self.need(n)
-        return [(self.value(kinds >> 4, depth), self.value(kinds & 15, depth)) for _ in range(n)]
+        return [self._pair(kinds, depth + 1) for _ in range(n)]
+
+    def _pair(self, kinds: int, depth: int) -> tuple[Any, Any]:
+        return self.value(kinds >> 4, depth), self.value(kinds & 15, depth)
 
     def byte(self) -> int:
         self.need(1)

@@ -195,6 +195,15 @@ def differences(scored: Sequence[Scored], seed: int) -> pd.DataFrame:
     return pd.DataFrame([row | {"p_holm": p} for row, p in together])
 
 
+def recalls(folds_LM: Sequence[NDArray[Any]]) -> tuple[float, float]:
+    """At k and at 2k."""
+    at_k, at_2k = (
+        mean([ratio(sum_LM[:, hits], sum_LM[:, m.CHOICES]) for sum_LM in folds_LM])
+        for hits in (m.HITS_K, m.HITS_2K)
+    )
+    return at_k, at_2k
+
+
 def by_layer(scored: Sequence[Scored], card: ModelCard) -> pd.DataFrame:
     """Recall of every layer, of new text and of all rows; layers below the horizon are guessed as a token begins."""
     rows = []
@@ -205,10 +214,7 @@ def by_layer(scored: Sequence[Scored], card: ModelCard) -> pd.DataFrame:
                 of_folds = [_layers(counts, h, part) for counts in one.folds]
                 for layer in range(card.n_layers):
                     sums = [layer_LM[layer : layer + 1] for layer_LM in of_folds]
-                    at_k, at_2k = (
-                        mean([ratio(one_LM[:, hits], one_LM[:, m.CHOICES]) for one_LM in sums])
-                        for hits in (m.HITS_K, m.HITS_2K)
-                    )
+                    at_k, at_2k = recalls(sums)
                     rows.append(
                         {
                             "predictor": one.name,

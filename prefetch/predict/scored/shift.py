@@ -14,8 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from prefetch.predict.scored import measures as m
-from prefetch.predict.scored.estimates import mean, ratio
-from prefetch.predict.scored.results import Scored
+from prefetch.predict.scored.results import Scored, recalls
 
 
 def by_domain(scored: Sequence[Scored], learnt: Sequence[str] | None) -> pd.DataFrame:
@@ -26,10 +25,7 @@ def by_domain(scored: Sequence[Scored], learnt: Sequence[str] | None) -> pd.Data
         for h, horizon in enumerate(one.horizons):
             for name in names if len(names) > 1 else ():
                 of_folds = [_sums(counts, h, name)[horizon:] for counts in one.folds]
-                at_k, at_2k = (
-                    mean([ratio(sum_LM[:, column], sum_LM[:, m.CHOICES]) for sum_LM in of_folds])
-                    for column in (m.HITS_K, m.HITS_2K)
-                )
+                at_k, at_2k = recalls(of_folds)
                 rows.append(
                     {
                         "predictor": one.name,

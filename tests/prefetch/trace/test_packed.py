@@ -157,3 +157,11 @@ def test_what_does_not_end_as_parquet_is_refused(tmp_path, data):
     (tmp_path / "a.parquet").write_bytes(data)
     with pytest.raises(FormatError):
         row_groups_of(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("byte", [0x19, 0x1C, 0x1B])  # lists of lists, structures, maps
+def test_an_end_that_nests_without_end_is_refused(tmp_path, byte):
+    end = bytes([byte]) * 5000
+    (tmp_path / "a.parquet").write_bytes(end + len(end).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(FormatError):
+        row_groups_of(tmp_path / "a.parquet")
